@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -165,15 +164,31 @@ class Machine:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def sum(self, tensor):
-        """The sum of a tensor over the processes, which gradients pass: each has then the loss of
-        all batches, and what parallel() and average_gradients() average is its gradient."""
-        if self.world == 1:
-            return tensor
-        return torch.distributed.nn.functional.all_reduce(tensor)
+        """The sum of a tensor over the processes, which gradients pass."""
+        return tensor if self.world == 1 else SumProcesses.apply(tensor)
 
     @property
     def main(self):
         return self.rank == 0
+
+
+class SumProcesses(torch.autograd.Function):
+    """all_reduce with its gradient: each process has the loss of all batches, so that the mean of
+    gradients which parallel() and average_gradients() take is that of this loss."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return SumProcesses.reduce(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumProcesses.reduce(gradient)
+
+    @staticmethod
+    def reduce(tensor):
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
 
 
 def parallel(model, machine):

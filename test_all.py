@@ -1418,11 +1418,35 @@ class LmaeRuns(Case):
         done = script("lmae.py", "--eval", out / "last.pt", "--out", self.tmp / "eval")
         again = json.loads((self.tmp / "eval/metrics.json").read_text())
         self.assertEqual(again["pa_class_iou"], metrics["pa_class_iou"])
+        done = script("lmae.py", *TINY_FLAGS, "--max-steps", 1, "--out", self.tmp / "fine",
+                      "--init", out / "best.pt", "--lr", 0)
+        start = json.loads((self.tmp / "fine/metrics.json").read_text())
+        best = torch.load(out / "best.pt")
+        self.assertEqual(start["pa_miou"], round(best["best"], 4))       # it starts where that was
+        self.assertNotIn("optimizer", best)
+        done = script("lmae.py", *TINY_FLAGS, "--enc-dim", 64, "--out", self.tmp / "no", "--init",
+                      out / "best.pt")
+        self.assertEqual((done.returncode, "does not fit" in done.stderr), (2, True), done.stderr)
         done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
         self.assertEqual(done.returncode, 2)
         self.assertIn("already holds a run", done.stderr)
         done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out, "--resume", "--lr", 0.5)
         self.assertIn("lr was 0.002, now 0.5", done.stderr)
+
+    def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
+        flags = [*TINY_FLAGS, "--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
+        self.assertEqual(script("lmae.py", *flags, "--out", self.tmp / "one").returncode, 0)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node=2", MAIN / "lmae.py", *map(str, flags), "--out",
+                               self.tmp / "two"], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        one, two = (torch.load(self.tmp / name / "last.pt") for name in ("one", "two"))
+        for key in "train_loss", "val_loss":
+            self.assertAlmostEqual(one["history"][0][key], two["history"][0][key], delta=1e-5)
+        for part in "model", "weights":
+            for name, value in one[part].items():
+                torch.testing.assert_close(value, two[part][name], atol=1e-5, rtol=1e-4)
 
     def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
         whole, broken = self.tmp / "whole", self.tmp / "broken"
