@@ -107,8 +107,8 @@ class Config:
 RECIPES = {                        # what differs from the defaults above, by dataset
     # two minutes on two CPU cores: small patches and few of them, a small model, and "random", for
     # a model that must first learn to look at its neighbours learns that later from "mixed"
-    "shapes": dict(epochs=36, batch_size=16, lr=2e-3, crop=48, size=48, patch=4, enc_blocks=1,
-                   dec_blocks=3, enc_dim=128, dec_dim=128, heads=4, drop_path=0.0,
+    "shapes": dict(epochs=32, batch_size=16, lr=2e-3, crop=48, size=48, patch=4, enc_blocks=1,
+                   dec_blocks=2, enc_dim=128, dec_dim=128, heads=4, drop_path=0.0,
                    weight_decay=0.0, schedule="cosine", warmup=50, mask_strategy="random",
                    eval_every=4),
     "cityscapes": dict(batch_size=48, size=448),
