@@ -275,7 +275,7 @@ def select(label, patch, ratio, strategy, background, noise):
     if strategy != "mixed":
         pick = torch.full_like(pick, {"random": 0.0, "background": 0.2, "label": 0.6}[strategy])
     key = torch.where(pick < 0.6, most_background, most_object)
-    order = torch.where(pick < 0.2, shuffle, key).argsort(1, descending=True, stable=True)
+    order = torch.where(pick < 0.2, shuffle, key).argsort(dim=1, descending=True, stable=True)
     M = int(labels.shape[1] * ratio)
     return order[:, M:], order[:, :M]
 
