@@ -330,8 +330,8 @@ def loss_sums(logits, label, weights, patch):
     ce = F.cross_entropy(logits, y, ignore_index=255, reduction="none")
 
     def of_class(values):
-        # Summed by class, then weighted. On CPUs the gradient of a gather weights[y] is 7 times
-        # slower (59 ms against 8 for 400,000 pixels, two cores) and is added up in no fixed order.
+        # Summed by class, then weighted. On CPUs a gather weights[y] and its gradient take 6 times
+        # as long (6.9 ms against 1.1, 400,000 pixels, two cores) and add up in no fixed order.
         return values.new_zeros(256).index_add(0, y, values)[:len(weights)]
 
     per_class = torch.stack([of_class(ce), of_class(torch.ones_like(ce))])          # (2, N)
@@ -705,8 +705,9 @@ def bench(cfg):
 def windows(length, side, step):
     """Where windows of `side` start so that they cover `length`: about evenly spaced, on multiples
     of `step` (what a patch spans), so that damage in such cells meets whole patches."""
-    n = math.ceil(length / side)
-    return [math.ceil(i * (length - side) / (n - 1) / step) * step if i else 0 for i in range(n)]
+    rest = max(0, length - side)
+    n = math.ceil(rest / (side // step * step))       # moves of at most a whole number of steps
+    return [0] + [math.ceil(rest * i / n / step) * step for i in range(1, n + 1)]
 
 
 def rebuild(models, image, label, missing, broken, share, device):
@@ -756,7 +757,7 @@ def repair(models, image, label, missing, broken, device):
     255 = certain or given; rebuilt (H, W) bool; and a dict of facts for review.csv.
     """
     (cfg, model), (H, W) = models[0], label.shape
-    step = round(cfg.crop * cfg.patch / cfg.size)                     # what a patch spans
+    step = max(1, round(cfg.crop * cfg.patch / cfg.size))             # what a patch spans
     ys, xs = windows(H, cfg.crop, step), windows(W, cfg.crop, step)
     pad = (0, max(0, ys[-1] + cfg.crop - H)), (0, max(0, xs[-1] + cfg.crop - W))
     share = missing.mean().item()

@@ -1570,6 +1570,16 @@ class LmaeComplete(Case):
         self.assertLessEqual(changed.sum(), 8)                            # int(L * 0.5)
         self.assertGreaterEqual(empty[changed].min(), np.sort(empty)[-8:].min())
 
+    def test_windows_leave_no_gap_and_start_on_the_patch_grid(self):
+        for side, step in (320, 23), (224, 16), (448, 32), (48, 4), (32, 8), (5, 3):
+            for length in (*range(1, 60), 319, 320, 321, 447, 480, 640, 641, 1500, 2048):
+                starts = lmae.windows(length, side, step)
+                covered = {x for start in starts for x in range(start, start + side)}
+                self.assertTrue(covered.issuperset(range(length)), (length, side, step))
+                self.assertTrue(all(start % step == 0 and start < length for start in starts))
+                if length % side == 0 and side % step == 0:
+                    self.assertEqual(len(starts), length // side)
+
     def test_passes_and_the_choice_of_the_checkpoint(self):
         seen = []
 
