@@ -479,8 +479,6 @@ def train(cfg):
         raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of the {machine.world} "
                         "processes")
     out, device = Path(cfg.out), machine.device
-    state = common.open_run(cfg, "lmae", machine,
-                            may_differ={"epochs"} if cfg.schedule == "plateau" else set())
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, "val")
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     background = background_table(info).to(device)
@@ -496,6 +494,9 @@ def train(cfg):
     parts = dict(model=model, weights=weights, optimizer=optimizer, scaler=scaler, plateau=plateau)
 
     start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
+    # only now, so that a start that fails above leaves no run folder in the way of the next
+    state = common.open_run(cfg, "lmae", machine,
+                            may_differ={"epochs"} if cfg.schedule == "plateau" else set())
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])

@@ -1061,6 +1061,11 @@ class CommandLine(Case):
             for word in words:
                 self.assertIn(word, done.stderr)
 
+    def test_a_start_that_fails_on_its_data_leaves_no_run_folder(self):
+        done = script("lmae.py", "--data", "shape", "--out", self.tmp / "x")
+        self.assertEqual(done.returncode, 2)
+        self.assertFalse((self.tmp / "x").exists())
+
     def test_every_field_has_its_reason_in_the_help(self):
         text = script("lmae.py", "--help").stdout
         for reason in ("patch = " and "L = (size / patch)^2 tokens", "Adam's own, not decoupled"):
@@ -1427,6 +1432,7 @@ class LmaeRuns(Case):
         done = script("lmae.py", *TINY_FLAGS, "--enc-dim", 64, "--out", self.tmp / "no", "--init",
                       out / "best.pt")
         self.assertEqual((done.returncode, "does not fit" in done.stderr), (2, True), done.stderr)
+        self.assertFalse((self.tmp / "no").exists())
         done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
         self.assertEqual(done.returncode, 2)
         self.assertIn("already holds a run", done.stderr)
