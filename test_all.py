@@ -10,6 +10,7 @@ import http.server
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -140,6 +141,71 @@ class Reading(Case):
             self.assertEqual(label.dtype, np.uint8)
             np.testing.assert_array_equal(label, expected)
         np.testing.assert_array_equal(data.read_ids(self.tmp / "indexed.png"), ids)
+
+    def test_masks_of_two_classes_by_a_threshold(self):
+        shades, glands, polyps = self.noise(9, 8), data.info("glas"), data.info("polyp")
+        shades[0, :5] = 0, 1, 127, 128, 255
+        save(self.tmp / "a.png", shades)
+        save(self.tmp / "b.png", np.stack([shades] * 3, 2))
+        save(self.tmp / "c.png", shades.astype(np.uint16))
+        save(self.tmp / "d.png", shades > 127)                                          # one bit
+        indexed = Image.fromarray((shades > 127).astype(np.uint8))
+        indexed.putpalette([0, 0, 0, 255, 255, 255])
+        indexed.save(self.tmp / "e.png")
+        save(self.tmp / "f.jpg", np.stack([shades] * 3, 2), quality=40)
+        lossy = np.asarray(Image.open(self.tmp / "f.jpg"))[..., 0]
+        self.assertTrue(len(np.unique(lossy)) > 9 and (lossy != shades).any())
+        for name in "a.png", "b.png", "c.png", "d.png", "e.png", "f.jpg":
+            label = data.read_label(self.tmp / name, polyps)
+            self.assertEqual(label.dtype, np.uint8)
+            np.testing.assert_array_equal(label, (lossy if name == "f.jpg" else shades) > 127)
+        for name in "a.png", "c.png":
+            np.testing.assert_array_equal(data.read_label(self.tmp / name, glands), shades > 0)
+        numbers = Image.fromarray(shades)                   # Warwick's: indexed, index 1 is black
+        numbers.putpalette([9, 9, 9, 0, 0, 0] + self.noise(254, 3).ravel().tolist())
+        numbers.save(self.tmp / "g.bmp")
+        np.testing.assert_array_equal(data.read_label(self.tmp / "g.bmp", glands), shades > 0)
+        with self.fails("b.png", "colour mask", "--palette"):
+            data.read_label(self.tmp / "b.png", glands)
+
+    def test_a_checkpoint_keeps_the_threshold_and_an_old_one_has_none(self):
+        for name in "polyp", "glas", "voc":
+            kept = dataclasses.asdict(data.info(name))
+            self.assertEqual(data.Info(**kept), data.info(name))
+            del kept["threshold"]
+            self.assertIsNone(data.Info(**kept).threshold)
+
+    def test_tiffs_of_rgb_tagged_as_grey(self):
+        rgb = self.noise(5, 7, 3)
+        for order, mark in (">", b"MM"), ("<", b"II"):
+            tags = [(256, 3, 7), (257, 3, 5), (258, 3, 8), (259, 3, 1), (262, 3, 1),
+                    (273, 4, 200), (277, 3, 3), (278, 3, 5), (279, 4, rgb.size)]
+            header = mark + struct.pack(order + "HIH", 42, 8, len(tags))
+            for tag, kind, value in tags:
+                header += struct.pack(order + ("HHIHxx" if kind == 3 else "HHII"), tag, kind, 1,
+                                      value)
+            path = self.tmp / f"{mark.decode()}.tif"
+            path.write_bytes(header.ljust(200, b"\0") + rgb.tobytes())
+            np.testing.assert_array_equal(data.read_image(path), rgb)
+        for compression in "raw", "tiff_lzw", "tiff_adobe_deflate", "packbits":
+            path = save(self.tmp / f"{compression}.tif", rgb, compression=compression)
+            np.testing.assert_array_equal(data.read_image(path), rgb)
+            tag = struct.pack("<HHI", 262, 3, 1)
+            self.assertEqual(path.read_bytes().count(tag + b"\2\0"), 1)
+            path.write_bytes(path.read_bytes().replace(tag + b"\2\0", tag + b"\1\0"))
+            np.testing.assert_array_equal(data.read_image(path), rgb)
+
+    @needs("CVC-ClinicDB-tif-sample")
+    def test_cvc_s_own_tiffs(self):
+        sample = SHARED / "CVC-ClinicDB-tif-sample"
+        items = data.pairs_in(sample, "Original", "Ground Truth")
+        self.assertEqual([item.stem for item in items], ["1", "100", "300", "612"])
+        for item in items:                      # not compressed: the pixels start at byte 8
+            raw, mask = (np.frombuffer(p.read_bytes(), np.uint8)[8:] for p in item[1:])
+            image, label = data.read_pair(item, data.info("polyp"), None, 0)
+            np.testing.assert_array_equal(image, raw[:288 * 384 * 3].reshape(288, 384, 3))
+            np.testing.assert_array_equal(label, mask[:288 * 384].reshape(288, 384) > 127)
+            self.assertTrue(0.01 < label.mean() < 0.3)
 
     def test_ids_and_colours_that_mean_nothing(self):
         info = data.info("voc")
@@ -432,12 +498,21 @@ class Named(Case):
             info = data.info(name, self.tmp)
             self.assertEqual(len(info.classes), len(info.colors))
             self.assertEqual(len(info.classes), len(info.ids))
-            self.assertFalse(set(info.ids) & {*info.void, 255})
+            self.assertFalse(set(info.ids) & ({*info.void, 255} if info.threshold is None else
+                                              set(info.void)))
             self.assertTrue(set(info.background) < set(range(len(info.classes))))
             self.assertEqual(info.name, name)
         self.assertEqual(
-            [len(data.info(n).classes) for n in ("shapes", "voc", "cityscapes", "camvid")],
-            [6, 21, 19, 11])
+            [len(data.info(n).classes) for n in data.SOURCES], [6, 21, 19, 11, 40, 2, 2])
+
+    def test_the_split_to_score_on(self):
+        names = [*data.SOURCES, self.tmp]
+        self.assertEqual([data.eval_split(str(n)) for n in names], ["val"] * 5 + ["test"] * 2
+                         + ["val"])
+        for name in data.SOURCES:
+            self.assertIn(data.eval_split(name), data.SOURCES[name].splits)
+        with self.fails("did you mean polyp?"):
+            data.eval_split("polyps")
 
     def test_what_is_neither_dataset_nor_folder(self):
         with self.fails("camvit", "did you mean camvid?", "shapes, voc, cityscapes, camvid"):
@@ -472,6 +547,22 @@ class Named(Case):
             ids = np.asarray(Image.open(item.mask))
             np.testing.assert_array_equal(label, np.where(ids == 11, 255, ids))
             np.testing.assert_array_equal(image, Image.open(item.image).convert("RGB"))
+
+    def test_nyuv2_tree(self):
+        with self.fails("nyuv2", "masksup-segmentation", "v1.0", "{train,val}_labels"):
+            data.list_items("nyuv2", self.tmp, "train")
+        ids = self.rng.choice([*range(40), 255], (6, 8)).astype(np.uint8)
+        for base in self.tmp / "a/nyuv2", self.tmp / "b":
+            for split in "train", "val":
+                save(base / f"{split}_labels/{split}1.png", ids)
+                save(base / f"{split}_images/{split}1.jpg", self.noise(6, 8, 3))
+                root = base.parent if base.name == "nyuv2" else base
+                dataset = data.Dataset("nyuv2", root, split, size=8)
+                self.assertEqual([i.stem for i in dataset.items], [f"{split}1"])
+                np.testing.assert_array_equal(dataset.stored(0)[1], ids)
+        save(base / "val_labels/val1.png", ids % 2 + 39)
+        with self.fails("val1.png", "id 40", "0..39"):
+            data.Dataset("nyuv2", root, "val", size=8)
 
     @needs("cityscapes-sample")
     def test_cityscapes(self):
@@ -570,6 +661,164 @@ class Voc(Case):
         (root / "SegmentationClass/2007_b.png").unlink()
         with self.fails("no picture with a mask", "train"), contextlib.redirect_stdout(out):
             data.Dataset("voc", self.tmp, "train", size=8)
+
+
+class Glas(Case):
+    def check(self, root, train=("train_1", "train_2"), test=("testA_1", "testB_1")):
+        for split, stems in ("train", train), ("test", test):
+            dataset = data.Dataset("glas", root, split, size=8)
+            self.assertEqual([i.stem for i in dataset.items], list(stems))
+            for i, item in enumerate(dataset.items):
+                np.testing.assert_array_equal(dataset.stored(i)[1],
+                                              np.asarray(Image.open(item.mask)) > 0)
+
+    def numbers(self):
+        return self.rng.choice([0, 1, 2, 30, 255], (6, 8)).astype(np.uint8)
+
+    def test_warwick_s_own_layout(self):
+        with self.fails("glas", "Train_Folder/", "train_1_anno.bmp", "glascontest"):
+            data.list_items("glas", self.tmp, "train")
+        deep = self.tmp / "a/glas/Warwick QU Dataset (Released 2016_07_08)"
+        for base, root in (deep, self.tmp / "a"), (self.tmp / "b", self.tmp / "b"):
+            for stem in "train_1", "train_2", "testA_1", "testB_1":
+                save(base / f"{stem}.bmp", self.noise(6, 8, 3))
+                save(base / f"{stem}_anno.bmp", self.numbers())
+            (base / "Grade.csv").write_text("name\n")
+            self.check(root)
+
+    def test_folders(self):
+        for train, test, suffix in (("Train_Folder", "Test_Folder", ""),
+                                    ("train", "test", "_anno")):
+            base = self.tmp / train / "glas"
+            for folder, stems in (train, ("a", "b")), (test, ("c",)):
+                for stem in stems:
+                    save(base / folder / f"img/{stem}.png", self.noise(6, 8, 3))
+                    save(base / folder / f"labelcol/{stem}{suffix}.png", self.numbers())
+            self.check(base.parent, ("a", "b"), ("c",))
+            self.check(base, ("a", "b"), ("c",))
+        (base / "test/labelcol").rename(base / "test/labels")
+        with self.fails(base / "test/labelcol", "glascontest"):
+            data.list_items("glas", base, "test")
+
+    @needs("glas")
+    def test_glas(self):
+        for split, n in ("train", 85), ("test", 80):
+            dataset = data.Dataset("glas", SHARED, split, size=8)
+            self.assertEqual(len(dataset), n)
+            most = 0
+            for i in range(n):
+                numbers = np.asarray(Image.open(dataset.items[i].mask))
+                np.testing.assert_array_equal(dataset.stored(i)[1], numbers > 0)
+                most = max(most, numbers.max())
+            self.assertGreater(most, 20)
+
+
+def kvasir_zip(path, n, compression=zipfile.ZIP_STORED, flaw=False):
+    """The bytes of a zip like Kvasir-SEG's, of n pairs; flaw: some of the first file are wrong."""
+    tiny = io.BytesIO()
+    Image.new("L", (4, 4), 255).save(tiny, "JPEG")
+    with zipfile.ZipFile(path, "w", compression) as bag:
+        for i in range(n):
+            for kind in "images", "masks":
+                bag.writestr(f"Kvasir-SEG/{kind}/k{i}.jpg", tiny.getvalue())
+    content = bytearray(path.read_bytes())
+    for i in range(80, 90) if flaw else ():
+        content[i] ^= 255
+    return bytes(content)
+
+
+CVC_TEST = ["105", "109", "125", "135", "146", "149"]               # the first of those drawn
+KVASIR_TEST = ["cju0qkwl35piu0993l0dewei2", "cju0tl3uz8blh0993wxvn7ly3"]
+
+
+class Polyp(Case):
+    def touch(self, *folders, stems):
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stem in stems:
+                (folder / f"{stem}.png").touch()
+
+    def stems(self, root, *splits):
+        return [[i.stem for i in data.list_items("polyp", root, s)]
+                for s in splits or ("train", "test", "kvasir")]
+
+    def test_a_draw_that_stays(self):
+        cvc, kvasir = ([f"{kind}{i}" for i in range(1, n + 1)]
+                       for kind, n in (("", 612), ("k", 1000)))
+        self.touch(self.tmp / "CVC-ClinicDB/Original", self.tmp / "CVC-ClinicDB/Ground Truth",
+                   stems=cvc)
+        self.touch(self.tmp / "Kvasir-SEG/images", self.tmp / "Kvasir-SEG/masks", stems=kvasir)
+        train, test, held = self.stems(self.tmp)
+        self.assertEqual((len(train), len(test), len(held)), (1450, 62, 100))
+        self.assertEqual(sorted(train + test + held), sorted(cvc + kvasir))
+        rank = lambda stem: hashlib.sha256(stem.encode()).hexdigest()
+        self.assertEqual(test, sorted(sorted(cvc, key=rank)[:62]))
+        self.assertEqual(held, sorted(sorted(kvasir, key=rank)[:100]))
+        self.assertEqual(test[:6], CVC_TEST)
+        stray = min((f"stray{i}" for i in range(9999)), key=rank)   # which moves no other picture
+        (self.tmp / f"Kvasir-SEG/masks/{stray}.png").touch()
+        again = self.stems(self.tmp)
+        self.assertEqual([[s for s in split if s != stray] for split in again],
+                         [train, test, held])
+
+    def test_fewer_pictures(self):
+        self.touch(self.tmp / "CVC-ClinicDB/Original", self.tmp / "CVC-ClinicDB/Ground Truth",
+                   stems="abcde")
+        self.touch(self.tmp / "Kvasir-SEG/images", self.tmp / "Kvasir-SEG/masks",
+                   stems=[f"k{i}" for i in range(39)])
+        self.assertEqual([len(s) for s in self.stems(self.tmp)], [4 + 36, 1, 3])
+
+    def test_layouts(self):
+        for i, (place, cvc, kind) in enumerate((("polyp", "", "png"), ("", "", "tif"),
+                                                ("polyp", "TIF", "tif"), ("", "PNG", "png"))):
+            root, masks = self.tmp / str(i), {}
+            for stem in "12":
+                masks[stem], masks[f"k{stem}"] = self.noise(6, 8), self.noise(6, 8)
+                base = root / place / "CVC-ClinicDB" / cvc
+                save(base / f"Original/{stem}.{kind}", self.noise(6, 8, 3))
+                save(base / f"Ground Truth/{stem}.{kind}", masks[stem])
+                base = root / place / "Kvasir-SEG"
+                save(base / f"images/k{stem}.jpg", self.noise(6, 8, 3))
+                save(base / f"masks/k{stem}.png", np.stack([masks[f"k{stem}"]] * 3, 2))
+            seen = []
+            for split, n in ("train", 2), ("test", 1), ("kvasir", 1):
+                dataset = data.Dataset("polyp", root, split, size=8)
+                self.assertEqual(len(dataset), n)
+                for i, item in enumerate(dataset.items):
+                    np.testing.assert_array_equal(dataset.stored(i)[1], masks[item.stem] > 127)
+                    seen.append(item.stem)
+            self.assertEqual(sorted(seen), sorted(masks))
+
+    def test_folders_that_say_the_split(self):
+        for images, masks in ("image", "mask"), ("images", "masks"):
+            base = self.tmp / images / "polyp"
+            for folder, stems, names in (("TrainDataset", "abc", (images, masks)),
+                                         ("TestDataset/CVC-ClinicDB", "de", ("images", "masks")),
+                                         ("TestDataset/Kvasir", "f", ("images", "masks")),
+                                         ("TestDataset/ETIS", "g", ("images", "masks"))):
+                self.touch(*(base / folder / name for name in names), stems=stems)
+            for root in base, base.parent:
+                self.assertEqual(self.stems(root), [["a", "b", "c"], ["d", "e"], ["f"]])
+        (base / "TestDataset/Kvasir").rename(base / "TestDataset/kept")
+        with self.fails(base / "TestDataset/Kvasir/images", "CVCClinicDB"):
+            self.stems(root, "kvasir")
+
+    @needs("CVC-ClinicDB")
+    @needs("Kvasir-SEG")
+    def test_polyp(self):
+        found = set()
+        for split, n in ("train", 1450), ("test", 62), ("kvasir", 100):
+            dataset = data.Dataset("polyp", SHARED, split, size=8)
+            self.assertEqual(len(dataset), n)
+            found |= {item.stem for item in dataset.items}
+            for i in range(0, n, 25):
+                mask = np.asarray(Image.open(dataset.items[i].mask))
+                mask = mask[..., 0] if mask.ndim == 3 else mask
+                np.testing.assert_array_equal(dataset.stored(i)[1], mask > 127)
+                self.assertTrue(0 < mask.mean() < 255)
+        self.assertEqual(len(found), 1612)
+        test, kvasir = self.stems(SHARED, "test", "kvasir")
+        self.assertEqual((test[:6], kvasir[:2]), (CVC_TEST, KVASIR_TEST))
 
 
 class Server:
@@ -695,6 +944,41 @@ class Download(Case):
             self.assertEqual([p.name for p in (root / "voc").iterdir()], ["VOCdevkit"])
             data.Dataset("voc", root, "val", size=8)
             self.assertEqual(len(self.server.asked), 1)
+
+    def test_kvasir_comes_down_beside_cvc_and_only_when_asked_for(self):
+        source = data.SOURCES["polyp"]._replace(url=self.server.url)
+        root, quiet = self.tmp / "root", contextlib.redirect_stderr(io.StringIO())
+        self.server.content = kvasir_zip(self.tmp / "a.zip", 1000)
+        with mock.patch.dict(data.SOURCES, polyp=source), quiet:
+            data.info("polyp", root)
+            with self.fails("polyp", "polyp.grand-challenge.org/CVCClinicDB", "Ground Truth"):
+                data.list_items("polyp", root, "train")
+            for kind in "Original", "Ground Truth":
+                save(root / f"polyp/CVC-ClinicDB/{kind}/1.png", self.noise(4, 4))
+            self.assertEqual(self.server.asked, [])
+            self.server.cuts = [1000]
+            self.assertEqual(len(data.list_items("polyp", root, "train")), 900)
+            self.assertEqual(len(data.list_items("polyp", root, "kvasir")), 100)
+            self.assertEqual(self.server.asked, [None, "bytes=1000-"])
+            self.assertEqual({p.name for p in (root / "polyp").iterdir()},
+                             {"CVC-ClinicDB", "Kvasir-SEG"})
+            (root / "polyp/CVC-ClinicDB").rename(root / "CVC")
+            with self.fails(root / "polyp/CVC-ClinicDB", "polyp.grand-challenge.org"):
+                data.list_items("polyp", root, "train")
+
+    def test_a_broken_kvasir_is_not_kept(self):
+        source = data.SOURCES["polyp"]._replace(url=self.server.url)
+        root, quiet = self.tmp / "root", contextlib.redirect_stderr(io.StringIO())
+        (root / "CVC-ClinicDB").mkdir(parents=True)
+        with mock.patch.dict(data.SOURCES, polyp=source), quiet:
+            for n, kind, flaw, why in ((999, zipfile.ZIP_STORED, False, "not all"),
+                                       (1000, zipfile.ZIP_STORED, True, "CRC"),
+                                       (1000, zipfile.ZIP_DEFLATED, True, "decompressing")):
+                self.server.content = kvasir_zip(self.tmp / "a.zip", n, kind, flaw)
+                with self.fails(root / "file.tar", why, "get it again"):
+                    data.list_items("polyp", root, "train")
+                self.assertEqual({p.name for p in root.iterdir()}, {"CVC-ClinicDB", "file.tar"})
+                (root / "file.tar").unlink()
 
     def test_other_processes_wait_for_the_first(self):
         source = data.SOURCES["voc"]._replace(url=self.server.url)
@@ -940,6 +1224,18 @@ class Check(Case):
                            if line.split()[:-3] == title.split())
                 self.assertEqual(row.split()[-2:][list(good).index(split)],
                                  f"{100 * (pixels == i).mean():.2f}")
+
+    def test_a_threshold_in_the_table(self):
+        for split in "train", "test":
+            save(self.tmp / split / "img/a.png", self.noise(4, 4, 3))
+            save(self.tmp / split / "labelcol/a.png", np.array([[0, 1, 9, 255]] * 4, np.uint8))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            problems, _, _ = data.check("glas", self.tmp, None)
+        self.assertEqual(problems, [])
+        rows = [line.split() for line in out.getvalue().splitlines()[-3:]]
+        self.assertEqual(rows, [["background", "<=0", "25.00", "25.00"],
+                                ["gland", ">0", "75.00", "75.00"],
+                                ["void", "none", "0.00", "0.00"]])
 
     def test_exit_status(self):
         clean = self.script("--out", self.tmp / "sheet.png")                          # shapes
