@@ -58,7 +58,7 @@ from common import UserError
 
 @dataclass
 class Config:
-    data: str = "shapes"           # shapes, voc, cityscapes, camvid, or your own folder (data.py)
+    data: str = "shapes"           # a dataset that data.py lists, or your own folder
     root: str = "data"             # where datasets live
     out: str = ""                  # run folder; empty: out/lmae-DATA
     epochs: int = 400              # as all that follows down to mask_ratio, the paper's for VOC
@@ -116,6 +116,7 @@ RECIPES = {                        # what differs from the defaults above, by da
                    eval_every=4),
     "cityscapes": dict(batch_size=48, size=448),
     "camvid": dict(crop=320),      # its pictures are 480 x 360
+    "polyp": dict(crop=288),       # CVC-ClinicDB's are 384 x 288
 }
 
 
@@ -479,7 +480,7 @@ def train(cfg):
         raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of the {machine.world} "
                         "processes")
     out, device = Path(cfg.out), machine.device
-    train_set, val_set = dataset(cfg, "train"), dataset(cfg, "val")
+    train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     background = background_table(info).to(device)
 
@@ -648,7 +649,7 @@ def evaluate_only(cfg, origin):
     machine = common.Machine(cfg)
     out = (Path(cfg.out) if origin.get("out") == "flag" else
            Path(cfg.eval).parent / f"eval-{cfg.mask_ratio:g}-{strategy}")
-    val_set = dataset(cfg, "val")
+    val_set = dataset(cfg, data.eval_split(cfg.data))
     if val_set.info.classes != info.classes:
         raise UserError(f"--data {cfg.data} has other classes than {cfg.eval} was trained for")
     weights = ClassWeights(torch.ones(len(info.classes)), cfg.class_weights)
@@ -816,7 +817,7 @@ def repair_file(stem, folders, models, info, cfg, device):
         if stem not in found:
             raise UserError(f"{stem}: no picture of this name in {folder}; skipped")
     path, to = labels[stem], Path(cfg.to)
-    label, ids = data.read_label(path, info), data.read_ids(path)
+    label, ids = data.read_label(path, info), data.read_ids(path, bool(info.threshold))
     image = data.read_image(images[stem])
     if image.shape[:2] != label.shape:
         raise UserError(f"{path}: {label.shape[1]}x{label.shape[0]}, but its picture is "
@@ -827,7 +828,7 @@ def repair_file(stem, folders, models, info, cfg, device):
     missing = ids == common.VOID if cfg.broken == "255" else np.isin(label, info.background)
     fixed, confidence, rebuilt, facts = repair(models, image, label, missing, cfg.broken, device)
     with Image.open(path) as file:
-        palette = file.getpalette() if file.mode == "P" else None
+        palette = file.getpalette() if file.mode == "P" and not info.threshold else None
     class_id = np.array([*info.ids, *[0] * (256 - len(info.ids))], np.uint8)
     common.save_image(to / f"{stem}.png", np.where(rebuilt, class_id[fixed], ids), palette)
     common.save_image(to / "confidence" / f"{stem}.png", confidence)
@@ -846,10 +847,11 @@ def complete(cfg, origin):
 
     --broken 255: these pixels are known to be missing. --broken background: the paper's case, what
     is background may be a forgotten object; the patches with the most of it are rebuilt, and only
-    background may change. Each window takes the checkpoint with the mask ratio that is nearest.
-    Writes DIR/NAME.png (size, ids and palette as they were), DIR/confidence/NAME.png and
-    DIR/review.csv, the most doubtful first. What cannot be repaired is a line on stderr, and the
-    exit status is then 1. The folders given are only read.
+    background may change: the one choice for labels of glas and polyp, which have no void. Each
+    window takes the checkpoint with the mask ratio that is nearest. Writes DIR/NAME.png (size, ids
+    and palette as they were), DIR/confidence/NAME.png and DIR/review.csv, the most doubtful first.
+    What cannot be repaired is a line on stderr, and the exit status is then 1. The folders given
+    are only read.
     """
     for name in ("images", "ckpt", "to"):
         if not getattr(cfg, name):
@@ -857,6 +859,9 @@ def complete(cfg, origin):
                             "--complete LABELS --images IMAGES --ckpt A.pt [B.pt ..] --to DIR")
     family = [load(path)[:3] for path in cfg.ckpt]
     first, info, _ = family[0]
+    if cfg.broken == "255" and info.threshold is not None:
+        raise UserError(f"--broken 255: in the masks of {info.name} 255 is {info.classes[1]}, not "
+                        "what is missing: give --broken background")
     cfg = settled(cfg, origin, cfg.ckpt[0], first,
                   {"complete", "images", "ckpt", "to", "truth", "broken"})
     machine, to = common.Machine(cfg), Path(cfg.to)
@@ -1010,8 +1015,8 @@ def augment(cfg, origin):
     out = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.ckpt[0]).parent / "augment")
     machine = common.Machine(cfg)
     model = model.to(machine.device)
-    pairs = {}
-    for split in ("train", "val"):
+    pairs, val = {}, data.eval_split(cfg.data)
+    for split in ("train", val):
         pictures = dataset(cfg, split)
         pictures.train = False                            # centre crops, the same in every epoch
         image, label, _ = zip(*(pictures[i] for i in range(len(pictures))))
@@ -1020,7 +1025,7 @@ def augment(cfg, origin):
     for name, labels in label_sets(model, *pairs["train"], cfg, info, machine).items():
         for network in FCN, UNet:
             score = segmentation_miou(network, len(info.classes), (pairs["train"][0], labels),
-                                      pairs["val"], cfg, machine)
+                                      pairs[val], cfg, machine)
             results.setdefault(network.__name__, {})[name] = score
             print(f"{network.__name__:4s} trained on {name:19s} mIoU {score:.2f}", flush=True)
     text = json.dumps(common.clean(results), indent=1) + "\n"

@@ -1735,6 +1735,26 @@ class LmaeRuns(Case):
         done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out, "--resume", "--lr", 0.5)
         self.assertIn("lr was 0.002, now 0.5", done.stderr)
 
+    def test_a_dataset_without_val_is_scored_on_test(self):
+        for split, n in ("train", 6), ("test", 3):
+            for i in range(n):
+                save(self.tmp / f"glas/{split}/img/{i}.png", self.noise(40, 48, 3))
+                save(self.tmp / f"glas/{split}/labelcol/{i}.png", self.noise(40, 48) % 3)
+        out, root = self.tmp / "run", ["--root", self.tmp]
+        done = script("lmae.py", *TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2,
+                      "--max-steps", 1, "--out", out)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("6 training and 3 validation pictures", done.stdout)
+        metrics = json.loads((out / "metrics.json").read_text())
+        script("lmae.py", *root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
+        again = json.loads((self.tmp / "eval/metrics.json").read_text())
+        self.assertEqual((again["pa_class_iou"], len(again["class_iou"])),
+                         (metrics["pa_class_iou"], 2))
+        done = script("lmae.py", *root, "--augment", "--ckpt", out / "last.pt",
+                      "--augment-epochs", 1)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("complete", json.loads((out / "augment/augment.json").read_text())["FCN"])
+
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
         flags = [*TINY_FLAGS, "--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
         self.assertEqual(script("lmae.py", *flags, "--out", self.tmp / "one").returncode, 0)
@@ -1805,13 +1825,13 @@ class LmaeComplete(Case):
             image.save(self.tmp / f"labels/p{i}.png")
             save(self.tmp / f"images/p{i}.jpg", self.noise(*size, 3))
 
-    def checkpoint(self, name, ratio):
+    def checkpoint(self, name, ratio, info=None, model=None):
         cfg = lmae.Config(**{**TINY, "crop": 32, "mask_ratio": ratio, "data": "own"})
-        info = data.Info("own", ("a", "b", "c"), ((0, 0, 0),) * 3, (0, 1, 2))
-        weights = lmae.ClassWeights(torch.ones(3) / 3)
+        info = info or data.Info("own", ("a", "b", "c"), ((0, 0, 0),) * 3, (0, 1, 2))
+        weights = lmae.ClassWeights(torch.ones(len(info.classes)))
         common.save_checkpoint(self.tmp / name, {
             "method": "lmae", "config": dataclasses.asdict(cfg), "info": dataclasses.asdict(info),
-            "model": self.model.state_dict(), "weights": weights.state_dict()})
+            "model": (model or self.model).state_dict(), "weights": weights.state_dict()})
         return self.tmp / name
 
     def complete(self, *extra):
@@ -1871,6 +1891,26 @@ class LmaeComplete(Case):
         changed, empty = cells(old != new) > 0, cells(old == 0)
         self.assertLessEqual(changed.sum(), 8)                            # int(L * 0.5)
         self.assertGreaterEqual(empty[changed].min(), np.sort(empty)[-8:].min())
+
+    def test_masks_with_a_threshold(self):
+        model = lmae.LMAE(2, **TINY)
+        with torch.no_grad():
+            model.head.bias.view(64, 2)[:, 1] = 9                               # all is polyp
+        self.ckpt = self.checkpoint("polyp.pt", 0.5, data.info("polyp"), model)
+        for path in [*(self.tmp / "labels").iterdir()]:
+            shape = data.read_ids(path).shape
+            path.unlink()
+            save(path.with_suffix(".jpg"), np.stack([self.noise(*shape)] * 3, 2))
+        done = self.complete()
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1), done.stderr)
+        self.assertIn("255 is polyp", done.stderr)
+        done = self.complete("--broken", "background")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for path in (self.tmp / "labels").iterdir():
+            old = np.asarray(Image.open(path))[..., 0]
+            new = np.asarray(Image.open(self.tmp / f"fixed/{path.stem}.png"))
+            self.assertTrue((new[old > 127] == old[old > 127]).all())
+            self.assertTrue((new[new != old] == 255).all() and (new != old).any())
 
     def test_windows_leave_no_gap_and_start_on_the_patch_grid(self):
         for side, step in (320, 23), (224, 16), (448, 32), (48, 4), (32, 8), (5, 3):
