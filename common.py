@@ -111,7 +111,8 @@ def show_config(cfg, origin):
     values = dataclasses.asdict(cfg)
     width = max(map(len, values))
     print("\n".join(f"  {name:{width}} {value}" for name, value in values.items()))
-    titles = {"recipe": f"from the recipe for {cfg.data}", "flag": "from the command line"}
+    titles = {"recipe": f"from the recipe for {cfg.data}", "pretrain": "because of --pretrain",
+              "flag": "from the command line"}
     for source, title in titles.items():
         names = [name for name, s in origin.items() if s == source]
         if names:
@@ -195,7 +196,17 @@ def parallel(model, machine):
     """The model as the loop calls it: wrapped for torchrun if there is more than one process."""
     if machine.world == 1:
         return model
+    if machine.device.type == "cuda":                   # there is none for CPUs
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def same_buffers(model, machine):
+    """Give every process the buffers (BatchNorm's averages) of the first, as a checkpoint has
+    them: all then evaluate the same network."""
+    if machine.world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def average_gradients(module, world):
@@ -236,6 +247,28 @@ def class_iou(matrix):
 def miou(matrix):
     """Mean IoU in percent over the classes that occur in truth or prediction; NaN if none does."""
     return class_iou(matrix).nanmean().item()
+
+
+def constant_miou(matrix):
+    """The miou, in percent, of the best answer that is one and the same class for every pixel."""
+    pixels = matrix.sum(1).float()                # of each class that occurs: all but one score 0
+    return (100 * pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
+
+
+def picture_iou(prediction, target, classes):
+    """MaskSup's measure, (B,) float in percent; its paper_iou is the mean over the pictures.
+
+    prediction, target: (B, H, W) ints; void (255) is not counted. Two classes: the IoU of class 1,
+    100 where it is in neither. More: the IoU micro-averaged over the classes, that is pixels right
+    over (pixels right + 2 x pixels wrong), void taken for class 0 as in the released code.
+    """
+    prediction, target = prediction.flatten(1), target.flatten(1)
+    if classes == 2:
+        both = ((prediction == 1) & (target == 1)).sum(1).float()
+        either = (((prediction == 1) | (target == 1)) & (target != VOID)).sum(1)
+        return 100 * torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    right = (prediction == target.masked_fill(target == VOID, 0)).sum(1)
+    return 100 * right / (2 * target.shape[1] - right)
 
 
 def nearest_fill(label, removed):
@@ -525,7 +558,17 @@ def draw_curves(history, path):
     save_image(path, np.asarray(canvas))
 
 
-def draw_panel(draw, box, xs, series):
+def draw_lines(xs, series, path, title):
+    """One panel as a PNG: a line per series {name: values} over xs, and a title below."""
+    W, H = 560, 380
+    canvas = Image.new("RGB", (W, H), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw_panel(draw, (50, 20 + 16 * len(series), W - 16, H - 48), xs, series, "")
+    draw.text((W // 2, H - 14), title, "black", font(12), anchor="mm")
+    save_image(path, np.asarray(canvas))
+
+
+def draw_panel(draw, box, xs, series, unit="step "):
     """One panel in box (left, top, right, bottom): a line per series, its last value above."""
     left, top, right, bottom = box
     finite = [v for values in series.values() for v in values if math.isfinite(v)] or [0.0]
@@ -535,8 +578,8 @@ def draw_panel(draw, box, xs, series):
         draw.line((left, y, right, y), (222, 222, 222))
         value = low + (high - low) * i / 4
         draw.text((left - 4, y), f"{value:.3g}", "black", font(11), anchor="rm")
-    draw.text((left, bottom + 12), f"step {xs[0]}", "black", font(11), anchor="lm")
-    draw.text((right, bottom + 12), f"{xs[-1]}", "black", font(11), anchor="rm")
+    draw.text((left, bottom + 12), f"{unit}{xs[0]:g}", "black", font(11), anchor="lm")
+    draw.text((right, bottom + 12), f"{xs[-1]:g}", "black", font(11), anchor="rm")
     for i, (name, values) in enumerate(series.items()):
         color = LINES[i % len(LINES)]
         points = [(left + (right - left) * (a - xs[0]) / max(1, xs[-1] - xs[0]),

@@ -65,7 +65,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 
 from common import VOID, UserError, nearest_name, overlay, parse, run, seed_of, sheet
 
@@ -130,13 +130,15 @@ def opened(path):
                         "replace or remove it") from None
 
 
-def read_image(path):
+def read_image(path, upright=False):
     """A picture as uint8 (H, W, 3): grey, indexed, CMYK, alpha become RGB, 16 bits the high 8.
 
-    EXIF rotation is not applied: masks are drawn over the pixels as they lie in the file.
-    Raises UserError for what is not a whole picture.
+    The EXIF rotation is applied only if `upright`: masks are drawn over the pixels as they lie in
+    the file. Raises UserError for what is not a whole picture.
     """
     with opened(path) as image:
+        if upright:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.array(image.convert("RGB"))

@@ -30,6 +30,7 @@ from PIL import Image
 import common
 import data
 import lmae
+import masksup
 from common import UserError
 
 MAIN = Path(__file__).resolve().parent
@@ -1292,6 +1293,36 @@ class Metrics(Case):
         self.assertTrue(common.class_iou(matrix)[3:].isnan().all())   # in neither: not 0, left out
         self.assertAlmostEqual(common.miou(matrix), np.mean(iou))
 
+    def test_the_best_constant_answer_against_all_of_them(self):
+        target = self.rng.choice([0, 1, 3, 255], (4, 9, 9), p=[0.2, 0.5, 0.2, 0.1])
+        matrix = common.confusion(torch.zeros(4, 9, 9), torch.from_numpy(target), 5)
+        scores = []
+        for answer in range(5):
+            inter = [((answer == c) & (target == c)).sum() for c in (0, 1, 3)]
+            union = [((target == c) | ((answer == c) & (target != 255))).sum() for c in (0, 1, 3)]
+            scores.append(100 * np.mean(np.divide(inter, union)))
+        self.assertAlmostEqual(common.constant_miou(matrix), max(scores), places=4)
+
+    def test_picture_iou_against_loops(self):
+        for N in 2, 4:
+            target, answer = (self.rng.integers(0, N, (5, 7, 9)) for _ in range(2))
+            target[:, 0] = 255
+            target[1, 1:], answer[1] = 0, 0
+            expected = []
+            for t, a in zip(target, answer):
+                if N == 2:
+                    both = sum(x == y == 1 for x, y in zip(t.flat, a.flat))
+                    either = sum(x != 255 and 1 in (x, y) for x, y in zip(t.flat, a.flat))
+                    expected.append(100 * both / either if either else 100)
+                else:                       # true and false positives, false negatives, all added
+                    t = np.where(t == 255, 0, t)
+                    tp = sum(((a == c) & (t == c)).sum() for c in range(N))
+                    fp = sum(((a == c) & (t != c)).sum() for c in range(N))
+                    fn = sum(((a != c) & (t == c)).sum() for c in range(N))
+                    expected.append(100 * tp / (tp + fp + fn))
+            found = common.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N)
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
     def test_nearest_fill_against_all_distances(self):
         label, removed = self.noise(3, 20, 26) % 6, self.rng.random((3, 20, 26)) < 0.9
         label[label == 5] = 255
@@ -1947,6 +1978,651 @@ class LmaeComplete(Case):
                              [n - sum(passes[:i]) for i in range(len(passes))])
             self.assertEqual((answer.sum(0) > 0).sum().item(), n * 64)
             self.assertTrue((answer.argmax(0)[torch.from_numpy(missing)] == 1).all())
+
+
+# ------------------------------------------------------------------------------------ masksup.py
+
+MASKSUP = ("--model unet --width 4 --size 32 --batch-size 128 --epochs 3 --eval-every 1 "
+           "--bank 16 --device cpu").split()
+
+
+def shuffled(f, seed=0):
+    """The network with BatchNorm gains and statistics, and attention biases, that are not those of
+    the start, where LeViT's residual branches are multiplied by zero."""
+    made = torch.Generator().manual_seed(seed)
+    for m in f.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            for t, low in ((m.weight, 0.5), (m.bias, 0.0), (m.running_mean, -0.2),
+                           (m.running_var, 0.7)):
+                t.data.copy_(low + torch.rand(t.shape, generator=made))
+        if isinstance(m, masksup.Attention):
+            m.attention_biases.data.copy_(torch.randn(m.attention_biases.shape, generator=made))
+    return f
+
+
+def doubling(n):
+    """The matrix (2n, n) that doubles a line of n values linearly, ends on ends."""
+    U = np.zeros((2 * n, n))
+    for i in range(2 * n):
+        at = i * (n - 1) / (2 * n - 1)
+        low = min(int(at), n - 1)
+        high = min(low + 1, n - 1)
+        U[i, low] += 1 - (at - low)
+        U[i, high] += at - low
+    return torch.from_numpy(U)
+
+
+def doubled(x):
+    U = doubling(x.shape[-1])
+    return U @ x @ U.T
+
+
+def twice(stage, x):
+    """(conv3x3, BN, ReLU) twice, in float64 and from the weights alone."""
+    for conv, norm in (stage[0], stage[1]), (stage[3], stage[4]):
+        windows = F.unfold(x, 3, padding=1)                                  # (B, C * 9, H * W)
+        y = conv.weight.flatten(1) @ windows
+        y = y if conv.bias is None else y + conv.bias[:, None]
+        y = y.view(len(x), -1, *x.shape[-2:])
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        x = ((y - norm.running_mean[:, None, None]) * gain[:, None, None]
+             + norm.bias[:, None, None]).clamp(min=0)
+    return x
+
+
+def pooled(x):
+    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).amax((-1, -3))
+
+
+class MaskSupModels(Case):
+    def image(self, S=32, B=2):
+        return torch.from_numpy(self.rng.uniform(-1, 1, (B, 3, S, S)))
+
+    def test_parameters_are_those_published(self):
+        with torch.device("meta"):
+            for name, expected in (("levit384", 52_154_213), ("levit192", 19_894_150),
+                                   ("levit128s", 15_894_627)):
+                self.assertEqual(masksup.parameters(masksup.LeViTUNet(1, name)), expected)
+            self.assertEqual(masksup.parameters(masksup.UNetPlusPlus(40)), 9_164_616)
+            self.assertEqual(masksup.parameters(masksup.UNet(40)), 7_853_832)
+
+    def test_unet_against_its_formula(self):
+        f, x = shuffled(masksup.UNet(3, width=2).double()).eval(), self.image()
+        a = twice(f.down[0], x)
+        b = twice(f.down[1], pooled(a))
+        c = twice(f.down[2], pooled(b))
+        d = twice(f.down[3], pooled(c))
+        y = twice(f.down[4], pooled(d))
+        for stage, skip in zip(f.up, (d, c, b, a)):
+            y = twice(stage, torch.cat([skip, doubled(y)], 1))
+        expected = torch.einsum("nc,bchw->bnhw", f.head.weight[:, :, 0, 0], y)
+        torch.testing.assert_close(f(x), expected + f.head.bias[:, None, None])
+
+    def test_unetpp_nodes_against_the_formula(self):
+        f, image = shuffled(masksup.UNetPlusPlus(3, width=2).double()).eval(), self.image()
+
+        def X(i, j):            # X(i, j) = H([X(i, 0), .., X(i, j - 1), U(X(i + 1, j - 1))])
+            if j == 0:
+                return twice(f.node[f"{i}0"], pooled(X(i - 1, 0)) if i else image)
+            return twice(f.node[f"{i}{j}"], torch.cat([*(X(i, k) for k in range(j)),
+                                                       doubled(X(i + 1, j - 1))], 1))
+        expected = torch.einsum("nc,bchw->bnhw", f.head.weight[:, :, 0, 0], X(0, 4))
+        torch.testing.assert_close(f(image), expected + f.head.bias[:, None, None])
+
+    def test_attention_with_its_bias_table_against_a_loop(self):
+        for r, shrink in (4, False), (4, True), (5, True), (3, False):
+            layer = shuffled(masksup.Attention(6, 8, 3, 2, r, shrink).double()).eval()
+            x = torch.from_numpy(self.rng.standard_normal((2, r * r, 6)))
+
+            def linear(part, v):        # Linear, BN with the running statistics
+                y = v @ part.c.weight.T - part.bn.running_mean
+                return y / (part.bn.running_var + 1e-5).sqrt() * part.bn.weight + part.bn.bias
+
+            # LeViT's release numbers the distances in the order in which it meets them
+            points = [(y, x) for y in range(r) for x in range(r)]
+            asking = [(y, x) for y in range(0, r, 2) for x in range(0, r, 2)] if shrink else points
+            number = {}
+            for p in asking:
+                for q in points:
+                    number.setdefault((abs(p[0] - q[0]), abs(p[1] - q[1])), len(number))
+            d_v, rows = 12 if shrink else 6, []
+            for b in range(2):
+                for p in asking:
+                    heads = []
+                    for h in range(2):
+                        mine = x[b, points.index(p)]
+                        if shrink:
+                            query = linear(layer.q[1], mine)[h * 3:h * 3 + 3]
+                            kv = linear(layer.kv, x[b])[:, h * 15:h * 15 + 15]
+                            keys, values = kv[:, :3], kv[:, 3:]
+                        else:
+                            width = 12
+                            query = linear(layer.qkv, mine)[h * width:h * width + 3]
+                            kv = linear(layer.qkv, x[b])[:, h * width + 3:h * width + 12]
+                            keys, values = kv[:, :3], kv[:, 3:]
+                        score = torch.stack([
+                            query @ keys[k] / 3 ** 0.5 + layer.attention_biases[
+                                h, number[abs(p[0] - q[0]), abs(p[1] - q[1])]]
+                            for k, q in enumerate(points)]).exp()
+                        heads.append((score[:, None] * values).sum(0) / score.sum())
+                    z = torch.cat(heads)
+                    self.assertEqual(len(z), 2 * d_v)
+                    rows.append(linear(layer.proj[1], z * (z + 3).clamp(0, 6) / 6))
+            torch.testing.assert_close(layer(x), torch.stack(rows).view(2, len(asking), 8))
+
+    def test_levit_unet_against_its_parts(self):
+        f = shuffled(masksup.LeViTUNet(3, "levit128s", 64).double()).eval()
+        image, skips, levit = self.image(64), [], f.levit
+        x = image
+        for conv in levit.patch_embed[:6:2]:
+            skips.append(F.hardswish(conv.bn(F.conv2d(x, conv.c.weight, None, 2, 1))))
+            x = skips[-1]
+        last = levit.patch_embed[6]
+        x = last.bn(F.conv2d(x, last.c.weight, None, 2, 1))
+        self.assertEqual([s.shape[1:] for s in (*skips, x)],
+                         [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4)])
+        t, maps = x.flatten(2).mT, [x]
+        # 2, 3 and 4 blocks of attention and MLP, and before the last two a smaller grid and an MLP
+        for start, end, r, width in (0, 4, 4, 128), (4, 12, 2, 256), (12, 22, 1, 384):
+            for block in levit.blocks[start:end]:
+                t = block(t)
+            self.assertEqual(t.shape, (2, r * r, width))
+            m = t.mT.reshape(2, width, r, r)
+            if r == 2:
+                m = doubled(m)
+            maps.append(m.expand(-1, -1, 4, 4))
+        self.assertEqual(end, len(levit.blocks))
+        y = torch.cat(maps, 1)
+        for stage, skip in zip(f.up, skips[::-1]):
+            y = torch.cat([twice(stage, doubled(y)), skip], 1)
+        expected = doubled(F.conv2d(y, f.head.weight, f.head.bias, padding=1))
+        torch.testing.assert_close(f(image), expected)
+
+    def test_dropped_branches_keep_the_mean(self):
+        branch = masksup.Residual(torch.nn.Identity(), 0.25).train()
+        torch.manual_seed(0)
+        y = branch(torch.ones(4000, 2, 4))
+        self.assertEqual(sorted({round(v, 4) for v in y.unique().tolist()}), [1.0, 2.3333])
+        self.assertLess(abs(y.mean().item() - 2), 0.05)
+        self.assertTrue((branch.eval()(torch.ones(9, 2, 4)) == 2).all())
+
+    def test_both_branches_share_f_and_holes_multiply_the_picture(self):
+        f, x = masksup.UNet(3, 2).eval(), self.image().float()
+        holes = torch.from_numpy(self.rng.random((2, 1, 32, 32)) < 0.5)
+        M_p, M_pm = masksup.MaskSup(f)(x, holes)
+        self.assertTrue(torch.equal(M_p, f(x)))
+        self.assertTrue(torch.equal(M_pm, f(torch.where(holes, x, 0.0))))
+        self.assertIsNone(masksup.MaskSup(f)(x)[1])
+
+    def test_the_holed_pass_moves_the_running_averages_only_if_asked(self):
+        for follows in True, False:
+            torch.manual_seed(0)
+            f, x = masksup.UNet(3, 2).train(), self.image().float()
+            first = f.down[0][1]
+            y = f.down[0][0](x).mean((0, 2, 3)) * 0.1
+            z = f.down[0][0](x * 0).mean((0, 2, 3)) * 0.1
+            masksup.MaskSup(f, follows)(x, torch.zeros(2, 1, 32, 32))
+            torch.testing.assert_close(first.running_mean, 0.9 * y + z if follows else y)
+            self.assertEqual(first.momentum, 0.1)
+
+
+class MaskSupPretrained(Case):
+    def release(self, name):
+        """A file with names and shapes of LeViT's release at 224, written out independently."""
+        C, H, X, D = {"levit128s": ((128, 256, 384), (4, 6, 8), (2, 3, 4), 16)}[name]
+        weights = {}
+
+        def norm(key, n):
+            for part in "weight", "bias", "running_mean", "running_var":
+                weights[f"{key}.bn.{part}"] = torch.rand(n)
+            weights[f"{key}.bn.num_batches_tracked"] = torch.tensor(7)
+
+        def linear(key, i, o):
+            weights[f"{key}.c.weight"] = torch.rand(o, i)
+            norm(key, o)
+
+        for k, (i, o) in enumerate(((3, 16), (16, 32), (32, 64), (64, 128))):
+            weights[f"patch_embed.{2 * k}.c.weight"] = torch.rand(o, i, 3, 3)
+            norm(f"patch_embed.{2 * k}", o)
+        b = 0
+        for stage, r in enumerate((14, 7, 4)):
+            for _ in range(X[stage]):
+                wide = H[stage] * D
+                weights[f"blocks.{b}.m.attention_biases"] = torch.rand(H[stage], r * r)
+                weights[f"blocks.{b}.m.attention_bias_idxs"] = torch.zeros(r * r, r * r).long()
+                linear(f"blocks.{b}.m.qkv", C[stage], 4 * wide)
+                linear(f"blocks.{b}.m.proj.1", 2 * wide, C[stage])
+                linear(f"blocks.{b + 1}.m.0", C[stage], 2 * C[stage])
+                linear(f"blocks.{b + 1}.m.2", 2 * C[stage], C[stage])
+                b += 2
+            if stage < 2:
+                heads = C[stage] // D
+                weights[f"blocks.{b}.attention_biases"] = torch.rand(heads, r * r)
+                linear(f"blocks.{b}.kv", C[stage], 5 * heads * D)
+                linear(f"blocks.{b}.q.1", C[stage], heads * D)
+                linear(f"blocks.{b}.proj.1", 4 * heads * D, C[stage + 1])
+                linear(f"blocks.{b + 1}.m.0", C[stage + 1], 2 * C[stage + 1])
+                linear(f"blocks.{b + 1}.m.2", 2 * C[stage + 1], C[stage + 1])
+                b += 2
+        weights["head.l.weight"] = torch.rand(1000, 384)
+        torch.save({"model": weights}, self.tmp / "levit.pth")
+        return weights
+
+    def load(self, size=224, model="levit128s", source=None):
+        cfg = masksup.Config(model=model, size=size, pretrained=str(source or self.tmp / "levit.pth"))
+        f, text = masksup.build(cfg, 2), io.StringIO()
+        before = {k: v.clone() for k, v in f.state_dict().items()}
+        with contextlib.redirect_stdout(text):
+            masksup.load_levit(f.levit, cfg)
+        return before, f.state_dict(), text.getvalue()
+
+    def test_every_weight_of_the_encoder_comes_from_the_release(self):
+        theirs = self.release("levit128s")
+        before, after, text = self.load()
+        mine = [k for k in after if k.startswith("levit.")]
+        for key in mine:
+            self.assertTrue(torch.equal(after[key], theirs[key.removeprefix("levit.")]), key)
+        self.assertIn(f"{len(mine)} of the encoder's {len(mine)} tensors", text)
+        self.assertIn("not used: head", text)
+        for key in after.keys() - set(mine):
+            self.assertTrue(torch.equal(after[key], before[key]), key)
+
+    def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
+        self.release("levit128s")
+        _, after, text = self.load(size=96)
+        self.assertIn("fresh at this size: blocks.0.m.attention_biases", text)
+        self.assertEqual(after["levit.blocks.0.m.attention_biases"].abs().max(), 0)
+
+    def test_what_cannot_be_loaded_is_one_line(self):
+        (self.tmp / "no.pth").write_bytes(b"nothing")
+        torch.save({"a": torch.ones(1)}, self.tmp / "other.pth")
+        for source, words in (("gone.pth", ["gone.pth", "cannot be read", "LeViT-128S-96703c44"]),
+                              ("no.pth", ["no.pth", "cannot be read"]),
+                              ("other.pth", ["other.pth", "no weights of levit128s"])):
+            with self.fails(*words):
+                self.load(source=self.tmp / source)
+        with self.fails("LeViT only", "unet"):
+            masksup.load_levit(None, masksup.Config(model="unet", pretrained="imagenet"))
+
+    def test_imagenet_is_the_release_checked_by_its_hash(self):
+        weights = self.release("levit128s")
+        with mock.patch("torch.hub.load_state_dict_from_url",
+                        return_value={"model": weights}) as asked:
+            self.load(source="imagenet")
+        self.assertEqual(asked.call_args.args, (
+            "https://dl.fbaipublicfiles.com/LeViT/LeViT-128S-96703c44.pth",))
+        self.assertTrue(asked.call_args.kwargs["check_hash"])
+        self.assertTrue(asked.call_args.kwargs["weights_only"])
+
+
+class MaskSupMasking(Case):
+    def test_coverage_of_a_thousand_masks(self):
+        for coverage, low, high in ("high", 0.5, 0.75), ("low", 0.1, 0.3):
+            bank = masksup.mask_bank(1000, 64, *masksup.COVERAGE[coverage], seed=0)
+            removed = 1 - bank.float().mean((1, 2))
+            self.assertGreaterEqual(removed.min().item(), low - 1e-6)
+            self.assertLessEqual(removed.max().item(), high + 1e-6)
+            self.assertGreater(removed.std().item(), (high - low) / 6)       # of all amounts
+
+    def test_streaks_and_holes_not_noise(self):
+        bank = masksup.mask_bank(20, 128, 0.5, 0.75, seed=1).numpy()
+        for mask in bank:
+            inside = ~mask
+            for axis, step in (0, 1), (0, -1), (1, 1), (1, -1):
+                inside = inside & ~np.roll(mask, step, axis)
+            # of n removed pixels that were noise, n * share^4 would have four removed neighbours
+            share = (~mask).mean()
+            self.assertGreater(inside.sum() / (~mask).sum(), 0.75)
+            self.assertGreater(0.75, share ** 4 + 0.3)
+
+    def test_masks_have_no_seam_when_shifted(self):
+        bank = masksup.mask_bank(100, 96, 0.5, 0.75, seed=2)
+        edges = (bank != bank.roll(1, 2)).float().mean((0, 1))               # column by column
+        self.assertLess(edges[0].item(), edges.mean().item() + 4 * edges[1:].std().item())
+
+    def test_pick_against_numpy(self):
+        bank = masksup.mask_bank(5, 24, 0.3, 0.6, seed=3)
+        noise = masksup.draw(range(200))
+        holes = masksup.pick(bank, noise)
+        self.assertEqual((holes.shape, holes.dtype), ((200, 1, 24, 24), torch.bool))
+        seen = set()
+        for (k, down, right, turn, my, mx), found in zip(noise.tolist(), holes[:, 0].numpy()):
+            mask = np.roll(bank[int(5 * k)].numpy(), (-int(24 * down), -int(24 * right)), (0, 1))
+            mask = mask[::-1] if my < 0.5 else mask
+            mask = mask[:, ::-1] if mx < 0.5 else mask
+            np.testing.assert_array_equal(found, mask.T if turn < 0.5 else mask)
+            seen.add((int(5 * k), turn < 0.5, my < 0.5, mx < 0.5))
+        self.assertGreater(len(seen), 35)                                     # of 40
+
+    def test_the_mask_of_a_sample_is_its_own(self):
+        self.assertTrue(torch.equal(masksup.draw([7]), masksup.draw([1, 7, 3])[1:2]))
+
+    def test_patches_of_the_autoencoder(self):
+        noise = masksup.draw(range(30), 16)
+        holes = masksup.patch_holes(noise, 32, 8, 0.75)
+        cells = holes.view(30, 4, 8, 4, 8).float().mean((2, 4))
+        self.assertEqual(set(cells.unique().tolist()), {0.0, 1.0})
+        self.assertTrue((cells.sum((1, 2)) == 4).all())
+        self.assertGreater(len({tuple(c.flatten().tolist()) for c in cells}), 25)
+
+    def test_a_folder_of_masks_dark_removes(self):
+        for i in range(3):
+            save(self.tmp / f"m/{i}.png", np.full((20, 30), 255 * (i > 0), np.uint8))
+        bank = masksup.mask_source(masksup.Config(masks=str(self.tmp / "m"), size=16))
+        self.assertEqual(bank.float().mean((1, 2)).tolist(), [0, 1, 1])
+        (self.tmp / "empty").mkdir()
+        for name, word in ("gone", "no such folder"), ("empty", "no pictures"):
+            with self.fails(name, word):
+                masksup.mask_source(masksup.Config(masks=str(self.tmp / name)))
+
+
+class MaskSupLoss(Case):
+    def pair(self, N, S=6):
+        return (torch.from_numpy(self.rng.standard_normal((2, N, S, S))) for _ in range(2))
+
+    def test_loss_against_a_loop_over_pixels(self):
+        for N in 2, 5:
+            M_p, M_pm = self.pair(N)
+            label = torch.from_numpy(self.rng.integers(0, N, (2, 6, 6), dtype=np.uint8))
+            label[0, :2] = 255
+            seg = context = similar = 0.0
+            for b in range(2):
+                for y in range(6):
+                    for x in range(6):
+                        p, q = (np.exp(m[b, :, y, x].numpy()) for m in (M_p, M_pm))
+                        p, q = p / p.sum(), q / q.sum()
+                        similar += ((p - q) ** 2).sum() / (2 * 36 * N)
+                        if (c := int(label[b, y, x])) != 255:
+                            seg -= np.log(p[c]) / 60
+                            context -= np.log(q[c]) / 60
+            loss, terms = masksup.loss_fn(M_p, M_pm, label, (1, 0.5, 3))
+            np.testing.assert_allclose(terms, [seg, context, similar], rtol=1e-5)
+            self.assertAlmostEqual(loss.item(), seg + 0.5 * context + 3 * similar, places=5)
+            loss, terms = masksup.loss_fn(M_p, M_pm, label, (1, 1, 0))                # Eq. 2
+            self.assertAlmostEqual(loss.item(), seg + context, places=5)
+            loss, terms = masksup.loss_fn(M_p, None, label)
+            self.assertAlmostEqual(loss.item(), seg, places=5)
+            self.assertEqual(terms[1:].tolist(), [0, 0])
+
+    def test_nothing_labelled_gives_zero_and_a_finite_gradient(self):
+        M_p = torch.randn(2, 3, 4, 4, requires_grad=True)
+        loss, _ = masksup.loss_fn(M_p, None, torch.full((2, 4, 4), 255))
+        loss.backward()
+        self.assertEqual((loss.item(), M_p.grad.abs().max().item()), (0, 0))
+
+    def gradients(self, f, term, N, S):
+        """Whether each weight of f gets a gradient from one term: seg, context or tasksim with the
+        gradient of one branch alone."""
+        made = torch.Generator().manual_seed(1)
+        x = torch.rand(2, 3, S, S, generator=made) * 2 - 1
+        holes = torch.rand(2, 1, S, S, generator=made) < 0.5
+        label = torch.randint(0, N, (2, S, S), generator=made)
+        # statistics that are given: with those of the batch, a bias before BN would not matter
+        M_p, M_pm = masksup.MaskSup(f.eval())(x, holes)
+        loss = {"seg": lambda: masksup.cross_entropy(M_p, label),
+                "context": lambda: masksup.cross_entropy(M_pm, label),
+                "tasksim to M_p": lambda: masksup.task_similarity(M_p, M_pm.detach()),
+                "tasksim to M_pm": lambda: masksup.task_similarity(M_p.detach(), M_pm)}[term]()
+        f.zero_grad()
+        loss.backward()
+        return {name: p.grad for name, p in f.named_parameters()}
+
+    def test_every_term_reaches_every_weight(self):
+        torch.manual_seed(0)
+        for make, S in ((lambda N: masksup.UNet(N, 4), 32),
+                        (lambda N: masksup.UNetPlusPlus(N, 4), 32),
+                        (lambda N: masksup.LeViTUNet(N, "levit128s", 96), 96)):
+            for N in 2, 7:
+                f = shuffled(make(N))
+                for term in "seg", "context", "tasksim to M_p", "tasksim to M_pm":
+                    for name, g in self.gradients(f, term, N, S).items():
+                        self.assertIsNotNone(g, (name, term))
+                        self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, term, N))
+
+    def test_base_computes_neither_further_term(self):
+        calls = []
+        f = masksup.UNet(3, 2)
+        f.register_forward_hook(lambda *_: calls.append(1))
+        machine = common.Machine(masksup.Config(device="cpu"))
+        image = torch.from_numpy(self.rng.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8))
+        label = torch.zeros(2, 32, 32, dtype=torch.uint8)
+        for method, passes, similarities in ("base", 1, 0), ("cb", 2, 0), ("masksup", 2, 1):
+            cfg, net = masksup.Config(method=method), masksup.MaskSup(f)
+            optimizer = masksup.make_optimizer(f, cfg)
+            calls.clear()
+            with mock.patch("masksup.task_similarity",
+                            wraps=masksup.task_similarity) as similarity:
+                terms = masksup.train_step(
+                    net, optimizer, machine.scaler(), machine, cfg, image, label,
+                    None if method == "base" else torch.ones(2, 1, 32, 32))
+            self.assertEqual((len(calls), similarity.call_count), (passes, similarities))
+            self.assertEqual([t > 0 for t in terms[1:3].tolist()], [True, method != "base"])
+
+
+class MaskSupRuns(Case):
+    def test_four_pictures_are_learned_by_heart(self):
+        torch.manual_seed(0)
+        pictures = data.Dataset("shapes", "", "train", size=32)
+        image, label, _ = (torch.stack(t) if torch.is_tensor(t[0]) else t
+                           for t in zip(*(pictures[i] for i in (1, 2, 3, 4))))
+        cfg = masksup.Config(lr=3e-3, device="cpu")
+        machine, f = common.Machine(cfg), masksup.UNet(6, 8).train()
+        net, optimizer = masksup.MaskSup(f), masksup.make_optimizer(f, cfg)
+        bank = masksup.mask_bank(8, 32, 0.1, 0.3, seed=0)
+        for step in range(200):
+            holes = masksup.pick(bank, masksup.draw(range(4 * step, 4 * step + 4)))
+            terms = masksup.train_step(net, optimizer, machine.scaler(), machine, cfg, image,
+                                       label, holes)
+        M_p, M_pm = net(masksup.to_input(image, "cpu"), holes)
+        self.assertGreater((M_p.argmax(1) == label).float().mean().item(), 0.99)
+        self.assertGreater((M_pm.argmax(1) == label).float().mean().item(), 0.95)
+        self.assertLess(terms[0].item(), 0.25)
+
+    def test_evaluation_against_a_loop_over_pictures(self):
+        torch.manual_seed(0)
+        root = self.folder(7, classes=2, size=(32, 32))
+        for path in (root / "masks").iterdir():                   # void as well
+            mask = np.array(Image.open(path))
+            mask[:3] = 255
+            save(path, mask)
+        cfg = masksup.Config(data=str(root), size=32, device="cpu", seed=3)
+        items = data.Dataset(str(root), "", "train", size=32)
+        f = shuffled(masksup.UNet(2, 4)).eval()
+        bank = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0)
+        for masks in None, bank:
+            found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
+                                     items.info, masks)
+            inter, union, each, ce, n = np.zeros(2), np.zeros(2), [], 0.0, 0
+            for i in range(len(items)):
+                image, label, _ = items[i]
+                x = image[None].float() / 127.5 - 1
+                if masks is not None:
+                    x = x * masksup.pick(bank, masksup.draw([common.seed_of(3, i)]))
+                with torch.no_grad():
+                    p = f(x)[0].double().softmax(0).numpy()
+                answer, truth = p.argmax(0), label.numpy()
+                for c in range(2):
+                    inter[c] += ((answer == c) & (truth == c)).sum()
+                    union[c] += (((answer == c) | (truth == c)) & (truth != 255)).sum()
+                each.append(((answer == 1) & (truth == 1)).sum()
+                            / (((answer == 1) | (truth == 1)) & (truth != 255)).sum())
+                for c in range(2):
+                    ce -= np.log(p[c][truth == c]).sum()
+                    n += (truth == c).sum()
+            self.assertAlmostEqual(found["miou"], 100 * (inter / union).mean(), places=3)
+            self.assertAlmostEqual(found["paper_iou"], 100 * np.mean(each), places=3)
+            self.assertAlmostEqual(found["loss"], ce / n, places=4)
+
+    def test_a_run_from_the_command_line_and_its_evaluation(self):
+        out = self.tmp / "run"
+        done = script("masksup.py", *MASKSUP, "--epochs", 2, "--out", out)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual({p.name for p in out.iterdir()},
+                         {"config.json", "log.csv", "last.pt", "best.pt", "samples.png",
+                          "curves.png", "metrics.json"})
+        metrics = json.loads((out / "metrics.json").read_text())
+        self.assertEqual((metrics["steps"], metrics["epoch"], metrics["params"]),
+                         (8, 2, masksup.parameters(masksup.UNet(6, 4))))
+        self.assertEqual(len((out / "log.csv").read_text().splitlines()), 3)
+        self.assertAlmostEqual(
+            metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
+        base = self.tmp / "base"
+        script("masksup.py", *MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
+        done = script("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
+                      "0.3,0.7", "--out", self.tmp / "eval")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        again = json.loads((self.tmp / "eval/run-last/metrics.json").read_text())
+        self.assertEqual(again["class_iou"], metrics["class_iou"])
+        self.assertEqual(list(again["corrupt"]), ["0", "0.3", "0.7"])
+        self.assertEqual(again["corrupt"]["0"]["miou"], metrics["miou"])
+        self.assertIn("base-last", done.stdout)
+        self.assertTrue((self.tmp / "eval/robustness.png").exists())
+        for flags, word in ((["--out", out], "already holds a run"),
+                            (["--out", out, "--resume", "--lr", 0.5], "lr was 0.003, now 0.5"),
+                            (["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
+                            (["--init", self.tmp / "no.pt"], "no.pt"),
+                            (["--predict", self.tmp], "--ckpt"), (["--modle", "unet"], "--model")):
+            done = script("masksup.py", *MASKSUP, "--epochs", 2, *flags)
+            self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+            self.assertIn(word, done.stderr)
+
+    def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
+        flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
+                 "--epochs", 1, "--max-steps", 1, "--lr", 1e-3]
+        broken, whole = self.tmp / "broken", self.tmp / "whole"
+        run = subprocess.Popen([sys.executable, MAIN / "masksup.py", *map(str, flags), "--out",
+                                broken], stdout=subprocess.DEVNULL)
+        while not (broken / "pretrain.pt").exists() and run.poll() is None:
+            time.sleep(0.01)
+        run.kill()
+        self.assertEqual(run.wait(), -9)
+        self.assertEqual(script("masksup.py", *flags, "--out", broken, "--resume").returncode, 0)
+        done = script("masksup.py", *flags, "--out", whole)
+        losses = [float(line.split("loss")[1].split()[0]) for line in done.stdout.splitlines()
+                  if line.startswith("pretraining")]
+        self.assertEqual(len(losses), 6)
+        self.assertLess(losses[-1], 0.8 * losses[0])
+        a, b = (torch.load(out / "last.pt")["model"] for out in (whole, broken))
+        for name, value in a.items():
+            self.assertTrue(torch.equal(value, b[name]), name)
+        painter = torch.load(whole / "pretrain.pt")["model"]
+        self.assertEqual(painter["head.weight"].shape[0], 3)
+        for name, value in painter.items():
+            if name.endswith("0.weight"):                # a step of 1e-3 away from where it began
+                self.assertLess((value - a[name]).abs().max().item(), 2e-3, name)
+
+    def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
+        whole, broken = self.tmp / "whole", self.tmp / "broken"
+        flags = [*MASKSUP, "--warmup", 3]
+        self.assertEqual(script("masksup.py", *flags, "--out", whole).returncode, 0)
+        run = subprocess.Popen(
+            [sys.executable, MAIN / "masksup.py", *map(str, flags), "--out", broken],
+            stdout=subprocess.DEVNULL)
+        while not (broken / "last.pt").exists() and run.poll() is None:
+            time.sleep(0.01)
+        run.kill()
+        self.assertEqual(run.wait(), -9)
+        for more in ["--max-steps", 6], []:
+            self.assertEqual(
+                script("masksup.py", *flags, "--out", broken, "--resume", *more).returncode, 0)
+        a, b = (torch.load(out / "last.pt") for out in (whole, broken))
+        self.assertEqual(a["step"], b["step"])
+        for name, value in a["model"].items():
+            self.assertTrue(torch.equal(value, b["model"][name]), name)
+        for state in a["optimizer"]["state"]:
+            for name, value in a["optimizer"]["state"][state].items():
+                self.assertTrue(torch.equal(value, b["optimizer"]["state"][state][name]), name)
+
+    def test_two_processes_save_once_and_score_what_one_scores(self):
+        flags = [*MASKSUP, "--max-steps", 3, "--batch-size", 30, "--out", self.tmp / "two"]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node=2", MAIN / "masksup.py", *map(str, flags)],
+                              capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("-> "), 1)
+        script("masksup.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "one")
+        one, two = (json.loads((self.tmp / name / "metrics.json").read_text())
+                    for name in ("one", "two"))
+        self.assertEqual(one["class_iou"], two["class_iou"])
+        self.assertAlmostEqual(one["paper_iou"], two["paper_iou"], places=3)
+
+    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
+        done = script("masksup.py", "--data", "nyuv2", "--root", self.tmp, "--bench", 0)
+        self.assertEqual(json.loads(done.stdout.splitlines()[-1])["params"], 9_164_616)
+        done = script("masksup.py", *MASKSUP, "--bench", 1, "--batch-size", 2)
+        last = json.loads(done.stdout.splitlines()[-1])
+        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "peak_mb"])
+
+
+class MaskSupPredict(Case):
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        cfg = masksup.Config(model="unet", width=4, size=32)
+        info = data.Info("own", ("a", "b", "c"), ((1, 2, 3), (200, 0, 0), (0, 200, 0)), (0, 1, 2))
+        self.f = shuffled(masksup.UNet(3, 4)).eval()
+        common.save_checkpoint(self.tmp / "c.pt", {
+            "method": "masksup", "config": dataclasses.asdict(cfg),
+            "info": dataclasses.asdict(info), "model": self.f.state_dict()})
+
+    def predict(self, source):
+        return script("masksup.py", "--predict", source, "--ckpt", self.tmp / "c.pt", "--to",
+                      self.tmp / "to", "--device", "cpu")
+
+    def test_every_kind_of_picture_at_its_own_size(self):
+        folder = self.tmp / "in"
+        rgb = save(folder / "rgb.png", self.noise(40, 50, 3))
+        save(folder / "grey.png", self.noise(33, 32))
+        save(folder / "alpha.png", self.noise(20, 70, 4))
+        save(folder / "deep.png", self.rng.integers(0, 2**16, (90, 17), np.uint16))
+        save(folder / "deep.tif", self.rng.integers(0, 2**16, (9, 17), np.uint16))
+        save(folder / "tiny.png", self.noise(1, 1, 3))
+        Image.new("CMYK", (64, 48), (0, 255, 255, 0)).save(folder / "ink.jpg")
+        exif = Image.Exif()
+        exif[0x0112] = 6                                      # the camera was held upright
+        Image.fromarray(self.noise(40, 90, 3)).save(folder / "turned.jpg", exif=exif)
+        before = {p: p.read_bytes() for p in folder.iterdir()}
+        done = self.predict(folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        sizes = {"rgb": (50, 40), "grey": (32, 33), "alpha": (70, 20), "deep.png": (17, 90),
+                 "deep.tif": (17, 9), "tiny": (1, 1), "ink": (64, 48), "turned": (40, 90)}
+        for name, size in sizes.items():
+            with Image.open(self.tmp / f"to/{name}.png") as index, \
+                    Image.open(self.tmp / f"to/overlay/{name}.png") as overlay:
+                self.assertEqual((index.size, index.mode), (size, "P"), name)
+                self.assertEqual(index.getpalette()[:9], [1, 2, 3, 200, 0, 0, 0, 200, 0])
+                self.assertEqual((overlay.size, overlay.mode), (size, "RGB"))
+                self.assertLess(np.array(index).max(), 3)
+        self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
+        with Image.open(rgb) as image:                        # the answer, step by step
+            x = np.array(image.resize((32, 32), Image.BILINEAR)).transpose(2, 0, 1)
+        with torch.no_grad():
+            logits = self.f(torch.from_numpy(x)[None].float() / 127.5 - 1)
+        logits = torch.stack([torch.from_numpy(np.array(Image.fromarray(m.numpy()).resize(
+            (50, 40), Image.BILINEAR))) for m in logits[0]])
+        answer = np.array(Image.open(self.tmp / "to/rgb.png"))
+        self.assertGreater((answer == logits.argmax(0).numpy()).mean(), 0.98)
+        self.assertEqual(self.predict(folder).returncode, 2)                 # --to is not empty
+
+    def test_broken_files_are_named_and_skipped(self):
+        whole = save(self.tmp / "in/whole.png", self.noise(30, 30, 3))
+        (self.tmp / "in/cut.png").write_bytes(whole.read_bytes()[:900])
+        (self.tmp / "in/empty.jpg").write_bytes(b"")
+        done = self.predict(self.tmp / "in")
+        self.assertEqual(done.returncode, 1)
+        lines = done.stderr.splitlines()
+        self.assertEqual(len(lines), 2, lines)
+        self.assertTrue("cut.png" in lines[0] and "empty.jpg" in lines[1], lines)
+        self.assertIn("1 segmented, 2 failed", done.stdout)
+        self.assertTrue((self.tmp / "to/whole.png").exists())
+
+    def test_one_picture_and_no_picture(self):
+        self.assertEqual(self.predict(save(self.tmp / "a.png", self.noise(8, 9))).returncode, 0)
+        self.assertTrue((self.tmp / "to/overlay/a.png").exists())
+        done = script("masksup.py", "--predict", self.tmp / "gone", "--ckpt", self.tmp / "c.pt",
+                      "--to", self.tmp / "other")
+        self.assertEqual((done.returncode, "gone" in done.stderr), (2, True))
 
 
 if __name__ == "__main__":

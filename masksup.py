@@ -1,0 +1,1044 @@
+"""MaskSup, masked supervised learning: segment a picture and its copy full of holes, together.
+
+    I                     ->  f  ->  M_p       segmentation branch, L_seg = CE(M_p, M_gt)
+    I_masked = I * M_holes ->  f  ->  M_pm      context branch, L_context = CE(M_pm, M_gt)  Eq. 1-2
+    L = L_seg + L_context + L_tasksim, L_tasksim = MSE(softmax M_p, softmax M_pm)           Eq. 3
+
+f is any segmentation network, the same in both branches; at test time there are no holes, and it
+costs what f costs. Zunair and Ben Hamza, "Masked supervised learning for semantic segmentation",
+BMVC 2022; equations, tables and figures are numbered as there.
+
+    python masksup.py                                       # embedded dataset, CPU, two minutes
+    python masksup.py --data glas                           # the paper's recipe
+    python masksup.py --data glas --method base             # what it is compared with (Fig. 5)
+    python masksup.py --data glas --model levit384 --pretrained imagenet
+    python masksup.py --eval out/a/last.pt out/b/last.pt --corrupt 0.1,0.3,0.5,0.7      # Fig. 6
+    python masksup.py --predict PICTURES --ckpt out/masksup-glas/best.pt --to DIR
+    python masksup.py --data glas --pretrain mae            # the other side of Table 2
+    torchrun --nproc_per_node=4 masksup.py --data glas      # several GPUs
+"""
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter, OrderedDict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import common
+import data
+from common import UserError
+
+
+# ---------------------------------------------------------------------------------------- config
+
+@dataclass
+class Config:
+    data: str = "shapes"           # shapes, glas, polyp, nyuv2, voc, .. or your own folder (data.py)
+    root: str = "data"             # where datasets live
+    out: str = ""                  # run folder; empty: out/masksup-DATA
+    method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
+    model: Literal["unet", "unetpp", "levit128s", "levit192", "levit384"] = "levit384"  # f
+    epochs: int = 200              # as all that follows down to coverage, the paper's for GlaS
+    batch_size: int = 16           # pictures a step, over all processes
+    lr: float = 1e-4               # of the optimizer
+    optimizer: Literal["adam", "sgd"] = "adam"  # SGD with momentum 0.9
+    weight_decay: float = 0.0      # the optimizer's own, not decoupled
+    schedule: Literal["constant", "step", "cosine"] = "constant"  # step: x 0.1 every 60 epochs
+    warmup: int = 0                # steps over which the rate rises to lr
+    size: int = 224                # pictures are resized to this side, whatever their proportions
+    flip: bool = False             # mirror half of the training pictures; the paper does not
+    coverage: Literal["high", "low"] = "high"  # M_holes removes 50-75 % or 10-30 % (Table 3)
+    masks: str = ""                # folder of masks to use instead of drawn ones: dark removes
+    bank: int = 256                # masks that are drawn, once a run
+    alpha1: float = 1.0            # weight of L_seg in Eq. 3
+    alpha2: float = 1.0            # weight of L_context
+    alpha3: float = 1.0            # weight of L_tasksim
+    holed_stats: bool = True       # BatchNorm's running averages follow the holed pictures too
+    width: int = 32                # channels of the first level of unet and unetpp
+    pretrained: str = ""           # weights of LeViT's release: imagenet (downloads), or a file
+    init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
+    pretrain: Literal["none", "mae"] = "none"  # first learn to paint in removed patches (Table 2)
+    pretrain_epochs: int = 800     # --pretrain mae: epochs of that; then 50 unless --epochs is given
+    mae_patch: int = 16            # --pretrain mae: side of a removed patch
+    mae_ratio: float = 0.75        # --pretrain mae: share of the patches that is removed
+    eval_every: int = 1            # epochs between evaluations
+    seed: int = 0                  # of weights, masks and order
+    workers: int = -1              # loader processes; -1: up to 8 with CUDA, none without
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
+    compile: bool = False          # torch.compile the model
+    resume: bool = False           # go on from OUT/last.pt
+    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
+    palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
+    eval: tuple = ()               # evaluate these checkpoints and do nothing else
+    corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
+    bench: int = -1                # time N training steps on random tensors; 0: only count
+    predict: str = ""              # a picture, or a folder of them, to segment
+    ckpt: str = ""                 # --predict: the checkpoint
+    to: str = ""                   # --predict: new folder for the predictions
+
+
+scene = dict(model="unetpp", optimizer="sgd", lr=0.1, batch_size=8)
+RECIPES = {                        # what differs from the defaults above, by dataset
+    # two minutes on two CPU cores: a narrow U-Net, small pictures and steps
+    "shapes": dict(model="unet", width=8, size=64, epochs=12, batch_size=16, lr=3e-3,
+                   schedule="cosine", warmup=30, eval_every=2, mae_patch=8, pretrain_epochs=10),
+    "nyuv2": scene,                # the paper's; the others are not in it
+    "voc": scene, "camvid": scene, "cityscapes": scene,
+}
+
+
+# ----------------------------------------------------------------------------- model: the U-Nets
+
+def conv_twice(i, o, bias=True):
+    """(conv3x3, BN, ReLU) twice, i -> o channels."""
+    layers = []
+    for c in i, o:
+        layers += nn.Conv2d(c, o, 3, padding=1, bias=bias), nn.BatchNorm2d(o), nn.ReLU()
+    return nn.Sequential(*layers)
+
+
+def up(x):
+    """Twice the height and width, bilinearly."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+def halve(x):
+    return F.max_pool2d(x, 2)
+
+
+class UNet(nn.Module):
+    """U-Net, five levels, upsampling bilinearly: (B, 3, S, S) -> logits (B, N, S, S), 16 | S."""
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        w = [width * 2 ** i for i in range(5)]
+        self.down = nn.ModuleList(map(conv_twice, [3, *w], w))
+        self.up = nn.ModuleList(conv_twice(w[i] + w[i + 1], w[i]) for i in (3, 2, 1, 0))
+        self.head = nn.Conv2d(w[0], classes, 1)
+
+    def forward(self, x):
+        skips = []
+        for stage in self.down:
+            x = stage(halve(x) if skips else x)
+            skips.append(x)
+        for stage, skip in zip(self.up, skips[-2::-1]):
+            x = stage(torch.cat([skip, up(x)], 1))
+        return self.head(x)
+
+
+class UNetPlusPlus(nn.Module):
+    """U-Net++: node[i, j] at level i = conv(node[i, 0], .., node[i, j-1], up(node[i+1, j-1])).
+
+    (B, 3, S, S) -> logits (B, N, S, S), S a multiple of 16. Node [0, 4] has the head.
+    """
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        w = [width * 2 ** i for i in range(5)]
+        self.node = nn.ModuleDict()
+        for j in range(5):
+            for i in range(5 - j):
+                inputs = w[i] * j + w[i + 1] if j else [3, *w][i]
+                self.node[f"{i}{j}"] = conv_twice(inputs, w[i])
+        self.head = nn.Conv2d(w[0], classes, 1)
+
+    def forward(self, x):
+        x = {(-1, 0): x}
+        for j in range(5):
+            for i in range(5 - j):
+                if j:
+                    inputs = torch.cat([*(x[i, k] for k in range(j)), up(x[i + 1, j - 1])], 1)
+                else:
+                    inputs = halve(x[i - 1, 0]) if i else x[-1, 0]
+                x[i, j] = self.node[f"{i}{j}"](inputs)
+        return self.head(x[0, 4])
+
+
+# ---------------------------------------------------------------------------- model: LeViT-UNet
+
+# Module names and shapes down to LeViT are those of LeViT's release, so that its weights load.
+
+class ConvBN(nn.Sequential):
+    """conv3x3 of stride 2, BN."""
+
+    def __init__(self, i, o):
+        super().__init__(OrderedDict(c=nn.Conv2d(i, o, 3, 2, 1, bias=False),
+                                     bn=nn.BatchNorm2d(o)))
+
+
+class LinearBN(nn.Sequential):
+    """Linear on (B, L, i), BN over all tokens. gain: of BN at the start, 0 ending a residual."""
+
+    def __init__(self, i, o, gain=1.0):
+        super().__init__(OrderedDict(c=nn.Linear(i, o, bias=False), bn=nn.BatchNorm1d(o)))
+        nn.init.constant_(self.bn.weight, gain)
+
+    def forward(self, x):
+        return self.bn(self.c(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Residual(nn.Module):
+    """x + m(x); in training the branch m is left out for a share `drop` of the samples."""
+
+    def __init__(self, m, drop):
+        super().__init__()
+        self.m, self.drop = m, drop
+
+    def forward(self, x):
+        y = self.m(x)
+        if self.training and self.drop > 0:
+            y = y * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.drop) / (1 - self.drop)
+        return x + y
+
+
+class Every(nn.Module):
+    """(B, r * r, D) -> every second token of every second row."""
+
+    def __init__(self, r):
+        super().__init__()
+        self.r = r
+
+    def forward(self, x):
+        return x.unflatten(1, (self.r, self.r))[:, ::2, ::2].flatten(1, 2)
+
+
+class Attention(nn.Module):
+    """Attention of r x r tokens of width i, to as many, or (shrink) from every second in each
+    direction, with a learned bias for each head and each distance (|dy|, |dx|).
+
+    (B, r * r, i) -> (B, r' * r', o), r' = r or ceil(r / 2). key: d_k; values are `ratio` times
+    as wide. Keys are compared by q k / sqrt(key) + bias.
+    """
+
+    def __init__(self, i, o, key, heads, r, shrink=False):
+        super().__init__()
+        ratio = 4 if shrink else 2
+        self.key, self.heads, self.value, self.shrink = key, heads, ratio * key, shrink
+        if shrink:
+            self.q = nn.Sequential(Every(r), LinearBN(i, heads * key))
+            self.kv = LinearBN(i, heads * (key + self.value))
+        else:
+            self.qkv = LinearBN(i, heads * (2 * key + self.value))
+        self.proj = nn.Sequential(nn.Hardswish(), LinearBN(heads * self.value, o,
+                                                           gain=1.0 if shrink else 0.0))
+        self.attention_biases = nn.Parameter(torch.zeros(heads, r * r))
+        asking = torch.arange(0, r, 2 if shrink else 1)
+        off = (asking[:, None] - torch.arange(r)).abs()           # (r', r), along either direction
+        pair = off[:, None, :, None] * r + off[None, :, None, :]  # (r', r', r, r): |dy| * r + |dx|
+        self.register_buffer("pair", pair.flatten(2).flatten(0, 1), persistent=False)
+
+    def forward(self, x):
+        if self.shrink:
+            q, = self.split(self.q(x), self.key)
+            k, v = self.split(self.kv(x), self.key, self.value)
+        else:
+            q, k, v = self.split(self.qkv(x), self.key, self.key, self.value)
+        bias = self.attention_biases[:, self.pair]    .to(q.dtype)              # (h, L', L)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)             # (B, h, L', d_v)
+        return self.proj(z.transpose(1, 2).flatten(2))
+
+    def split(self, x, *widths):
+        """(B, L, h * sum(widths)) -> a (B, h, L, width) for each of widths."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2).split(widths, 3)
+
+
+def mlp(width):
+    return nn.Sequential(LinearBN(width, 2 * width), nn.Hardswish(),
+                         LinearBN(2 * width, width, gain=0.0))
+
+
+LEVIT = {   # widths and heads of the three stages, blocks in them, d_k, share of dropped branches
+    "levit128s": ((128, 256, 384), (4, 6, 8), (2, 3, 4), 16, 0.0),
+    "levit192": ((192, 288, 384), (3, 5, 6), (4, 4, 4), 32, 0.0),
+    "levit384": ((384, 512, 768), (6, 9, 12), (4, 4, 4), 32, 0.1),
+}
+
+
+class LeViT(nn.Module):
+    """LeViT without its classifier: (B, 3, S, S) -> the four maps of the stem, at strides 2, 4, 8
+    and 16 (n/8, n/4, n/2, n channels), and those of the three stages, at 14, 7 and 4 for S = 224.
+    """
+
+    def __init__(self, name, size):
+        super().__init__()
+        widths, heads, depths, key, drop = LEVIT[name]
+        n, r, blocks, self.ends = widths[0], size // 16, [], []
+        stem = [ConvBN(i, o) for i, o in ((3, n // 8), (n // 8, n // 4), (n // 4, n // 2),
+                                          (n // 2, n))]
+        act = [nn.Hardswish() for _ in range(3)]
+        self.patch_embed = nn.Sequential(stem[0], act[0], stem[1], act[1], stem[2], act[2],
+                                         stem[3])
+        for stage, (width, h, depth) in enumerate(zip(widths, heads, depths)):
+            if stage:
+                before = widths[stage - 1]
+                blocks.append(Attention(before, width, key, before // key, r, shrink=True))
+                blocks.append(Residual(mlp(width), drop))
+                r = (r + 1) // 2
+            for _ in range(depth):
+                blocks.append(Residual(Attention(width, width, key, h, r), drop))
+                blocks.append(Residual(mlp(width), drop))
+            self.ends.append(len(blocks))
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        maps = []
+        for i, layer in enumerate(self.patch_embed):
+            x = layer(x)
+            if i % 2 or i == 6:                                # after Hardswish, and the last
+                maps.append(x)
+        x = x.flatten(2).transpose(1, 2)                       # (B, L, n)
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if i in self.ends:
+                r = math.isqrt(x.shape[1])
+                maps.append(x.transpose(1, 2).unflatten(2, (r, r)))
+        return maps
+
+
+class LeViTUNet(nn.Module):
+    """LeViT as the encoder of a U-Net: (B, 3, S, S) -> logits (B, N, S, S), 16 | S."""
+
+    def __init__(self, classes, name="levit384", size=224):
+        super().__init__()
+        self.levit = LeViT(name, size)
+        widths = LEVIT[name][0]
+        n = widths[0]
+        self.up = nn.ModuleList(conv_twice(i, o, bias=False) for i, o in
+                                ((n + sum(widths), 512), (512 + n // 2, 256), (256 + n // 4, 128)))
+        self.head = nn.Conv2d(128 + n // 8, classes, 3, padding=1)
+
+    def forward(self, x):
+        *skips, x, one, two, three = self.levit(x)
+        x = torch.cat([x] + [F.interpolate(m, x.shape[-2:], mode="bilinear", align_corners=True)
+                             for m in (one, two, three)], 1)
+        for stage, skip in zip(self.up, skips[::-1]):
+            x = torch.cat([stage(up(x)), skip], 1)
+        return up(self.head(x))
+
+
+class MaskSup(nn.Module):
+    """The two branches of Fig. 2 around one network f, which both share."""
+
+    def __init__(self, f, holed_stats=True):
+        """holed_stats: whether BatchNorm's running averages also follow the holed pictures."""
+        super().__init__()
+        self.f, self.holed_stats = f, holed_stats
+
+    def forward(self, image, holes=None):
+        """
+        image: (B, 3, S, S) float in [-1, 1].  holes: M_holes, (B, 1, S, S), 1 keeps and 0 removes.
+        Returns the logits M_p and M_pm, (B, N, S, S) both; M_pm is None without holes. Each pass
+        is normalised by the statistics of its own batch.
+        """
+        M_p = self.f(image)                                               # segmentation branch
+        if holes is None:
+            return M_p, None
+        norms = [] if self.holed_stats else [m for m in self.f.modules()
+                                             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.momentum = 0.0
+        M_pm = self.f(image * holes)                                      # context branch    Eq. 1
+        for norm in norms:
+            norm.momentum = 0.1
+        return M_p, M_pm
+
+
+# --------------------------------------------------------------------------------------- masking
+
+COVERAGE = {"high": (0.50, 0.75), "low": (0.10, 0.30)}
+
+
+def draw_mask(rng, size, low, high):
+    """One M_holes: streaks and holes of arbitrary shape, (size, size) bool, True keeps.
+
+    The share removed lies between low and high. What leaves the picture on one side comes back on
+    the other, so that a mask can be shifted around without a seam.
+    """
+    target, scale, mask = rng.uniform(low, high), 1.0, Image.new("1", (size, size), 1)
+    removed = 0.0
+    while removed < target and scale > 0.02:
+        trial = mask.copy()
+        figure = streak if rng.random() < 0.7 else hole
+        figure(ImageDraw.Draw(trial), rng, size, scale)
+        share = 1 - np.asarray(trial).mean()
+        if share <= high:
+            mask, removed = trial, share
+        else:                                           # too much: a smaller one instead
+            scale *= 0.7
+    return np.asarray(mask)
+
+
+def around(points, size):
+    """The points (P, 2), and their eight copies one picture's side away."""
+    return [points + np.array([dx, dy]) * size for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
+
+
+def streak(draw, rng, size, scale):
+    """A bent stroke of a thick round pen: a walk of two to six straight pieces."""
+    n, angle = rng.integers(2, 7), rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.7, 6).cumsum()
+    width = max(1.0, rng.uniform(0.03, 0.12) * size * scale)
+    steps = rng.uniform(0.08, 0.25, n)[:, None] * size * scale
+    walk = np.concatenate([rng.uniform(0, size, (1, 2)),
+                           steps * np.stack([np.cos(angle[:n]), np.sin(angle[:n])], 1)]).cumsum(0)
+    for points in around(walk, size):
+        draw.line(points.ravel().tolist(), fill=0, width=round(width), joint="curve")
+        for x, y in points[[0, -1]]:                                    # round ends
+            draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=0)
+
+
+def hole(draw, rng, size, scale):
+    """A blob: a closed polygon around a point, at distances that vary smoothly."""
+    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    waves = sum(rng.uniform(-0.3, 0.3) * np.cos(k * turn + rng.uniform(0, 2 * np.pi))
+                for k in (1, 2, 3))
+    radius = rng.uniform(0.04, 0.14) * size * scale * (1 + waves)
+    center = rng.uniform(0, size, 2)
+    for points in around(center + radius[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1),
+                         size):
+        draw.polygon(points.ravel().tolist(), fill=0)
+
+
+def mask_bank(n, size, low, high, seed):
+    """n drawn masks (n, size, size) bool, True keeps; each removes a share from low to high."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.stack([draw_mask(rng, size, low, high) for _ in range(n)]))
+
+
+def draw(seeds, n=6):
+    """(B, n) random numbers in [0, 1), each row from a seed of its own, so that a sample's mask
+    depends on neither its batch nor the process nor the device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(n, generator=generator) for generator in generators])
+
+
+def pick(bank, noise):
+    """A mask for each sample: one of the bank, flipped, turned and shifted. Pure.
+
+    bank: (n, S, S) bool, True keeps.  noise: (B, 6) from draw(), on the bank's device.
+    Returns M_holes, (B, 1, S, S) bool, 1 keeps, 0 removes. One gather for all: on the device the
+    pixels of the bank are addressed, none is copied before.
+    """
+    S = bank.shape[-1]
+    which, down, right = (noise[:, :3] * noise.new_tensor([len(bank), S, S])).long().unbind(1)
+    turn, mirror_y, mirror_x = (noise[:, 3:, None, None] < 0.5).unbind(1)       # (B, 1, 1) each
+    y, x = torch.arange(S, device=bank.device)[:, None], torch.arange(S, device=bank.device)
+    y, x = torch.where(turn, x, y), torch.where(turn, y, x)                     # (B, S, S)
+    y, x = torch.where(mirror_y, S - 1 - y, y), torch.where(mirror_x, S - 1 - x, x)
+    y, x = (y + down[:, None, None]) % S, (x + right[:, None, None]) % S
+    return bank[which[:, None, None], y, x][:, None]
+
+
+def patch_holes(noise, size, patch, ratio):
+    """The masks of --pretrain mae: (B, 1, S, S) bool, True keeps; of the (S / patch)^2 patches the
+    share `ratio` is removed. noise: (B, L) random numbers."""
+    n = size // patch
+    kept = noise.argsort(1).argsort(1) >= int(n * n * ratio)
+    grid = kept.view(-1, 1, n, n)
+    return grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+def cross_entropy(logits, label, add=lambda sums: sums):
+    """Mean over the pixels that are not void (255), float32; 0 where all are.
+
+    logits: (B, N, S, S).  label: (B, S, S) integer.  add: sums a tensor over processes, so that
+    the mean is that of all their batches.
+    """
+    top = F.cross_entropy(logits.float(), label.long(), ignore_index=255, reduction="sum")
+    top, bottom = add(torch.stack([top, (label != 255).sum().float()]))
+    return top / bottom.clamp(min=1)
+
+
+def task_similarity(M_p, M_pm, add=lambda sums: sums):
+    """L_tasksim: mean squared difference of the probabilities, over all pixels and classes, float32.
+
+    M_p, M_pm: logits (B, N, S, S). Both receive its gradient; it needs no labels, so that void
+    counts as well. add: as in cross_entropy().
+    """
+    top = (M_p.float().softmax(1) - M_pm.float().softmax(1)).square().sum()
+    top, bottom = add(torch.stack([top, torch.full_like(top, M_p.numel())]))
+    return top / bottom
+
+
+def loss_fn(M_p, M_pm, label, alpha=(1, 1, 1), add=lambda sums: sums):
+    """Eq. 3. What has a weight of 0 is not computed; without M_pm neither is the rest.
+
+    M_p, M_pm: logits (B, N, S, S), M_pm None for L_seg alone.  label: (B, S, S), 255 = void.
+    Returns the loss, a scalar, and the terms (L_seg, L_context, L_tasksim), (3,), detached.
+    """
+    zero = torch.zeros((), device=M_p.device)
+    L_seg = cross_entropy(M_p, label, add)
+    L_context = cross_entropy(M_pm, label, add) if M_pm is not None and alpha[1] else zero
+    L_tasksim = task_similarity(M_p, M_pm, add) if M_pm is not None and alpha[2] else zero
+    loss = alpha[0] * L_seg + alpha[1] * L_context + alpha[2] * L_tasksim            # Eq. 2-3
+    return loss, torch.stack([L_seg, L_context, L_tasksim]).detach()
+
+
+# ----------------------------------------------------------------------------------- data, model
+
+def dataset(cfg, split):
+    return data.Dataset(cfg.data, cfg.root, split, size=cfg.size, train=split == "train",
+                        flip=cfg.flip, seed=cfg.seed, palette=cfg.palette or None)
+
+
+def build(cfg, classes):
+    """The network f with random weights."""
+    if cfg.model.startswith("levit"):
+        return LeViTUNet(classes, cfg.model, cfg.size)
+    return {"unet": UNet, "unetpp": UNetPlusPlus}[cfg.model](classes, cfg.width)
+
+
+def parameters(f):
+    return sum(p.numel() for p in f.parameters())
+
+
+def mask_source(cfg):
+    """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the pictures in --masks."""
+    if not cfg.masks:
+        return mask_bank(cfg.bank, cfg.size, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed))
+    if not Path(cfg.masks).is_dir():
+        raise UserError(f"--masks {cfg.masks}: no such folder")
+    found = [np.asarray(Image.fromarray(data.read_image(path)).convert("L").resize(
+        (cfg.size, cfg.size), Image.BILINEAR)) >= 128 for path in data.pictures(Path(cfg.masks))]
+    if not found:
+        raise UserError(f"--masks {cfg.masks}: no pictures in it: give a folder of masks, dark "
+                        "where the picture is removed")
+    return torch.from_numpy(np.stack(found))
+
+
+def to_input(image, device):
+    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device.
+
+    Pixel after pixel in memory, all channels of one together, which convolutions like: a U-Net's
+    step takes 560 ms instead of 637, in bf16 298 instead of 370 (width 16, batch 16, 112 x 112,
+    one CPU core).
+    """
+    image = image.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return image.float() / 127.5 - 1
+
+
+LEVIT_RELEASE = {name: f"https://dl.fbaipublicfiles.com/LeViT/LeViT-{file}.pth" for name, file in (
+    ("levit128s", "128S-96703c44"), ("levit192", "192-92712e41"), ("levit384", "384-9bdaf2e2"))}
+
+
+def load_levit(levit, cfg):
+    """--pretrained: copy the weights of LeViT's release into the encoder, and say what was not."""
+    if not cfg.model.startswith("levit"):
+        raise UserError(f"--pretrained: there are weights for LeViT only, not for {cfg.model}")
+    try:
+        if cfg.pretrained == "imagenet":
+            theirs = torch.hub.load_state_dict_from_url(
+                LEVIT_RELEASE[cfg.model], map_location="cpu", check_hash=True, weights_only=True)
+        else:
+            theirs = torch.load(cfg.pretrained, map_location="cpu", weights_only=True)
+        theirs = theirs.get("model", theirs)
+    except Exception as error:           # no file, no network, no pickle: all for the user to mend
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
+                        f"file from {LEVIT_RELEASE[cfg.model]}") from None
+    mine = levit.state_dict()
+    fits = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape}
+    if not any(k.startswith("blocks") for k in fits):
+        raise UserError(f"--pretrained {cfg.pretrained}: no weights of {cfg.model} in it; give "
+                        f"{LEVIT_RELEASE[cfg.model]}")
+    levit.load_state_dict(fits, strict=False)
+    fresh = sorted(mine.keys() - fits.keys())
+    if os.environ.get("RANK", "0") == "0":
+        unused = sorted({k.split(".")[0] for k in theirs if k not in mine} - {"blocks"})
+        print(f"pretrained: {len(fits)} of the encoder's {len(mine)} tensors"
+              + (f"; fresh at this size: {', '.join(fresh)}" if fresh else "")
+              + (f"; not used: {', '.join(unused)}" if unused else ""))
+
+
+# ------------------------------------------------------------------------------- train, evaluate
+
+@torch.no_grad()
+def evaluate(f, loader, cfg, machine, info, bank=None):
+    """Score the network f. bank: of masks to hold before the pictures, fixed by (seed, index).
+
+    Returns, in percent: miou and class_iou, from one confusion matrix over all pictures at size
+    S; paper_iou, the papers' own measure (common.picture_iou); constant, the miou of the best
+    answer that is the same class everywhere; and the loss, CE. Void is not counted, but where
+    paper_iou says so.
+    """
+    f.eval()
+    N, device = len(info.classes), machine.device
+    counts = torch.zeros(N, N, dtype=torch.int64, device=device)
+    sums = torch.zeros(4, device=device)              # CE, its pixels, IoUs of pictures, pictures
+    for image, label, index in loader:
+        image, label = to_input(image, device), label.to(device, non_blocking=True)
+        if bank is not None:
+            noise = draw([common.seed_of(cfg.seed, i) for i in index.tolist()])
+            image = image * pick(bank, noise.to(device))
+        with machine.autocast():
+            logits = f(image)
+        answer = logits.argmax(1)
+        counts += common.confusion(answer, label, N)
+        each = common.picture_iou(answer, label, N)
+        valid = (label != common.VOID).sum()
+        sums += torch.stack([cross_entropy(logits, label) * valid, valid.float(), each.sum(),
+                             torch.full_like(each.sum(), len(each))])
+    common.all_reduce(counts, sums)
+    return {"miou": common.miou(counts), "class_iou": common.class_iou(counts).tolist(),
+            "paper_iou": (sums[2] / sums[3]).item(), "constant": common.constant_miou(counts),
+            "loss": (sums[0] / sums[1].clamp(min=1)).item()}
+
+
+def train_step(net, optimizer, scaler, machine, cfg, image, label, holes):
+    """One step on uint8 (B, 3, S, S) and (B, S, S), with M_holes (B, 1, S, S) or None on the
+    device. Returns loss and terms (4,), which stay on the device."""
+    with machine.autocast():
+        M_p, M_pm = net(to_input(image, machine.device), holes)
+    alpha = cfg.alpha1, cfg.alpha2, cfg.alpha3 if cfg.method == "masksup" else 0
+    loss, terms = loss_fn(M_p, M_pm, label.to(machine.device, non_blocking=True), alpha,
+                          add=machine.sum)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.cat([loss.detach()[None], terms])
+
+
+def make_optimizer(model, cfg):
+    if cfg.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    return torch.optim.SGD(model.parameters(), cfg.lr, 0.9, weight_decay=cfg.weight_decay)
+
+
+def rate(step, cfg, per_epoch, total):
+    """The learning rate of a step."""
+    if step < cfg.warmup:                                                 # 1. it rises
+        return cfg.lr * (step + 1) / cfg.warmup
+    if cfg.schedule == "step":                                            # 2. x 0.1, released code
+        return cfg.lr * 0.1 ** (step // per_epoch // 60)
+    if cfg.schedule == "cosine":                                          # 3. to 0, half a cosine
+        done = (step - cfg.warmup) / max(1, total - cfg.warmup)
+        return cfg.lr * (1 + math.cos(math.pi * done)) / 2
+    return cfg.lr                                                         # 4. it stays
+
+
+TERMS = ("loss", "loss_seg", "loss_context", "loss_tasksim")
+
+
+def train(cfg):
+    """The training run, from top to bottom."""
+    machine = common.Machine(cfg)
+    if cfg.batch_size % machine.world:
+        raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of the {machine.world} "
+                        "processes")
+    out, device = Path(cfg.out), machine.device
+    train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
+    info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
+    total = cfg.epochs * per_epoch
+    bank = mask_source(cfg).to(device)
+
+    torch.manual_seed(common.seed_of(cfg.seed))
+    f = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
+    if cfg.pretrained:
+        load_levit(f.levit, cfg)
+    if cfg.init:
+        common.load_weights(f, cfg.init, "masksup")
+    optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
+    parts = dict(model=f, optimizer=optimizer, scaler=scaler)
+
+    start, history, best, spent = 0, [], -1.0, 0.0
+    # only now, so that a start that fails above leaves no run folder in the way of the next
+    state = common.open_run(cfg, "masksup", machine,
+                            may_differ={"epochs"} if cfg.schedule == "constant" else set())
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        start, history, best, spent = (state[k] for k in ("step", "history", "best", "seconds"))
+    elif cfg.pretrain == "mae":
+        pretrain(f, train_set, cfg, machine)
+    stop = min(total, cfg.max_steps or total)
+    net = common.parallel(MaskSup(torch.compile(f) if cfg.compile else f, cfg.holed_stats), machine)
+    progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
+    progress.say(f"{parameters(f) / 1e6:.1f} M parameters, "
+                 f"{len(train_set)} training and {len(val_set)} {data.eval_split(cfg.data)} "
+                 f"pictures, {len(bank)} masks that remove "
+                 f"{100 - 100 * bank.float().mean().item():.0f} % on average, steps {start} to "
+                 f"{stop}, {per_epoch} an epoch, on {device}")
+
+    shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
+    loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
+                               start=start, stop=stop, **shared)
+    val_loader = data.eval_loader(val_set, cfg.batch_size, **shared)
+    interrupt, running, began = common.Interrupt(machine), [], time.time()
+    for step, (image, label, index) in zip(range(start, stop), loader):
+        # 1. the rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, cfg, per_epoch, total)
+
+        # 2. one step: its draws hang on (seed, step) and on (seed, epoch, index), nothing else,
+        #    so that a resumed run repeats what an unbroken one does
+        net.train()
+        torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))   # LeViT's dropped branches
+        holes = None
+        if cfg.method != "base":
+            noise = draw([common.seed_of(cfg.seed, step // per_epoch, i) for i in index.tolist()])
+            holes = pick(bank, noise.to(device, non_blocking=True))
+        running.append(train_step(net, optimizer, scaler, machine, cfg, image, label, holes))
+        if progress.live and step % 20 == 0:
+            progress.step(step, running[-1][0].item())    # waits for the device
+
+        # 3. evaluate, log, save
+        epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
+        if not (due or step + 1 == stop or interrupt.set):
+            continue
+        terms = dict(zip(TERMS, torch.stack(running).mean(0).tolist()))
+        if not math.isfinite(terms["loss"]):
+            raise UserError(f"the loss is {terms['loss']} near step {step + 1}; {out / 'last.pt'} "
+                            "is from before it: go on with a lower --lr or with --amp off")
+        spent, running = spent + time.time() - began, []
+        common.same_buffers(f, machine)
+        scores = evaluate(f, val_loader, cfg, machine, info)
+        history.append({"epoch": round(epoch, 2), "step": step + 1, **terms,
+                        "val_loss": scores["loss"], "miou": scores["miou"],
+                        "paper_iou": scores["paper_iou"],
+                        "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
+        progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {terms['loss']:.4f} (seg "
+                     f"{terms['loss_seg']:.3f} context {terms['loss_context']:.3f} tasksim "
+                     f"{terms['loss_tasksim']:.4f})  mIoU {scores['miou']:.2f}  paper_iou "
+                     f"{scores['paper_iou']:.2f}  {spent:.0f} s")
+        better, best = scores["miou"] > best, max(best, scores["miou"])
+        state = {"method": "masksup", "config": asdict(cfg), "info": asdict(info),
+                 "step": step + 1, "history": history, "scores": scores, "best": best,
+                 "seconds": spent, **{name: part.state_dict() for name, part in parts.items()}}
+        if machine.main:
+            if better:                                    # before last.pt, the point of no return
+                whole = {"optimizer", "scaler"}           # three times the size, for nothing
+                common.save_checkpoint(out / "best.pt", {k: v for k, v in state.items()
+                                                         if k not in whole})
+            common.save_checkpoint(out / "last.pt", state)
+            common.write_history(out, history)
+        if interrupt.set:
+            progress.say(f"stopped after step {step + 1}: the same command with --resume goes on")
+            sys.exit(130)
+        began = time.time()
+
+    beside = score_beside(f, cfg, machine, info, shared)
+    if machine.main:
+        draw_samples(f, val_set, cfg, machine, info, bank, out / "samples.png")
+        write_metrics(out, state, cfg, f, beside)
+
+
+def score_beside(f, cfg, machine, info, shared):
+    """{split: scores} of the splits that a dataset has beside the one it is evaluated on."""
+    return {split: evaluate(f, data.eval_loader(dataset(cfg, split), cfg.batch_size, **shared),
+                            cfg, machine, info)
+            for split in data.source_of(cfg.data).splits
+            if split not in ("train", data.eval_split(cfg.data))}
+
+
+def write_metrics(out, state, cfg, f, beside, more={}):
+    """OUT/metrics.json of a checkpoint's state and what is given, and its scores on the screen."""
+    scores, history = state["scores"], state["history"]
+    metrics = {"miou": scores["miou"], "class_iou": scores["class_iou"],
+               "paper_iou": scores["paper_iou"], "constant": scores["constant"],
+               # the paper's number: of the epoch that is best on the set it is measured on
+               "paper_iou_best_epoch": max(row["paper_iou"] for row in history),
+               "epoch": history[-1]["epoch"], "steps": state["step"],
+               "seconds": state["seconds"], "params": parameters(f),
+               "method": cfg.method, "model": cfg.model, **beside, **more}
+    common.write(Path(out) / "metrics.json", json.dumps(common.clean(metrics), indent=1) + "\n")
+    print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f}), "
+          f"paper_iou {scores['paper_iou']:.2f}"
+          + "".join(f"; {split}: mIoU {s['miou']:.2f}, paper_iou {s['paper_iou']:.2f}"
+                    for split, s in beside.items()) + f"  -> {out}")
+
+
+@torch.no_grad()
+def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
+    """samples.png: picture, truth, M_p; the picture with holes, and what f makes of that, M_pm."""
+    f.eval()
+    chosen = range(0, len(val_set), max(1, len(val_set) // n))[:n]
+    image, label, _ = zip(*(val_set[i] for i in chosen))
+    x, label = to_input(torch.stack(image), machine.device), torch.stack(label)
+    holes = pick(bank, draw([common.seed_of(cfg.seed, i) for i in chosen]).to(machine.device))
+    with machine.autocast():
+        M_p, M_pm = f(x).argmax(1), f(x * holes).argmax(1)
+
+    def painted(labels):
+        return [common.colorize(one, info.colors) for one in labels.to(torch.uint8).cpu().numpy()]
+
+    def shown(x):
+        return list(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+    common.sheet([shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)], path,
+                 ["image", "truth", "prediction", "with holes", "prediction"])
+
+
+# ----------------------------------------------------------- --pretrain mae: Table 2's other side
+
+def pretrain(f, train_set, cfg, machine):
+    """Teach f to paint in removed patches, as a masked autoencoder, before it is fine-tuned.
+
+    The same network with three channels in place of the classes sees pictures without a share
+    mae_ratio of their patches, and is to give back the pixels in [-1, 1]: mean squared error on
+    what was removed. All its weights but the head's then go into f. Saved as OUT/pretrain.pt once
+    an evaluation would be due, where --resume goes on from.
+    """
+    device, path = machine.device, Path(cfg.out) / "pretrain.pt"
+    per_epoch = data.steps_per_epoch(len(train_set), cfg.batch_size)
+    total, start, began = cfg.pretrain_epochs * per_epoch, 0, time.time()
+    autoencoder = build(cfg, 3).to(device, memory_format=torch.channels_last)
+
+    def copy(source, target):
+        target.load_state_dict({k: v for k, v in source.state_dict().items()
+                                if not k.startswith("head.")}, strict=False)
+
+    copy(f, autoencoder)                                  # --pretrained or --init come before
+    optimizer, scaler = make_optimizer(autoencoder, cfg), machine.scaler()
+    parts = dict(model=autoencoder, optimizer=optimizer, scaler=scaler)
+    if cfg.resume and path.exists():
+        state = common.load_checkpoint(path, "masksup pretraining")
+        start = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    net = common.parallel(autoencoder, machine)
+    progress = common.Progress(start, total, cfg.batch_size, quiet=not machine.main)
+    loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
+                               start=start, stop=total, workers=machine.workers,
+                               rank=machine.rank, world=machine.world)
+    for step, (image, _, index) in zip(range(start, total), loader):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, cfg, per_epoch, total)
+        net.train()
+        torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))
+        seeds = [common.seed_of(cfg.seed, step // per_epoch, i) for i in index.tolist()]
+        holes = patch_holes(draw(seeds, (cfg.size // cfg.mae_patch) ** 2).to(device), cfg.size,
+                            cfg.mae_patch, cfg.mae_ratio)
+        image = to_input(image, device)
+        with machine.autocast():
+            painted = net(image * holes)
+        removed = ~holes
+        loss = ((painted.float() - image) * removed).square().sum() / (3 * removed.sum())
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == total:
+            progress.say(f"pretraining, epoch {(step + 1) / per_epoch:6.2f}  loss "
+                         f"{loss.item():.4f}  {time.time() - began:.0f} s")
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss of the pretraining is {loss.item()} at step "
+                                f"{step + 1}: start again with a lower --lr or with --amp off")
+            common.same_buffers(autoencoder, machine)
+            if machine.main:
+                common.save_checkpoint(path, {"method": "masksup pretraining", "step": step + 1,
+                                              **{k: p.state_dict() for k, p in parts.items()}})
+    copy(autoencoder, f)
+
+
+# ----------------------------------------------------------------------------- the other commands
+
+def load(path):
+    """(cfg, info, f, state) of a checkpoint, on the CPU and ready to evaluate."""
+    state = common.load_checkpoint(path, "masksup")
+    cfg, info = Config(**state["config"]), data.Info(**state["info"])
+    f = build(cfg, len(info.classes)).eval()
+    f.load_state_dict(state["model"])
+    return cfg, info, f, state
+
+
+def settled(cfg, origin, path, theirs, flags):
+    """The checkpoint's configuration with what the command line may change of it, shown.
+
+    flags: the names that may be given. Raises UserError for others: the checkpoint has the say.
+    """
+    given = {name for name, source in origin.items() if source == "flag"}
+    flags = {"root", "out", "seed", "workers", "device", "amp", *flags}
+    if given - flags:
+        name = sorted(given - flags)[0].replace("_", "-")
+        raise UserError(f"--{name} cannot be given here: the checkpoint {path} has settled it")
+    # the machine is this one, whatever the checkpoint was trained on
+    cfg = replace(theirs, **{name: getattr(cfg, name) for name in
+                             given | {"root", "device", "workers"}})
+    common.show_config(cfg, dict.fromkeys(given, "flag"))
+    return cfg
+
+
+def shares_of(text):
+    """'0.1,0.3' -> [0.1, 0.3]. Raises UserError for what are no shares of a picture."""
+    try:
+        shares = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 < share < 1 for share in shares):
+        raise UserError(f"--corrupt {text}: expected shares of the picture between 0 and 1, "
+                        "such as 0.1,0.3,0.5,0.7")
+    return shares
+
+
+def evaluate_only(cfg, origin):
+    """--eval A.pt [B.pt ..]: scores of each; with --corrupt, also with parts of the pictures
+    removed (Fig. 6), as a table and as OUT/robustness.png with a line for each checkpoint.
+
+    The same pictures lose the same holes, whatever the checkpoint. metrics.json is written to
+    OUT, for several checkpoints to OUT/RUN-NAME each.
+    """
+    shares, curves, many = shares_of(cfg.corrupt), {}, len(cfg.eval) > 1
+    out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
+    machine = common.Machine(cfg)
+    shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
+    for path in cfg.eval:
+        theirs, info, f, state = load(path)
+        name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
+        here = settled(cfg, origin, path, theirs, {"eval", "corrupt", "data", "palette",
+                                                   "batch_size"})
+        val_set = dataset(here, data.eval_split(here.data))
+        if val_set.info.classes != info.classes:
+            raise UserError(f"--data {here.data} has other classes than {path} was trained for")
+        f.to(machine.device)
+        loader = data.eval_loader(val_set, here.batch_size, **shared)
+        scores = evaluate(f, loader, here, machine, info)
+        curve = {0.0: scores}
+        for share in shares:
+            bank = mask_bank(here.bank, here.size, max(0, share - 0.01), share + 0.01,
+                             common.seed_of(here.seed, round(1000 * share))).to(machine.device)
+            curve[share] = evaluate(f, loader, here, machine, info, bank)
+        curves[name] = curve
+        beside = score_beside(f, here, machine, info, shared)
+        corrupt = {f"{s:g}": {k: score[k] for k in ("miou", "paper_iou")}
+                   for s, score in curve.items()}
+        if machine.main:
+            folder = out / name if many else out
+            draw_samples(f, val_set, here, machine, info, mask_source(here).to(machine.device),
+                         folder / "samples.png")
+            write_metrics(folder, {**state, "scores": scores}, here, f, beside,
+                          {"corrupt": corrupt} if shares else {})
+    if shares and machine.main:
+        for title in "miou", "paper_iou":
+            print(f"\n{title:24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)) + " removed")
+            for name, curve in curves.items():
+                print(f"{name:24}" + "".join(f"{score[title]:9.2f}" for score in curve.values()))
+        common.draw_lines([100 * s for s in (0, *shares)],
+                          {name: [score["miou"] for score in curve.values()]
+                           for name, curve in curves.items()}, out / "robustness.png",
+                          "mIoU against the share of the picture removed, %")
+
+
+@torch.no_grad()
+def segment(f, image, cfg, device):
+    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W). It is resized to the
+    size of training and the logits back to its own."""
+    small = Image.fromarray(image).resize((cfg.size, cfg.size), Image.BILINEAR)
+    small = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+    logits = f(to_input(small, device)).float()
+    logits = F.interpolate(logits, image.shape[:2], mode="bilinear")
+    return logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
+
+
+def predict(cfg, origin):
+    """--predict PATH --ckpt CKPT --to DIR: segment a picture, or each in a folder.
+
+    Writes DIR/NAME.png, class indices with the classes' colours as palette, and
+    DIR/overlay/NAME.png, at the size of the picture, which is turned upright first if its EXIF
+    data say so. What cannot be read is a line on stderr, and the exit status is then 1.
+    """
+    for name in ("ckpt", "to"):
+        if not getattr(cfg, name):
+            raise UserError(f"--predict needs --{name} too: --predict PATH --ckpt CKPT --to DIR")
+    source, to = Path(cfg.predict), Path(cfg.to)
+    theirs, info, f, _ = load(cfg.ckpt)
+    cfg = settled(cfg, origin, cfg.ckpt, theirs, {"predict", "ckpt", "to"})
+    machine = common.Machine(cfg)
+    f.to(machine.device)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {to} is not an empty folder: give a new one")
+    paths = data.pictures(source) if source.is_dir() else [source]
+    if not paths or not source.exists():
+        raise UserError(f"--predict {source}: no picture there")
+    stems, failed = Counter(path.stem for path in paths), 0
+    palette = np.array(info.colors, np.uint8).ravel().tolist()
+    for path in paths:
+        name = (path.stem if stems[path.stem] == 1 else path.name) + ".png"
+        try:
+            image = data.read_image(path, upright=True)
+        except UserError as error:
+            failed += 1
+            print(f"{error} (skipped)", file=sys.stderr)
+            continue
+        answer = segment(f, image, cfg, machine.device)
+        common.save_image(to / name, answer, palette)
+        common.save_image(to / "overlay" / name, common.overlay(image, answer, info.colors))
+    print(f"{len(paths) - failed} segmented, {failed} failed -> {to}; classes "
+          + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
+    sys.exit(1 if failed else 0)
+
+
+def bench(cfg):
+    """--bench N: parameters, multiply-adds of f, and for N > 0 the time of a training step with
+    each --method. The last line is one JSON object, of the method asked for."""
+    machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
+    N, S, B, device = len(info.classes), cfg.size, cfg.batch_size, machine.device
+    with torch.device("meta"):           # shapes without numbers: counting takes no memory
+        f = build(cfg, N).eval()
+        gmacs = common.macs(f, torch.empty(1, 3, S, S))
+    result = {"params": parameters(f), "gmacs": round(gmacs, 3)}
+    if cfg.bench > 0:
+        torch.manual_seed(cfg.seed)
+        f = build(cfg, N).to(device, memory_format=torch.channels_last).train()
+        net = MaskSup(torch.compile(f) if cfg.compile else f, cfg.holed_stats)
+        optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
+        image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8).to(device)
+        label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
+        bank = mask_bank(8, S, *COVERAGE[cfg.coverage], cfg.seed).to(device)
+        noise = torch.rand(B, 6).to(device)
+        for method in ("base", "cb", "masksup", cfg.method):         # the last is the one reported
+            this = replace(cfg, method=method)
+            timed = common.time_steps(
+                lambda i: train_step(net, optimizer, scaler, machine, this, image, label,
+                                     None if method == "base" else pick(bank, noise)),
+                cfg.bench, B, device)
+            print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B}")
+        result |= timed
+    print(json.dumps(result))
+
+
+# ------------------------------------------------------------------------------------------ main
+
+def check(cfg):
+    """What the parser cannot judge. Raises UserError."""
+    for name in ("epochs", "batch_size", "size", "width", "bank", "eval_every", "pretrain_epochs",
+                 "mae_patch"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if cfg.max_steps < 0 or min(cfg.alpha1, cfg.alpha2, cfg.alpha3) < 0:
+        raise UserError("--max-steps and --alpha1, 2, 3: at least 0")
+    if cfg.size % 16:
+        raise UserError(f"--size {cfg.size}: not a multiple of 16, by which the networks divide it")
+    if cfg.pretrain == "mae" and cfg.size % cfg.mae_patch:
+        raise UserError(f"--size {cfg.size} is not a multiple of --mae-patch {cfg.mae_patch}")
+    if not 0 < cfg.mae_ratio < 1:
+        raise UserError(f"--mae-ratio {cfg.mae_ratio}: expected a share between 0 and 1")
+
+
+def main():
+    cfg, origin = common.parse(Config, RECIPES, __doc__)
+    cfg.out = cfg.out or str(Path("out") / f"masksup-{Path(cfg.data).name}")
+    if cfg.predict:
+        return predict(cfg, origin)
+    if cfg.eval:
+        return evaluate_only(cfg, origin)
+    if cfg.pretrain == "mae" and origin.get("epochs") != "flag":
+        cfg.epochs, origin["epochs"] = 50, "pretrain"
+    check(cfg)
+    common.show_config(cfg, origin)
+    bench(cfg) if cfg.bench >= 0 else train(cfg)
+
+
+if __name__ == "__main__":
+    common.run(main)
