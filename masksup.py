@@ -62,7 +62,6 @@ class Config:
     alpha1: float = 1.0            # weight of L_seg in Eq. 3
     alpha2: float = 1.0            # weight of L_context
     alpha3: float = 1.0            # weight of L_tasksim
-    holed_stats: bool = True       # BatchNorm's running averages follow the holed pictures too
     width: int = 32                # channels of the first level of unet and unetpp
     pretrained: str = ""           # weights of LeViT's release: imagenet (downloads), or a file
     init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
@@ -89,9 +88,9 @@ class Config:
 
 scene = dict(model="unetpp", optimizer="sgd", lr=0.1, batch_size=8)
 RECIPES = {                        # what differs from the defaults above, by dataset
-    # two minutes on two CPU cores: a narrow U-Net, small pictures and steps
-    "shapes": dict(model="unet", width=8, size=64, epochs=12, batch_size=16, lr=3e-3,
-                   schedule="cosine", warmup=30, eval_every=2, mae_patch=8, pretrain_epochs=10),
+    # a minute and a half on two CPU cores: small pictures, a narrow U-Net, many short steps
+    "shapes": dict(model="unet", width=16, size=32, epochs=32, batch_size=8, lr=1e-2,
+                   schedule="cosine", warmup=30, eval_every=4, mae_patch=8, pretrain_epochs=10),
     "nyuv2": scene,                # the paper's; the others are not in it
     "voc": scene, "camvid": scene, "cityscapes": scene,
 }
@@ -329,28 +328,22 @@ class LeViTUNet(nn.Module):
 class MaskSup(nn.Module):
     """The two branches of Fig. 2 around one network f, which both share."""
 
-    def __init__(self, f, holed_stats=True):
-        """holed_stats: whether BatchNorm's running averages also follow the holed pictures."""
+    def __init__(self, f):
         super().__init__()
-        self.f, self.holed_stats = f, holed_stats
+        self.f = f
 
     def forward(self, image, holes=None):
         """
         image: (B, 3, S, S) float in [-1, 1].  holes: M_holes, (B, 1, S, S), 1 keeps and 0 removes.
-        Returns the logits M_p and M_pm, (B, N, S, S) both; M_pm is None without holes. Each pass
-        is normalised by the statistics of its own batch.
+        Returns the logits M_p and M_pm, (B, N, S, S) both; M_pm is None without holes.
+
+        Two passes, so that BatchNorm normalises each by the statistics of its own batch. Its
+        running averages follow both: measured, that is better than following M_p's alone.
         """
         M_p = self.f(image)                                               # segmentation branch
         if holes is None:
             return M_p, None
-        norms = [] if self.holed_stats else [m for m in self.f.modules()
-                                             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.momentum = 0.0
-        M_pm = self.f(image * holes)                                      # context branch    Eq. 1
-        for norm in norms:
-            norm.momentum = 0.1
-        return M_p, M_pm
+        return M_p, self.f(image * holes)                                 # context branch    Eq. 1
 
 
 # --------------------------------------------------------------------------------------- masking
@@ -653,6 +646,7 @@ def train(cfg):
     parts = dict(model=f, optimizer=optimizer, scaler=scaler)
 
     start, history, best, spent = 0, [], -1.0, 0.0
+    interrupt = common.Interrupt(machine)
     # only now, so that a start that fails above leaves no run folder in the way of the next
     state = common.open_run(cfg, "masksup", machine,
                             may_differ={"epochs"} if cfg.schedule == "constant" else set())
@@ -661,9 +655,9 @@ def train(cfg):
             part.load_state_dict(state[name])
         start, history, best, spent = (state[k] for k in ("step", "history", "best", "seconds"))
     elif cfg.pretrain == "mae":
-        pretrain(f, train_set, cfg, machine)
+        pretrain(f, train_set, cfg, machine, interrupt)
     stop = min(total, cfg.max_steps or total)
-    net = common.parallel(MaskSup(torch.compile(f) if cfg.compile else f, cfg.holed_stats), machine)
+    net = common.parallel(MaskSup(torch.compile(f) if cfg.compile else f), machine)
     progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
     progress.say(f"{parameters(f) / 1e6:.1f} M parameters, "
                  f"{len(train_set)} training and {len(val_set)} {data.eval_split(cfg.data)} "
@@ -675,7 +669,7 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=start, stop=stop, **shared)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **shared)
-    interrupt, running, began = common.Interrupt(machine), [], time.time()
+    running, began = [], time.time()
     for step, (image, label, index) in zip(range(start, stop), loader):
         # 1. the rate
         for group in optimizer.param_groups:
@@ -777,12 +771,12 @@ def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
         return list(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
     common.sheet([shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)], path,
-                 ["image", "truth", "prediction", "with holes", "prediction"])
+                 ["image", "truth", "M_p", "with holes", "M_pm"])
 
 
 # ----------------------------------------------------------- --pretrain mae: Table 2's other side
 
-def pretrain(f, train_set, cfg, machine):
+def pretrain(f, train_set, cfg, machine, interrupt):
     """Teach f to paint in removed patches, as a masked autoencoder, before it is fine-tuned.
 
     The same network with three channels in place of the classes sees pictures without a share
@@ -829,7 +823,8 @@ def pretrain(f, train_set, cfg, machine):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        if (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == total:
+        due = (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == total
+        if due or interrupt.set:
             progress.say(f"pretraining, epoch {(step + 1) / per_epoch:6.2f}  loss "
                          f"{loss.item():.4f}  {time.time() - began:.0f} s")
             if not math.isfinite(loss.item()):
@@ -839,6 +834,10 @@ def pretrain(f, train_set, cfg, machine):
             if machine.main:
                 common.save_checkpoint(path, {"method": "masksup pretraining", "step": step + 1,
                                               **{k: p.state_dict() for k, p in parts.items()}})
+        if interrupt.set:
+            progress.say(f"stopped after step {step + 1} of the pretraining: the same command "
+                         "with --resume goes on")
+            sys.exit(130)
     copy(autoencoder, f)
 
 
@@ -915,8 +914,8 @@ def evaluate_only(cfg, origin):
                    for s, score in curve.items()}
         if machine.main:
             folder = out / name if many else out
-            draw_samples(f, val_set, here, machine, info, mask_source(here).to(machine.device),
-                         folder / "samples.png")
+            bank = mask_source(replace(here, masks="")).to(machine.device)
+            draw_samples(f, val_set, here, machine, info, bank, folder / "samples.png")
             write_metrics(folder, {**state, "scores": scores}, here, f, beside,
                           {"corrupt": corrupt} if shares else {})
     if shares and machine.main:
@@ -991,7 +990,7 @@ def bench(cfg):
     if cfg.bench > 0:
         torch.manual_seed(cfg.seed)
         f = build(cfg, N).to(device, memory_format=torch.channels_last).train()
-        net = MaskSup(torch.compile(f) if cfg.compile else f, cfg.holed_stats)
+        net = MaskSup(torch.compile(f) if cfg.compile else f)
         optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8).to(device)
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
