@@ -356,6 +356,8 @@ def load_weights(model, path, method):
                         "classes, size, patch and widths") from None
 
 
+RUN_FILES = ("config.json", "last.pt", "best.pt", "log.csv", "curves.png", "samples.png",
+             "metrics.json")
 # fields that may change when a run goes on: where it runs and how far, not what it computes
 MAY_DIFFER = {"root", "out", "workers", "device", "compile", "resume", "max_steps"}
 
@@ -370,7 +372,7 @@ def open_run(cfg, method, machine, may_differ=()):
     mine = dataclasses.asdict(cfg)
     if not cfg.resume:
         if machine.main:
-            if config.exists() or last.exists():
+            if any((config.parent / name).exists() for name in RUN_FILES):
                 raise UserError(f"{cfg.out} already holds a run: --resume goes on with it, "
                                 "--out DIR starts another")
             write(config, json.dumps(mine, indent=1) + "\n")

@@ -540,8 +540,9 @@ def train(cfg):
             continue
         train_loss = torch.stack(running).mean().item()
         if not math.isfinite(train_loss):
-            raise UserError(f"the loss is {train_loss} near step {step + 1}; {out / 'last.pt'} is "
-                            "from before it: go on with a lower --lr or with --amp off")
+            raise UserError(f"the loss is {train_loss} near step {step + 1}; what {out} holds is "
+                            "from before it: start another run, perhaps by --init, with a lower "
+                            "--lr or --amp off")
         spent, running = spent + time.time() - began, []
         first = "pa_miou_nearest" not in scores           # it never changes: once is enough
         scores |= evaluate(model, val_loader, cfg, machine, info, weights, nearest=first)

@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ from common import UserError
 
 @dataclass
 class Config:
-    data: str = "shapes"           # shapes, glas, polyp, nyuv2, voc, .. or your own folder (data.py)
+    data: str = "shapes"           # a dataset that data.py lists, or your own folder
     root: str = "data"             # where datasets live
     out: str = ""                  # run folder; empty: out/masksup-DATA
     method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
@@ -66,7 +66,7 @@ class Config:
     pretrained: str = ""           # weights of LeViT's release: imagenet (downloads), or a file
     init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
     pretrain: Literal["none", "mae"] = "none"  # first learn to paint in removed patches (Table 2)
-    pretrain_epochs: int = 800     # --pretrain mae: epochs of that; then 50 unless --epochs is given
+    pretrain_epochs: int = 800     # --pretrain mae: epochs of that; then 50 of --method base
     mae_patch: int = 16            # --pretrain mae: side of a removed patch
     mae_ratio: float = 0.75        # --pretrain mae: share of the patches that is removed
     eval_every: int = 1            # epochs between evaluations
@@ -76,7 +76,7 @@ class Config:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
     compile: bool = False          # torch.compile the model
     resume: bool = False           # go on from OUT/last.pt
-    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
+    max_steps: int = 0             # stop each stage after so many steps, and save; 0: all epochs
     palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
     eval: tuple = ()               # evaluate these checkpoints and do nothing else
     corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
@@ -86,13 +86,13 @@ class Config:
     to: str = ""                   # --predict: new folder for the predictions
 
 
-scene = dict(model="unetpp", optimizer="sgd", lr=0.1, batch_size=8)
+SCENES = dict(model="unetpp", optimizer="sgd", lr=0.1, batch_size=8)
 RECIPES = {                        # what differs from the defaults above, by dataset
     # a minute and a half on two CPU cores: small pictures, a narrow U-Net, many short steps
     "shapes": dict(model="unet", width=16, size=32, epochs=32, batch_size=8, lr=1e-2,
                    schedule="cosine", warmup=30, eval_every=4, mae_patch=8, pretrain_epochs=10),
-    "nyuv2": scene,                # the paper's; the others are not in it
-    "voc": scene, "camvid": scene, "cityscapes": scene,
+    "nyuv2": SCENES,               # the paper's; the others are not in it
+    "voc": SCENES, "camvid": SCENES, "cityscapes": SCENES,
 }
 
 
@@ -112,6 +112,7 @@ def up(x):
 
 
 def halve(x):
+    """Half the height and width: the largest of each 2 x 2."""
     return F.max_pool2d(x, 2)
 
 
@@ -196,7 +197,8 @@ class Residual(nn.Module):
     def forward(self, x):
         y = self.m(x)
         if self.training and self.drop > 0:
-            y = y * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.drop) / (1 - self.drop)
+            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop
+            y = y * kept / (1 - self.drop)
         return x + y
 
 
@@ -215,14 +217,14 @@ class Attention(nn.Module):
     """Attention of r x r tokens of width i, to as many, or (shrink) from every second in each
     direction, with a learned bias for each head and each distance (|dy|, |dx|).
 
-    (B, r * r, i) -> (B, r' * r', o), r' = r or ceil(r / 2). key: d_k; values are `ratio` times
-    as wide. Keys are compared by q k / sqrt(key) + bias.
+    (B, r * r, i) -> (B, r' * r', o), r' = r or ceil(r / 2). key: the width d_k of queries and keys
+    in a head; values are twice as wide, four times with shrink.
     """
 
     def __init__(self, i, o, key, heads, r, shrink=False):
         super().__init__()
-        ratio = 4 if shrink else 2
-        self.key, self.heads, self.value, self.shrink = key, heads, ratio * key, shrink
+        self.heads, self.shrink = heads, shrink
+        self.key, self.value = key, 4 * key if shrink else 2 * key
         if shrink:
             self.q = nn.Sequential(Every(r), LinearBN(i, heads * key))
             self.kv = LinearBN(i, heads * (key + self.value))
@@ -231,18 +233,18 @@ class Attention(nn.Module):
         self.proj = nn.Sequential(nn.Hardswish(), LinearBN(heads * self.value, o,
                                                            gain=1.0 if shrink else 0.0))
         self.attention_biases = nn.Parameter(torch.zeros(heads, r * r))
-        asking = torch.arange(0, r, 2 if shrink else 1)
-        off = (asking[:, None] - torch.arange(r)).abs()           # (r', r), along either direction
-        pair = off[:, None, :, None] * r + off[None, :, None, :]  # (r', r', r, r): |dy| * r + |dx|
-        self.register_buffer("pair", pair.flatten(2).flatten(0, 1), persistent=False)
+        rows = torch.arange(0, r, 2 if shrink else 1)             # of the queries; columns alike
+        off = (rows[:, None] - torch.arange(r)).abs()             # (r', r), along either direction
+        index = off[:, None, :, None] * r + off[None, :, None, :]   # (r', r', r, r), |dy| r + |dx|
+        self.register_buffer("index", index.flatten(2).flatten(0, 1), persistent=False)
 
     def forward(self, x):
         if self.shrink:
-            q, = self.split(self.q(x), self.key)
+            (q,) = self.split(self.q(x), self.key)
             k, v = self.split(self.kv(x), self.key, self.value)
         else:
             q, k, v = self.split(self.qkv(x), self.key, self.key, self.value)
-        bias = self.attention_biases[:, self.pair]    .to(q.dtype)              # (h, L', L)
+        bias = self.attention_biases[:, self.index].to(q.dtype)                 # (h, L', L)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)             # (B, h, L', d_v)
         return self.proj(z.transpose(1, 2).flatten(2))
 
@@ -252,6 +254,7 @@ class Attention(nn.Module):
 
 
 def mlp(width):
+    """The MLP of LeViT's blocks, on (B, L, width)."""
     return nn.Sequential(LinearBN(width, 2 * width), nn.Hardswish(),
                          LinearBN(2 * width, width, gain=0.0))
 
@@ -264,8 +267,10 @@ LEVIT = {   # widths and heads of the three stages, blocks in them, d_k, share o
 
 
 class LeViT(nn.Module):
-    """LeViT without its classifier: (B, 3, S, S) -> the four maps of the stem, at strides 2, 4, 8
-    and 16 (n/8, n/4, n/2, n channels), and those of the three stages, at 14, 7 and 4 for S = 224.
+    """LeViT without its classifier: (B, 3, S, S) -> a list of seven maps (B, C, r, r).
+
+    Four of the stem, at strides 2, 4, 8 and 16 with n/8, n/4, n/2 and n channels, and one of each
+    stage: r = 14, 7 and 4 for S = 224. n is the width of the first stage.
     """
 
     def __init__(self, name, size):
@@ -338,7 +343,7 @@ class MaskSup(nn.Module):
         Returns the logits M_p and M_pm, (B, N, S, S) both; M_pm is None without holes.
 
         Two passes, so that BatchNorm normalises each by the statistics of its own batch. Its
-        running averages follow both: measured, that is better than following M_p's alone.
+        running averages follow both; what following M_p's alone would cost is in README.md.
         """
         M_p = self.f(image)                                               # segmentation branch
         if holes is None:
@@ -354,12 +359,13 @@ COVERAGE = {"high": (0.50, 0.75), "low": (0.10, 0.30)}
 def draw_mask(rng, size, low, high):
     """One M_holes: streaks and holes of arbitrary shape, (size, size) bool, True keeps.
 
-    The share removed lies between low and high. What leaves the picture on one side comes back on
-    the other, so that a mask can be shifted around without a seam.
+    The share removed lies between low and high, of 0..1. What leaves the picture on one side comes
+    back on the other, so that a mask can be shifted around without a seam. rng: numpy's Generator;
+    the sizes of the figures, shares of the picture's side, are our choice.
     """
     target, scale, mask = rng.uniform(low, high), 1.0, Image.new("1", (size, size), 1)
     removed = 0.0
-    while removed < target and scale > 0.02:
+    while removed < target and scale > 0.02:            # until nothing fits below `high` any more
         trial = mask.copy()
         figure = streak if rng.random() < 0.7 else hole
         figure(ImageDraw.Draw(trial), rng, size, scale)
@@ -371,8 +377,10 @@ def draw_mask(rng, size, low, high):
     return np.asarray(mask)
 
 
-def around(points, size):
-    """The points (P, 2), and their eight copies one picture's side away."""
+def around(rng, points, size):
+    """The points (P, 2), centred on some place in the picture, and their eight copies a side away.
+    """
+    points = points + rng.uniform(0, size, 2) - (points.min(0) + points.max(0)) / 2
     return [points + np.array([dx, dy]) * size for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
 
 
@@ -381,9 +389,8 @@ def streak(draw, rng, size, scale):
     n, angle = rng.integers(2, 7), rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.7, 6).cumsum()
     width = max(1.0, rng.uniform(0.03, 0.12) * size * scale)
     steps = rng.uniform(0.08, 0.25, n)[:, None] * size * scale
-    walk = np.concatenate([rng.uniform(0, size, (1, 2)),
-                           steps * np.stack([np.cos(angle[:n]), np.sin(angle[:n])], 1)]).cumsum(0)
-    for points in around(walk, size):
+    walk = (steps * np.stack([np.cos(angle[:n]), np.sin(angle[:n])], 1)).cumsum(0)
+    for points in around(rng, np.concatenate([np.zeros((1, 2)), walk]), size):
         draw.line(points.ravel().tolist(), fill=0, width=round(width), joint="curve")
         for x, y in points[[0, -1]]:                                    # round ends
             draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=0)
@@ -395,9 +402,7 @@ def hole(draw, rng, size, scale):
     waves = sum(rng.uniform(-0.3, 0.3) * np.cos(k * turn + rng.uniform(0, 2 * np.pi))
                 for k in (1, 2, 3))
     radius = rng.uniform(0.04, 0.14) * size * scale * (1 + waves)
-    center = rng.uniform(0, size, 2)
-    for points in around(center + radius[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1),
-                         size):
+    for points in around(rng, radius[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1), size):
         draw.polygon(points.ravel().tolist(), fill=0)
 
 
@@ -422,7 +427,7 @@ def pick(bank, noise):
     pixels of the bank are addressed, none is copied before.
     """
     S = bank.shape[-1]
-    which, down, right = (noise[:, :3] * noise.new_tensor([len(bank), S, S])).long().unbind(1)
+    which, down, right = ((noise[:, i] * n).long() for i, n in enumerate((len(bank), S, S)))
     turn, mirror_y, mirror_x = (noise[:, 3:, None, None] < 0.5).unbind(1)       # (B, 1, 1) each
     y, x = torch.arange(S, device=bank.device)[:, None], torch.arange(S, device=bank.device)
     y, x = torch.where(turn, x, y), torch.where(turn, y, x)                     # (B, S, S)
@@ -454,10 +459,11 @@ def cross_entropy(logits, label, add=lambda sums: sums):
 
 
 def task_similarity(M_p, M_pm, add=lambda sums: sums):
-    """L_tasksim: mean squared difference of the probabilities, over all pixels and classes, float32.
+    """L_tasksim: mean squared difference of the probabilities, over all pixels and classes.
 
     M_p, M_pm: logits (B, N, S, S). Both receive its gradient; it needs no labels, so that void
-    counts as well. add: as in cross_entropy().
+    counts as well. The paper has the norm, whose size would grow with the picture. add: as in
+    cross_entropy().
     """
     top = (M_p.float().softmax(1) - M_pm.float().softmax(1)).square().sum()
     top, bottom = add(torch.stack([top, torch.full_like(top, M_p.numel())]))
@@ -465,7 +471,7 @@ def task_similarity(M_p, M_pm, add=lambda sums: sums):
 
 
 def loss_fn(M_p, M_pm, label, alpha=(1, 1, 1), add=lambda sums: sums):
-    """Eq. 3. What has a weight of 0 is not computed; without M_pm neither is the rest.
+    """Eq. 3. L_context and L_tasksim are not computed without M_pm, or where their weight is 0.
 
     M_p, M_pm: logits (B, N, S, S), M_pm None for L_seg alone.  label: (B, S, S), 255 = void.
     Returns the loss, a scalar, and the terms (L_seg, L_context, L_tasksim), (3,), detached.
@@ -497,7 +503,11 @@ def parameters(f):
 
 
 def mask_source(cfg):
-    """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the pictures in --masks."""
+    """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the pictures in --masks
+    (which pick() shifts around as well, and that cuts them at the border).
+
+    Raises UserError if there are none.
+    """
     if not cfg.masks:
         return mask_bank(cfg.bank, cfg.size, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed))
     if not Path(cfg.masks).is_dir():
@@ -526,9 +536,11 @@ LEVIT_RELEASE = {name: f"https://dl.fbaipublicfiles.com/LeViT/LeViT-{file}.pth" 
 
 
 def load_levit(levit, cfg):
-    """--pretrained: copy the weights of LeViT's release into the encoder, and say what was not."""
-    if not cfg.model.startswith("levit"):
-        raise UserError(f"--pretrained: there are weights for LeViT only, not for {cfg.model}")
+    """--pretrained: copy the weights of LeViT's release into the encoder, and say what was not.
+
+    They were trained on pictures normalised by ImageNet's mean and deviation, not to [-1, 1]:
+    BatchNorm takes up the difference. Raises UserError if they are those of another network.
+    """
     try:
         if cfg.pretrained == "imagenet":
             theirs = torch.hub.load_state_dict_from_url(
@@ -542,11 +554,11 @@ def load_levit(levit, cfg):
                         f"file from {LEVIT_RELEASE[cfg.model]}") from None
     mine = levit.state_dict()
     fits = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape}
-    if not any(k.startswith("blocks") for k in fits):
-        raise UserError(f"--pretrained {cfg.pretrained}: no weights of {cfg.model} in it; give "
+    fresh = sorted(mine.keys() - fits.keys())
+    if not all(k.endswith("attention_biases") for k in fresh):
+        raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model}; give "
                         f"{LEVIT_RELEASE[cfg.model]}")
     levit.load_state_dict(fits, strict=False)
-    fresh = sorted(mine.keys() - fits.keys())
     if os.environ.get("RANK", "0") == "0":
         unused = sorted({k.split(".")[0] for k in theirs if k not in mine} - {"blocks"})
         print(f"pretrained: {len(fits)} of the encoder's {len(mine)} tensors"
@@ -596,11 +608,15 @@ def train_step(net, optimizer, scaler, machine, cfg, image, label, holes):
     alpha = cfg.alpha1, cfg.alpha2, cfg.alpha3 if cfg.method == "masksup" else 0
     loss, terms = loss_fn(M_p, M_pm, label.to(machine.device, non_blocking=True), alpha,
                           add=machine.sum)
+    descend(loss, optimizer, scaler)
+    return torch.cat([loss.detach()[None], terms])
+
+
+def descend(loss, optimizer, scaler):
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    return torch.cat([loss.detach()[None], terms])
 
 
 def make_optimizer(model, cfg):
@@ -610,7 +626,7 @@ def make_optimizer(model, cfg):
 
 
 def rate(step, cfg, per_epoch, total):
-    """The learning rate of a step."""
+    """The learning rate of a step, of `total` in all."""
     if step < cfg.warmup:                                                 # 1. it rises
         return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "step":                                            # 2. x 0.1, released code
@@ -632,15 +648,18 @@ def train(cfg):
                         "processes")
     out, device = Path(cfg.out), machine.device
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
+    beside = {split: dataset(cfg, split) for split in data.source_of(cfg.data).splits
+              if split not in ("train", data.eval_split(cfg.data))}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     total = cfg.epochs * per_epoch
     bank = mask_source(cfg).to(device)
 
     torch.manual_seed(common.seed_of(cfg.seed))
     f = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
-    if cfg.pretrained:
+    begun = cfg.resume and (out / "last.pt").exists()
+    if cfg.pretrained and not begun:
         load_levit(f.levit, cfg)
-    if cfg.init:
+    if cfg.init and not begun:
         common.load_weights(f, cfg.init, "masksup")
     optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
     parts = dict(model=f, optimizer=optimizer, scaler=scaler)
@@ -655,15 +674,15 @@ def train(cfg):
             part.load_state_dict(state[name])
         start, history, best, spent = (state[k] for k in ("step", "history", "best", "seconds"))
     elif cfg.pretrain == "mae":
-        pretrain(f, train_set, cfg, machine, interrupt)
+        spent = pretrain(f, train_set, cfg, machine, interrupt)
     stop = min(total, cfg.max_steps or total)
     net = common.parallel(MaskSup(torch.compile(f) if cfg.compile else f), machine)
     progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
     progress.say(f"{parameters(f) / 1e6:.1f} M parameters, "
                  f"{len(train_set)} training and {len(val_set)} {data.eval_split(cfg.data)} "
                  f"pictures, {len(bank)} masks that remove "
-                 f"{100 - 100 * bank.float().mean().item():.0f} % on average, steps {start} to "
-                 f"{stop}, {per_epoch} an epoch, on {device}")
+                 f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average, steps {start} "
+                 f"to {stop}, {per_epoch} an epoch, on {device}")
 
     shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
@@ -678,7 +697,7 @@ def train(cfg):
         # 2. one step: its draws hang on (seed, step) and on (seed, epoch, index), nothing else,
         #    so that a resumed run repeats what an unbroken one does
         net.train()
-        torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))   # LeViT's dropped branches
+        torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))             # LeViT drops
         holes = None
         if cfg.method != "base":
             noise = draw([common.seed_of(cfg.seed, step // per_epoch, i) for i in index.tolist()])
@@ -693,8 +712,9 @@ def train(cfg):
             continue
         terms = dict(zip(TERMS, torch.stack(running).mean(0).tolist()))
         if not math.isfinite(terms["loss"]):
-            raise UserError(f"the loss is {terms['loss']} near step {step + 1}; {out / 'last.pt'} "
-                            "is from before it: go on with a lower --lr or with --amp off")
+            raise UserError(f"the loss is {terms['loss']} near step {step + 1}; what {out} holds "
+                            "is from before it: start another run, perhaps by --init, with a "
+                            "lower --lr or --amp off")
         spent, running = spent + time.time() - began, []
         common.same_buffers(f, machine)
         scores = evaluate(f, val_loader, cfg, machine, info)
@@ -702,9 +722,10 @@ def train(cfg):
                         "val_loss": scores["loss"], "miou": scores["miou"],
                         "paper_iou": scores["paper_iou"],
                         "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
-        progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {terms['loss']:.4f} (seg "
-                     f"{terms['loss_seg']:.3f} context {terms['loss_context']:.3f} tasksim "
-                     f"{terms['loss_tasksim']:.4f})  mIoU {scores['miou']:.2f}  paper_iou "
+        computed = " ".join(f"{name[5:]} {value:.4f}" for name, value in list(terms.items())[1:]
+                            if value)
+        progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {terms['loss']:.4f} "
+                     f"({computed})  mIoU {scores['miou']:.2f}  paper_iou "
                      f"{scores['paper_iou']:.2f}  {spent:.0f} s")
         better, best = scores["miou"] > best, max(best, scores["miou"])
         state = {"method": "masksup", "config": asdict(cfg), "info": asdict(info),
@@ -722,35 +743,30 @@ def train(cfg):
             sys.exit(130)
         began = time.time()
 
-    beside = score_beside(f, cfg, machine, info, shared)
+    # what the dataset has beside, e.g. Kvasir-SEG's part of polyp
+    more = {split: evaluate(f, data.eval_loader(pictures, cfg.batch_size, **shared), cfg, machine,
+                            info) for split, pictures in beside.items()}
+    # the paper's number: of the epoch that is best on the very set it is measured on
+    more["paper_iou_best_epoch"] = max(row["paper_iou"] for row in history)
     if machine.main:
         draw_samples(f, val_set, cfg, machine, info, bank, out / "samples.png")
-        write_metrics(out, state, cfg, f, beside)
+        write_metrics(out, state, cfg, f, more)
 
 
-def score_beside(f, cfg, machine, info, shared):
-    """{split: scores} of the splits that a dataset has beside the one it is evaluated on."""
-    return {split: evaluate(f, data.eval_loader(dataset(cfg, split), cfg.batch_size, **shared),
-                            cfg, machine, info)
-            for split in data.source_of(cfg.data).splits
-            if split not in ("train", data.eval_split(cfg.data))}
-
-
-def write_metrics(out, state, cfg, f, beside, more={}):
+def write_metrics(out, state, cfg, f, more):
     """OUT/metrics.json of a checkpoint's state and what is given, and its scores on the screen."""
-    scores, history = state["scores"], state["history"]
+    scores = state["scores"]
     metrics = {"miou": scores["miou"], "class_iou": scores["class_iou"],
                "paper_iou": scores["paper_iou"], "constant": scores["constant"],
-               # the paper's number: of the epoch that is best on the set it is measured on
-               "paper_iou_best_epoch": max(row["paper_iou"] for row in history),
-               "epoch": history[-1]["epoch"], "steps": state["step"],
-               "seconds": state["seconds"], "params": parameters(f),
-               "method": cfg.method, "model": cfg.model, **beside, **more}
+               "epoch": state["history"][-1]["epoch"], "steps": state["step"],
+               "seconds": state["seconds"], "params": parameters(f), "method": cfg.method,
+               "model": cfg.model, **more}
     common.write(Path(out) / "metrics.json", json.dumps(common.clean(metrics), indent=1) + "\n")
     print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f}), "
           f"paper_iou {scores['paper_iou']:.2f}"
           + "".join(f"; {split}: mIoU {s['miou']:.2f}, paper_iou {s['paper_iou']:.2f}"
-                    for split, s in beside.items()) + f"  -> {out}")
+                    for split, s in more.items() if isinstance(s, dict) and "miou" in s)
+          + f"  -> {out}")
 
 
 @torch.no_grad()
@@ -782,11 +798,14 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     The same network with three channels in place of the classes sees pictures without a share
     mae_ratio of their patches, and is to give back the pixels in [-1, 1]: mean squared error on
     what was removed. All its weights but the head's then go into f. Saved as OUT/pretrain.pt once
-    an evaluation would be due, where --resume goes on from.
+    an evaluation would be due, where --resume goes on from. Returns the seconds it took.
+
+    Raises UserError if the loss is not finite.
     """
     device, path = machine.device, Path(cfg.out) / "pretrain.pt"
     per_epoch = data.steps_per_epoch(len(train_set), cfg.batch_size)
-    total, start, began = cfg.pretrain_epochs * per_epoch, 0, time.time()
+    total, start, spent = cfg.pretrain_epochs * per_epoch, 0, 0.0
+    stop = min(total, cfg.max_steps or total)
     autoencoder = build(cfg, 3).to(device, memory_format=torch.channels_last)
 
     def copy(source, target):
@@ -798,47 +817,51 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     parts = dict(model=autoencoder, optimizer=optimizer, scaler=scaler)
     if cfg.resume and path.exists():
         state = common.load_checkpoint(path, "masksup pretraining")
-        start = state["step"]
+        start, spent = state["step"], state["seconds"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    net = common.parallel(autoencoder, machine)
-    progress = common.Progress(start, total, cfg.batch_size, quiet=not machine.main)
+    net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
+    progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
-                               start=start, stop=total, workers=machine.workers,
+                               start=start, stop=stop, workers=machine.workers,
                                rank=machine.rank, world=machine.world)
-    for step, (image, _, index) in zip(range(start, total), loader):
+    began = time.time() - spent
+    for step, (image, _, index) in zip(range(start, stop), loader):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, cfg, per_epoch, total)
         net.train()
         torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))
         seeds = [common.seed_of(cfg.seed, step // per_epoch, i) for i in index.tolist()]
-        holes = patch_holes(draw(seeds, (cfg.size // cfg.mae_patch) ** 2).to(device), cfg.size,
-                            cfg.mae_patch, cfg.mae_ratio)
+        noise = draw(seeds, (cfg.size // cfg.mae_patch) ** 2).to(device, non_blocking=True)
+        holes = patch_holes(noise, cfg.size, cfg.mae_patch, cfg.mae_ratio)
         image = to_input(image, device)
         with machine.autocast():
             painted = net(image * holes)
         removed = ~holes
-        loss = ((painted.float() - image) * removed).square().sum() / (3 * removed.sum())
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        due = (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == total
+        error = ((painted.float() - image) * removed).square().sum()
+        error, pixels = machine.sum(torch.stack([error, 3.0 * removed.sum()]))
+        loss = error / pixels
+        descend(loss, optimizer, scaler)
+        if progress.live and step % 20 == 0:
+            progress.step(step, loss.item())
+        due = (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == stop
         if due or interrupt.set:
             progress.say(f"pretraining, epoch {(step + 1) / per_epoch:6.2f}  loss "
                          f"{loss.item():.4f}  {time.time() - began:.0f} s")
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss of the pretraining is {loss.item()} at step "
-                                f"{step + 1}: start again with a lower --lr or with --amp off")
+                raise UserError(f"the loss of the pretraining is {loss.item()} at step {step + 1}:"
+                                " start another run with a lower --lr or --amp off")
             common.same_buffers(autoencoder, machine)
             if machine.main:
                 common.save_checkpoint(path, {"method": "masksup pretraining", "step": step + 1,
+                                              "seconds": time.time() - began,
                                               **{k: p.state_dict() for k, p in parts.items()}})
         if interrupt.set:
             progress.say(f"stopped after step {step + 1} of the pretraining: the same command "
                          "with --resume goes on")
             sys.exit(130)
     copy(autoencoder, f)
+    return time.time() - began
 
 
 # ----------------------------------------------------------------------------- the other commands
@@ -846,7 +869,10 @@ def pretrain(f, train_set, cfg, machine, interrupt):
 def load(path):
     """(cfg, info, f, state) of a checkpoint, on the CPU and ready to evaluate."""
     state = common.load_checkpoint(path, "masksup")
-    cfg, info = Config(**state["config"]), data.Info(**state["info"])
+    try:
+        cfg, info = Config(**state["config"]), data.Info(**state["info"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: written by another version of masksup.py ({error})") from None
     f = build(cfg, len(info.classes)).eval()
     f.load_state_dict(state["model"])
     return cfg, info, f, state
@@ -864,7 +890,8 @@ def settled(cfg, origin, path, theirs, flags):
         raise UserError(f"--{name} cannot be given here: the checkpoint {path} has settled it")
     # the machine is this one, whatever the checkpoint was trained on
     cfg = replace(theirs, **{name: getattr(cfg, name) for name in
-                             given | {"root", "device", "workers"}})
+                             given | {"root", "device", "workers", "amp"}})
+    check(cfg)
     common.show_config(cfg, dict.fromkeys(given, "flag"))
     return cfg
 
@@ -875,8 +902,8 @@ def shares_of(text):
         shares = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
         shares = [-1.0]
-    if not all(0 < share < 1 for share in shares):
-        raise UserError(f"--corrupt {text}: expected shares of the picture between 0 and 1, "
+    if not all(0 < share <= 0.95 for share in shares):
+        raise UserError(f"--corrupt {text}: expected shares of the picture from above 0 to 0.95, "
                         "such as 0.1,0.3,0.5,0.7")
     return shares
 
@@ -885,42 +912,52 @@ def evaluate_only(cfg, origin):
     """--eval A.pt [B.pt ..]: scores of each; with --corrupt, also with parts of the pictures
     removed (Fig. 6), as a table and as OUT/robustness.png with a line for each checkpoint.
 
-    The same pictures lose the same holes, whatever the checkpoint. metrics.json is written to
-    OUT, for several checkpoints to OUT/RUN-NAME each.
+    A picture loses the same holes, to a percent of its pixels, whatever the checkpoint (of one
+    size). metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each.
     """
     shares, curves, many = shares_of(cfg.corrupt), {}, len(cfg.eval) > 1
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} holds a training run: give another folder")
     machine = common.Machine(cfg)
     shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
     for path in cfg.eval:
         theirs, info, f, state = load(path)
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
+        if name in curves:
+            raise UserError(f"--eval {path}: another one is called {name} too: rename its folder")
         here = settled(cfg, origin, path, theirs, {"eval", "corrupt", "data", "palette",
                                                    "batch_size"})
-        val_set = dataset(here, data.eval_split(here.data))
+        here = replace(here, seed=cfg.seed)                        # of the holes, one for all
+        splits = {split: dataset(here, split) for split in data.source_of(here.data).splits
+                  if split != "train"}
+        val_set = splits.pop(data.eval_split(here.data))
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
         f.to(machine.device)
-        loader = data.eval_loader(val_set, here.batch_size, **shared)
-        scores = evaluate(f, loader, here, machine, info)
-        curve = {0.0: scores}
+
+        def score(pictures, bank=None):
+            loader = data.eval_loader(pictures, here.batch_size, **shared)
+            return evaluate(f, loader, here, machine, info, bank)
+
+        curve = curves[name] = {0.0: score(val_set)}
         for share in shares:
-            bank = mask_bank(here.bank, here.size, max(0, share - 0.01), share + 0.01,
-                             common.seed_of(here.seed, round(1000 * share))).to(machine.device)
-            curve[share] = evaluate(f, loader, here, machine, info, bank)
-        curves[name] = curve
-        beside = score_beside(f, here, machine, info, shared)
-        corrupt = {f"{s:g}": {k: score[k] for k in ("miou", "paper_iou")}
-                   for s, score in curve.items()}
+            bank = mask_bank(64, here.size, max(0, share - 0.01), share + 0.01,
+                             common.seed_of(cfg.seed, round(1000 * share)))
+            curve[share] = score(val_set, bank.to(machine.device))
+        more = {split: score(pictures) for split, pictures in splits.items()}
+        if shares:
+            more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou")}
+                               for share, scores in curve.items()}
         if machine.main:
-            folder = out / name if many else out
-            bank = mask_source(replace(here, masks="")).to(machine.device)
-            draw_samples(f, val_set, here, machine, info, bank, folder / "samples.png")
-            write_metrics(folder, {**state, "scores": scores}, here, f, beside,
-                          {"corrupt": corrupt} if shares else {})
+            folder, bank = out / name if many else out, mask_bank(
+                8, here.size, *COVERAGE[here.coverage], common.seed_of(cfg.seed))
+            draw_samples(f, val_set, here, machine, info, bank.to(machine.device),
+                         folder / "samples.png")
+            write_metrics(folder, {**state, "scores": curve[0.0]}, here, f, more)
     if shares and machine.main:
         for title in "miou", "paper_iou":
-            print(f"\n{title:24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)) + " removed")
+            print(f"\n{title:24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)))
             for name, curve in curves.items():
                 print(f"{name:24}" + "".join(f"{score[title]:9.2f}" for score in curve.values()))
         common.draw_lines([100 * s for s in (0, *shares)],
@@ -930,14 +967,20 @@ def evaluate_only(cfg, origin):
 
 
 @torch.no_grad()
-def segment(f, image, cfg, device):
-    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W). It is resized to the
-    size of training and the logits back to its own."""
+def segment(f, image, cfg, machine):
+    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W).
+
+    It is resized to the size of training, and the logits back to its own; beyond 2048 pixels a
+    side only the answer, for N planes of floats would fill the memory.
+    """
     small = Image.fromarray(image).resize((cfg.size, cfg.size), Image.BILINEAR)
     small = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
-    logits = f(to_input(small, device)).float()
-    logits = F.interpolate(logits, image.shape[:2], mode="bilinear")
-    return logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    with machine.autocast():
+        logits = f(to_input(small, machine.device)).float()
+    H, W = image.shape[:2]
+    logits = F.interpolate(logits, (min(H, 2048), min(W, 2048)), mode="bilinear")
+    answer = logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    return np.array(Image.fromarray(answer).resize((W, H), Image.NEAREST))
 
 
 def predict(cfg, origin):
@@ -954,23 +997,26 @@ def predict(cfg, origin):
     theirs, info, f, _ = load(cfg.ckpt)
     cfg = settled(cfg, origin, cfg.ckpt, theirs, {"predict", "ckpt", "to"})
     machine = common.Machine(cfg)
+    if machine.world > 1:
+        raise UserError("--predict works in one process: python in place of torchrun")
     f.to(machine.device)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {to} is not an empty folder: give a new one")
     paths = data.pictures(source) if source.is_dir() else [source]
     if not paths or not source.exists():
         raise UserError(f"--predict {source}: no picture there")
-    stems, failed = Counter(path.stem for path in paths), 0
+    alike = len({path.stem for path in paths}) < len(paths)       # a.jpg and a.png: whole names
+    failed = 0
     palette = np.array(info.colors, np.uint8).ravel().tolist()
     for path in paths:
-        name = (path.stem if stems[path.stem] == 1 else path.name) + ".png"
+        name = (path.name if alike else path.stem) + ".png"
         try:
             image = data.read_image(path, upright=True)
         except UserError as error:
             failed += 1
             print(f"{error} (skipped)", file=sys.stderr)
             continue
-        answer = segment(f, image, cfg, machine.device)
+        answer = segment(f, image, cfg, machine)
         common.save_image(to / name, answer, palette)
         common.save_image(to / "overlay" / name, common.overlay(image, answer, info.colors))
     print(f"{len(paths) - failed} segmented, {failed} failed -> {to}; classes "
@@ -1015,14 +1061,21 @@ def check(cfg):
                  "mae_patch"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.max_steps < 0 or min(cfg.alpha1, cfg.alpha2, cfg.alpha3) < 0:
-        raise UserError("--max-steps and --alpha1, 2, 3: at least 0")
-    if cfg.size % 16:
-        raise UserError(f"--size {cfg.size}: not a multiple of 16, by which the networks divide it")
-    if cfg.pretrain == "mae" and cfg.size % cfg.mae_patch:
-        raise UserError(f"--size {cfg.size} is not a multiple of --mae-patch {cfg.mae_patch}")
-    if not 0 < cfg.mae_ratio < 1:
-        raise UserError(f"--mae-ratio {cfg.mae_ratio}: expected a share between 0 and 1")
+    if cfg.max_steps < 0 or min(cfg.alpha1, cfg.alpha2, cfg.alpha3, cfg.weight_decay) < 0:
+        raise UserError("--max-steps, --weight-decay and --alpha1, 2, 3: at least 0")
+    if not 0 < cfg.lr < math.inf:
+        raise UserError(f"--lr {cfg.lr}: expected a number above 0")
+    least = 80 if cfg.model.startswith("levit") else 32     # BatchNorm needs more than one value
+    if cfg.size % 16 or cfg.size < least:
+        raise UserError(f"--size {cfg.size}: for {cfg.model} a multiple of 16 from {least} on")
+    n = (cfg.size // cfg.mae_patch) ** 2
+    if cfg.pretrain == "mae" and (cfg.size % cfg.mae_patch or not 1 <= n * cfg.mae_ratio < n):
+        raise UserError(f"--mae-patch {cfg.mae_patch} --mae-ratio {cfg.mae_ratio}: --size must be "
+                        "a multiple of the patch, and at least one patch go and one stay")
+    if cfg.pretrained and not cfg.model.startswith("levit"):
+        raise UserError(f"--pretrained: there are weights for LeViT only, not for {cfg.model}")
+    if cfg.corrupt and not cfg.eval or (cfg.ckpt or cfg.to) and not cfg.predict:
+        raise UserError("--corrupt goes with --eval, --ckpt and --to with --predict")
 
 
 def main():
@@ -1032,11 +1085,17 @@ def main():
         return predict(cfg, origin)
     if cfg.eval:
         return evaluate_only(cfg, origin)
-    if cfg.pretrain == "mae" and origin.get("epochs") != "flag":
-        cfg.epochs, origin["epochs"] = 50, "pretrain"
+    if cfg.pretrain == "mae":                       # Table 2: a baseline of MaskSup, in two stages
+        for name, value in ("epochs", 50), ("method", "base"):
+            if origin.get(name) != "flag":
+                setattr(cfg, name, value)
+                origin[name] = "pretrain"
     check(cfg)
     common.show_config(cfg, origin)
-    bench(cfg) if cfg.bench >= 0 else train(cfg)
+    if cfg.bench >= 0:
+        bench(cfg)
+    else:
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -2208,7 +2208,8 @@ class MaskSupPretrained(Case):
         return weights
 
     def load(self, size=224, model="levit128s", source=None):
-        cfg = masksup.Config(model=model, size=size, pretrained=str(source or self.tmp / "levit.pth"))
+        cfg = masksup.Config(model=model, size=size,
+                             pretrained=str(source or self.tmp / "levit.pth"))
         f, text = masksup.build(cfg, 2), io.StringIO()
         before = {k: v.clone() for k, v in f.state_dict().items()}
         with contextlib.redirect_stdout(text):
@@ -2237,11 +2238,14 @@ class MaskSupPretrained(Case):
         torch.save({"a": torch.ones(1)}, self.tmp / "other.pth")
         for source, words in (("gone.pth", ["gone.pth", "cannot be read", "LeViT-128S-96703c44"]),
                               ("no.pth", ["no.pth", "cannot be read"]),
-                              ("other.pth", ["other.pth", "no weights of levit128s"])):
+                              ("other.pth", ["other.pth", "not the weights of levit128s"])):
             with self.fails(*words):
                 self.load(source=self.tmp / source)
         with self.fails("LeViT only", "unet"):
-            masksup.load_levit(None, masksup.Config(model="unet", pretrained="imagenet"))
+            masksup.check(masksup.Config(model="unet", pretrained="imagenet"))
+        self.release("levit128s")
+        with self.fails("not the weights of levit192"):           # another LeViT's
+            self.load(model="levit192")
 
     def test_imagenet_is_the_release_checked_by_its_hash(self):
         weights = self.release("levit128s")
@@ -2477,17 +2481,21 @@ class MaskSupRuns(Case):
         self.assertIn("base-last", done.stdout)
         self.assertTrue((self.tmp / "eval/robustness.png").exists())
         for flags, word in ((["--out", out], "already holds a run"),
-                            (["--out", out, "--resume", "--lr", 0.5], "lr was 0.003, now 0.5"),
+                            (["--out", out, "--resume", "--lr", 0.5], "lr was 0.01, now 0.5"),
                             (["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
                             (["--init", self.tmp / "no.pt"], "no.pt"),
-                            (["--predict", self.tmp], "--ckpt"), (["--modle", "unet"], "--model")):
+                            (["--predict", self.tmp], "--ckpt"), (["--modle", "unet"], "--model"),
+                            (["--eval", out / "last.pt", "--out", out], "holds a training run"),
+                            (["--pretrained", "imagenet"], "LeViT only"), (["--lr", -1], "--lr"),
+                            (["--pretrain", "mae", "--mae-patch", 32], "--mae-patch"),
+                            (["--corrupt", "0.5"], "goes with --eval")):
             done = script("masksup.py", *MASKSUP, "--epochs", 2, *flags)
             self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
             self.assertIn(word, done.stderr)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
-                 "--epochs", 1, "--max-steps", 1, "--lr", 1e-3]
+                 "--epochs", 1, "--lr", 1e-3, "--warmup", 0]
         broken, whole = self.tmp / "broken", self.tmp / "whole"
         run = subprocess.Popen([sys.executable, MAIN / "masksup.py", *map(str, flags), "--out",
                                 broken], stdout=subprocess.DEVNULL)
@@ -2499,6 +2507,7 @@ class MaskSupRuns(Case):
         done = script("masksup.py", *flags, "--out", whole)
         losses = [float(line.split("loss")[1].split()[0]) for line in done.stdout.splitlines()
                   if line.startswith("pretraining")]
+        self.assertIn("because of --pretrain: method", done.stdout)          # epochs were given
         self.assertEqual(len(losses), 6)
         self.assertLess(losses[-1], 0.8 * losses[0])
         a, b = (torch.load(out / "last.pt")["model"] for out in (whole, broken))
@@ -2507,8 +2516,8 @@ class MaskSupRuns(Case):
         painter = torch.load(whole / "pretrain.pt")["model"]
         self.assertEqual(painter["head.weight"].shape[0], 3)
         for name, value in painter.items():
-            if name.endswith("0.weight"):                # a step of 1e-3 away from where it began
-                self.assertLess((value - a[name]).abs().max().item(), 2e-3, name)
+            if name.endswith("0.weight"):                # four steps of 1e-3 at most
+                self.assertLess((value - a[name]).abs().max().item(), 5e-3, name)
 
     def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
         whole, broken = self.tmp / "whole", self.tmp / "broken"
@@ -2584,8 +2593,9 @@ class MaskSupPredict(Case):
         before = {p: p.read_bytes() for p in folder.iterdir()}
         done = self.predict(folder)
         self.assertEqual(done.returncode, 0, done.stderr)
-        sizes = {"rgb": (50, 40), "grey": (32, 33), "alpha": (70, 20), "deep.png": (17, 90),
-                 "deep.tif": (17, 9), "tiny": (1, 1), "ink": (64, 48), "turned": (40, 90)}
+        sizes = {"rgb.png": (50, 40), "grey.png": (32, 33), "alpha.png": (70, 20),
+                 "deep.png": (17, 90), "deep.tif": (17, 9), "tiny.png": (1, 1),
+                 "ink.jpg": (64, 48), "turned.jpg": (40, 90)}        # two of one stem: whole names
         for name, size in sizes.items():
             with Image.open(self.tmp / f"to/{name}.png") as index, \
                     Image.open(self.tmp / f"to/overlay/{name}.png") as overlay:
@@ -2600,7 +2610,7 @@ class MaskSupPredict(Case):
             logits = self.f(torch.from_numpy(x)[None].float() / 127.5 - 1)
         logits = torch.stack([torch.from_numpy(np.array(Image.fromarray(m.numpy()).resize(
             (50, 40), Image.BILINEAR))) for m in logits[0]])
-        answer = np.array(Image.open(self.tmp / "to/rgb.png"))
+        answer = np.array(Image.open(self.tmp / "to/rgb.png.png"))
         self.assertGreater((answer == logits.argmax(0).numpy()).mean(), 0.98)
         self.assertEqual(self.predict(folder).returncode, 2)                 # --to is not empty
 
