@@ -51,8 +51,9 @@ def run(main):
 
 def nearest_name(name, names):
     """' (did you mean X?)' for the closest of names, or ''."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+    names = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    return f" (did you mean {names[close[0]]}?)" if close else ""
 
 
 # ------------------------------------------------------------------------- configuration and flags
@@ -258,9 +259,9 @@ def constant_miou(matrix):
 def picture_iou(prediction, target, classes):
     """MaskSup's measure, (B,) float in percent; its paper_iou is the mean over the pictures.
 
-    prediction, target: (B, H, W) ints; void (255) is not counted. Two classes: the IoU of class 1,
-    100 where it is in neither. More: the IoU micro-averaged over the classes, that is pixels right
-    over (pixels right + 2 x pixels wrong), void taken for class 0 as in the released code.
+    prediction, target: (B, H, W) ints. Two classes: the IoU of class 1, void (255) left out, 100
+    where it is in neither. More: the IoU micro-averaged over the classes, that is pixels right
+    over (pixels right + 2 x pixels wrong), void counted as class 0 as in the released code.
     """
     prediction, target = prediction.flatten(1), target.flatten(1)
     if classes == 2:
@@ -352,8 +353,8 @@ def load_weights(model, path, method):
         model.load_state_dict(load_checkpoint(path, method)["model"])
     except RuntimeError as error:
         line = " ".join(str(error).split("\n\t")[1:2]) or "other weights"
-        raise UserError(f"--init {path} does not fit this model ({line}); give it the same "
-                        "classes, size, patch and widths") from None
+        raise UserError(f"--init {path} does not fit this model ({line}); build the model "
+                        "with the classes and flags that it was trained with") from None
 
 
 RUN_FILES = ("config.json", "last.pt", "best.pt", "log.csv", "curves.png", "samples.png",

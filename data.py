@@ -133,12 +133,15 @@ def opened(path):
 def read_image(path, upright=False):
     """A picture as uint8 (H, W, 3): grey, indexed, CMYK, alpha become RGB, 16 bits the high 8.
 
-    The EXIF rotation is applied only if `upright`: masks are drawn over the pixels as they lie in
-    the file. Raises UserError for what is not a whole picture.
+    The EXIF rotation is applied only if `upright` (to a TIFF Pillow always applies it): masks are
+    drawn over the pixels as they lie in the file. Raises UserError for what is not a whole picture
+    or has 32 bits a pixel.
     """
     with opened(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+            raise UserError(f"{path}: 32 bits a pixel: save it with 8 or 16")
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.array(image.convert("RGB"))

@@ -4,8 +4,8 @@
     I_masked = I * M_holes ->  f  ->  M_pm      context branch, L_context = CE(M_pm, M_gt)  Eq. 1-2
     L = L_seg + L_context + L_tasksim, L_tasksim = MSE(softmax M_p, softmax M_pm)           Eq. 3
 
-f is any segmentation network, the same in both branches; at test time there are no holes, and it
-costs what f costs. Zunair and Ben Hamza, "Masked supervised learning for semantic segmentation",
+f is any segmentation network, the same in both branches; at test time there are no holes, and no
+cost but that of f. Zunair and Ben Hamza, "Masked supervised learning for semantic segmentation",
 BMVC 2022; equations, tables and figures are numbered as there.
 
     python masksup.py                                       # embedded dataset, CPU, two minutes
@@ -46,8 +46,8 @@ class Config:
     root: str = "data"             # where datasets live
     out: str = ""                  # run folder; empty: out/masksup-DATA
     method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
-    model: Literal["unet", "unetpp", "levit128s", "levit192", "levit384"] = "levit384"  # f
-    epochs: int = 200              # as all that follows down to coverage, the paper's for GlaS
+    model: Literal["unet", "unetpp", "levit128s", "levit192", "levit384"] = "levit384"  # network f
+    epochs: int = 200              # the paper's for GlaS, like all defaults down to coverage
     batch_size: int = 16           # pictures a step, over all processes
     lr: float = 1e-4               # of the optimizer
     optimizer: Literal["adam", "sgd"] = "adam"  # SGD with momentum 0.9
@@ -56,7 +56,7 @@ class Config:
     warmup: int = 0                # steps over which the rate rises to lr
     size: int = 224                # pictures are resized to this side, whatever their proportions
     flip: bool = False             # mirror half of the training pictures; the paper does not
-    coverage: Literal["high", "low"] = "high"  # M_holes removes 50-75 % or 10-30 % (Table 3)
+    coverage: Literal["high", "low"] = "high"  # M_holes removes 50-75 %, or 10-30 % (for Table 3)
     masks: str = ""                # folder of masks to use instead of drawn ones: dark removes
     bank: int = 256                # masks that are drawn, once a run
     alpha1: float = 1.0            # weight of L_seg in Eq. 3
@@ -76,7 +76,7 @@ class Config:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
     compile: bool = False          # torch.compile the model
     resume: bool = False           # go on from OUT/last.pt
-    max_steps: int = 0             # stop each stage after so many steps, and save; 0: all epochs
+    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
     palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
     eval: tuple = ()               # evaluate these checkpoints and do nothing else
     corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
@@ -88,8 +88,8 @@ class Config:
 
 SCENES = dict(model="unetpp", optimizer="sgd", lr=0.1, batch_size=8)
 RECIPES = {                        # what differs from the defaults above, by dataset
-    # a minute and a half on two CPU cores: small pictures, a narrow U-Net, many short steps; "low",
-    # for 50-75 % removed leaves nothing of most shapes at this size (mIoU 39 in place of 42)
+    # a minute and a half on two CPU cores: small pictures, a narrow U-Net, many short steps; and
+    # "low", for "high" leaves nothing of most shapes at this size (mIoU 39 in place of 42)
     "shapes": dict(model="unet", width=16, size=32, epochs=32, batch_size=8, lr=1e-2,
                    schedule="cosine", warmup=30, coverage="low", eval_every=4, mae_patch=8,
                    pretrain_epochs=10),
@@ -414,7 +414,7 @@ def mask_bank(n, size, low, high, seed):
     return torch.from_numpy(np.stack([draw_mask(rng, size, low, high) for _ in range(n)]))
 
 
-def draw(seeds, n=6):
+def noise_of(seeds, n=6):
     """(B, n) random numbers in [0, 1), each row from a seed of its own, so that a sample's mask
     depends on neither its batch nor the process nor the device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -424,7 +424,7 @@ def draw(seeds, n=6):
 def pick(bank, noise):
     """A mask for each sample: one of the bank, flipped, turned and shifted. Pure.
 
-    bank: (n, S, S) bool, True keeps.  noise: (B, 6) from draw(), on the bank's device.
+    bank: (n, S, S) bool, True keeps.  noise: (B, 6) from noise_of(), on the bank's device.
     Returns M_holes, (B, 1, S, S) bool, 1 keeps, 0 removes. One gather for all: on the device the
     pixels of the bank are addressed, none is copied before.
     """
@@ -486,6 +486,16 @@ def loss_fn(M_p, M_pm, label, alpha=(1, 1, 1), add=lambda sums: sums):
     return loss, torch.stack([L_seg, L_context, L_tasksim]).detach()
 
 
+def painting_loss(painted, image, holes, add=lambda sums: sums):
+    """The loss of --pretrain mae: mean squared error over the removed pixels, float32.
+
+    painted, image: (B, 3, S, S).  holes: (B, 1, S, S) bool, 0 removes.  add: as above.
+    """
+    top = ((painted.float() - image) * ~holes).square().sum()
+    top, bottom = add(torch.stack([top, 3.0 * (~holes).sum()]))
+    return top / bottom
+
+
 # ----------------------------------------------------------------------------------- data, model
 
 def dataset(cfg, split):
@@ -506,7 +516,7 @@ def parameters(f):
 
 def mask_source(cfg):
     """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the pictures in --masks
-    (which pick() shifts around as well, and that cuts them at the border).
+    (pick() shifts these too, which leaves a seam at the border).
 
     Raises UserError if there are none.
     """
@@ -516,10 +526,11 @@ def mask_source(cfg):
         raise UserError(f"--masks {cfg.masks}: no such folder")
     found = [np.asarray(Image.fromarray(data.read_image(path)).convert("L").resize(
         (cfg.size, cfg.size), Image.BILINEAR)) >= 128 for path in data.pictures(Path(cfg.masks))]
-    if not found:
-        raise UserError(f"--masks {cfg.masks}: no pictures in it: give a folder of masks, dark "
-                        "where the picture is removed")
-    return torch.from_numpy(np.stack(found))
+    bank = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, dtype=torch.bool)
+    if bank.all() or not bank.any():
+        raise UserError(f"--masks {cfg.masks}: no pictures in it that remove a part: give masks "
+                        "with 0 where the picture is removed and 255 where it is kept")
+    return bank
 
 
 def to_input(image, device):
@@ -575,9 +586,9 @@ def evaluate(f, loader, cfg, machine, info, bank=None):
     """Score the network f. bank: of masks to hold before the pictures, fixed by (seed, index).
 
     Returns, in percent: miou and class_iou, from one confusion matrix over all pictures at size
-    S; paper_iou, the papers' own measure (common.picture_iou); constant, the miou of the best
-    answer that is the same class everywhere; and the loss, CE. Void is not counted, but where
-    paper_iou says so.
+    S; paper_iou, the paper's own measure (common.picture_iou); constant, the miou of the best
+    answer that is the same class everywhere; and the loss, CE. Void is not counted, except in
+    paper_iou of more than two classes.
     """
     f.eval()
     N, device = len(info.classes), machine.device
@@ -586,7 +597,7 @@ def evaluate(f, loader, cfg, machine, info, bank=None):
     for image, label, index in loader:
         image, label = to_input(image, device), label.to(device, non_blocking=True)
         if bank is not None:
-            noise = draw([common.seed_of(cfg.seed, i) for i in index.tolist()])
+            noise = noise_of([common.seed_of(cfg.seed, i) for i in index.tolist()])
             image = image * pick(bank, noise.to(device))
         with machine.autocast():
             logits = f(image)
@@ -702,7 +713,8 @@ def train(cfg):
         torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))             # LeViT drops
         holes = None
         if cfg.method != "base":
-            noise = draw([common.seed_of(cfg.seed, step // per_epoch, i) for i in index.tolist()])
+            noise = noise_of([common.seed_of(cfg.seed, step // per_epoch, i)
+                              for i in index.tolist()])
             holes = pick(bank, noise.to(device, non_blocking=True))
         running.append(train_step(net, optimizer, scaler, machine, cfg, image, label, holes))
         if progress.live and step % 20 == 0:
@@ -735,9 +747,9 @@ def train(cfg):
                  "seconds": spent, **{name: part.state_dict() for name, part in parts.items()}}
         if machine.main:
             if better:                                    # before last.pt, the point of no return
-                whole = {"optimizer", "scaler"}           # three times the size, for nothing
+                heavy = {"optimizer", "scaler"}           # two thirds of it, for --resume only
                 common.save_checkpoint(out / "best.pt", {k: v for k, v in state.items()
-                                                         if k not in whole})
+                                                         if k not in heavy})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
         if interrupt.set:
@@ -751,6 +763,7 @@ def train(cfg):
     # the paper's number: of the epoch that is best on the very set it is measured on
     more["paper_iou_best_epoch"] = max(row["paper_iou"] for row in history)
     if machine.main:
+        common.write_history(out, history)                # a run killed while it wrote them
         draw_samples(f, val_set, cfg, machine, info, bank, out / "samples.png")
         write_metrics(out, state, cfg, f, more)
 
@@ -778,7 +791,7 @@ def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
     chosen = range(0, len(val_set), max(1, len(val_set) // n))[:n]
     image, label, _ = zip(*(val_set[i] for i in chosen))
     x, label = to_input(torch.stack(image), machine.device), torch.stack(label)
-    holes = pick(bank, draw([common.seed_of(cfg.seed, i) for i in chosen]).to(machine.device))
+    holes = pick(bank, noise_of([common.seed_of(cfg.seed, i) for i in chosen]).to(machine.device))
     with machine.autocast():
         M_p, M_pm = f(x).argmax(1), f(x * holes).argmax(1)
 
@@ -798,16 +811,15 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     """Teach f to paint in removed patches, as a masked autoencoder, before it is fine-tuned.
 
     The same network with three channels in place of the classes sees pictures without a share
-    mae_ratio of their patches, and is to give back the pixels in [-1, 1]: mean squared error on
-    what was removed. All its weights but the head's then go into f. Saved as OUT/pretrain.pt once
-    an evaluation would be due, where --resume goes on from. Returns the seconds it took.
+    mae_ratio of their patches, and is to give those pixels back (painting_loss). All its weights
+    but the head's then go into f. Saved as OUT/pretrain.pt once an evaluation would be due, where
+    --resume goes on from. Returns the seconds it took.
 
     Raises UserError if the loss is not finite.
     """
     device, path = machine.device, Path(cfg.out) / "pretrain.pt"
     per_epoch = data.steps_per_epoch(len(train_set), cfg.batch_size)
     total, start, spent = cfg.pretrain_epochs * per_epoch, 0, 0.0
-    stop = min(total, cfg.max_steps or total)
     autoencoder = build(cfg, 3).to(device, memory_format=torch.channels_last)
 
     def copy(source, target):
@@ -823,30 +835,27 @@ def pretrain(f, train_set, cfg, machine, interrupt):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
-    progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
+    progress = common.Progress(start, total, cfg.batch_size, quiet=not machine.main)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
-                               start=start, stop=stop, workers=machine.workers,
+                               start=start, stop=total, workers=machine.workers,
                                rank=machine.rank, world=machine.world)
     began = time.time() - spent
-    for step, (image, _, index) in zip(range(start, stop), loader):
+    for step, (image, _, index) in zip(range(start, total), loader):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, cfg, per_epoch, total)
         net.train()
         torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))
         seeds = [common.seed_of(cfg.seed, step // per_epoch, i) for i in index.tolist()]
-        noise = draw(seeds, (cfg.size // cfg.mae_patch) ** 2).to(device, non_blocking=True)
+        noise = noise_of(seeds, (cfg.size // cfg.mae_patch) ** 2).to(device, non_blocking=True)
         holes = patch_holes(noise, cfg.size, cfg.mae_patch, cfg.mae_ratio)
         image = to_input(image, device)
         with machine.autocast():
             painted = net(image * holes)
-        removed = ~holes
-        error = ((painted.float() - image) * removed).square().sum()
-        error, pixels = machine.sum(torch.stack([error, 3.0 * removed.sum()]))
-        loss = error / pixels
+        loss = painting_loss(painted, image, holes, machine.sum)
         descend(loss, optimizer, scaler)
         if progress.live and step % 20 == 0:
             progress.step(step, loss.item())
-        due = (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == stop
+        due = (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == total
         if due or interrupt.set:
             progress.say(f"pretraining, epoch {(step + 1) / per_epoch:6.2f}  loss "
                          f"{loss.item():.4f}  {time.time() - began:.0f} s")
@@ -905,17 +914,17 @@ def shares_of(text):
     except ValueError:
         shares = [-1.0]
     if not all(0 < share <= 0.95 for share in shares):
-        raise UserError(f"--corrupt {text}: expected shares of the picture from above 0 to 0.95, "
+        raise UserError(f"--corrupt {text}: expected shares above 0 and up to 0.95, "
                         "such as 0.1,0.3,0.5,0.7")
-    return shares
+    return sorted(set(shares))
 
 
 def evaluate_only(cfg, origin):
     """--eval A.pt [B.pt ..]: scores of each; with --corrupt, also with parts of the pictures
     removed (Fig. 6), as a table and as OUT/robustness.png with a line for each checkpoint.
 
-    A picture loses the same holes, to a percent of its pixels, whatever the checkpoint (of one
-    size). metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each.
+    All checkpoints of one size see the same holes, whose share is right to one percent of the
+    picture. metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each.
     """
     shares, curves, many = shares_of(cfg.corrupt), {}, len(cfg.eval) > 1
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
@@ -949,7 +958,7 @@ def evaluate_only(cfg, origin):
             curve[share] = score(val_set, bank.to(machine.device))
         more = {split: score(pictures) for split, pictures in splits.items()}
         if shares:
-            more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou")}
+            more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}
         if machine.main:
             folder, bank = out / name if many else out, mask_bank(
@@ -972,8 +981,8 @@ def evaluate_only(cfg, origin):
 def segment(f, image, cfg, machine):
     """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W).
 
-    It is resized to the size of training, and the logits back to its own; beyond 2048 pixels a
-    side only the answer, for N planes of floats would fill the memory.
+    It is resized to the size of training, and the logits back to its own. Above 2048 pixels a side
+    the answer, not the logits, is enlarged: N planes of floats would not fit.
     """
     small = Image.fromarray(image).resize((cfg.size, cfg.size), Image.BILINEAR)
     small = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
@@ -990,7 +999,8 @@ def predict(cfg, origin):
 
     Writes DIR/NAME.png, class indices with the classes' colours as palette, and
     DIR/overlay/NAME.png, at the size of the picture, which is turned upright first if its EXIF
-    data say so. What cannot be read is a line on stderr, and the exit status is then 1.
+    data say so. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a
+    line on stderr, and the exit status is then 1.
     """
     for name in ("ckpt", "to"):
         if not getattr(cfg, name):
@@ -1042,9 +1052,10 @@ def bench(cfg):
         optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8).to(device)
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
-        bank = mask_bank(8, S, *COVERAGE[cfg.coverage], cfg.seed).to(device)
+        bank = mask_bank(8, S, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed)).to(device)
         noise = torch.rand(B, 6).to(device)
-        for method in ("base", "cb", "masksup", cfg.method):         # the last is the one reported
+        # the last is the one reported
+        for method in sorted(("base", "cb", "masksup"), key=lambda name: name == cfg.method):
             this = replace(cfg, method=method)
             timed = common.time_steps(
                 lambda i: train_step(net, optimizer, scaler, machine, this, image, label,
@@ -1063,8 +1074,9 @@ def check(cfg):
                  "mae_patch"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.max_steps < 0 or min(cfg.alpha1, cfg.alpha2, cfg.alpha3, cfg.weight_decay) < 0:
-        raise UserError("--max-steps, --weight-decay and --alpha1, 2, 3: at least 0")
+    if min(cfg.bench + 1, cfg.max_steps, cfg.weight_decay, cfg.alpha1, cfg.alpha2,
+           cfg.alpha3) < 0:
+        raise UserError("--bench, --max-steps, --weight-decay and --alpha1, 2, 3: at least 0")
     if not 0 < cfg.lr < math.inf:
         raise UserError(f"--lr {cfg.lr}: expected a number above 0")
     least = 80 if cfg.model.startswith("levit") else 32     # BatchNorm needs more than one value
@@ -1073,7 +1085,7 @@ def check(cfg):
     n = (cfg.size // cfg.mae_patch) ** 2
     if cfg.pretrain == "mae" and (cfg.size % cfg.mae_patch or not 1 <= n * cfg.mae_ratio < n):
         raise UserError(f"--mae-patch {cfg.mae_patch} --mae-ratio {cfg.mae_ratio}: --size must be "
-                        "a multiple of the patch, and at least one patch go and one stay")
+                        "a multiple of the patch, and at least one patch be removed and one kept")
     if cfg.pretrained and not cfg.model.startswith("levit"):
         raise UserError(f"--pretrained: there are weights for LeViT only, not for {cfg.model}")
     if cfg.corrupt and not cfg.eval or (cfg.ckpt or cfg.to) and not cfg.predict:
