@@ -566,13 +566,15 @@ def draw_lines(xs, series, path, title):
     W, H = 560, 380
     canvas = Image.new("RGB", (W, H), "white")
     draw = ImageDraw.Draw(canvas)
-    draw_panel(draw, (50, 20 + 16 * len(series), W - 16, H - 48), xs, series, "")
+    draw_panel(draw, (50, 20 + 16 * len(series), W - 16, H - 48), xs, series,
+               {x: f"{x:g}" for x in xs})
     draw.text((W // 2, H - 14), title, "black", font(12), anchor="mm")
     save_image(path, np.asarray(canvas))
 
 
-def draw_panel(draw, box, xs, series, unit="step "):
-    """One panel in box (left, top, right, bottom): a line per series, its last value above."""
+def draw_panel(draw, box, xs, series, ticks=None):
+    """One panel in box (left, top, right, bottom): a line per series, its last value above. ticks:
+    {x: text}, else the first step and the last."""
     left, top, right, bottom = box
     finite = [v for values in series.values() for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(max(finite), min(finite) + 1e-6)
@@ -581,13 +583,18 @@ def draw_panel(draw, box, xs, series, unit="step "):
         draw.line((left, y, right, y), (222, 222, 222))
         value = low + (high - low) * i / 4
         draw.text((left - 4, y), f"{value:.3g}", "black", font(11), anchor="rm")
-    draw.text((left, bottom + 12), f"{unit}{xs[0]:g}", "black", font(11), anchor="lm")
-    draw.text((right, bottom + 12), f"{xs[-1]:g}", "black", font(11), anchor="rm")
+    across = (right - left) / ((xs[-1] - xs[0]) or 1)
+    for x, text in (ticks or {xs[0]: f"step {xs[0]}", xs[-1]: str(xs[-1])}).items():
+        anchor = "lm" if x == xs[0] else "rm" if x == xs[-1] else "mm"
+        draw.text((left + across * (x - xs[0]), bottom + 12), text, "black", font(11),
+                  anchor=anchor)
     for i, (name, values) in enumerate(series.items()):
         color = LINES[i % len(LINES)]
-        points = [(left + (right - left) * (a - xs[0]) / max(1, xs[-1] - xs[0]),
+        points = [(left + across * (a - xs[0]),
                    bottom - (bottom - top) * (v - low) / (high - low))
                   for a, v in zip(xs, values) if math.isfinite(v)]
         draw.line(points, color, 2)
+        for x, y in points if ticks else ():
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         above = top - 10 - 16 * (len(series) - 1 - i)
         draw.text((left + 4, above), f"{name} {values[-1]:.4g}", color, font(12), anchor="lm")
