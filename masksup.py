@@ -30,7 +30,7 @@ Departures from the paper, and what it leaves open:
 - BatchNorm's running averages follow both passes. Taken from clean pictures alone they cost 0.5 of
   mIoU, and 1.8 with half of the picture removed (GlaS as above, three seeds).
 - The last epoch is reported; the paper's choice, the best on the test set, stands beside it.
-- nyuv2: the paper's rate is 0.1, its released code's 0.01 with decay 5e-4 and steps. Ours is 0.1: on
+- nyuv2: the paper has rate 0.1, its released code 0.01 with decay 5e-4 and steps; ours is 0.1: on
   CamVid (width 8, 112 x 112, 20 epochs, one seed) mIoU 40.4 against 35.9.
 """
 import json
