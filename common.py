@@ -39,6 +39,12 @@ def run(main):
     """Call main(): a UserError is one line on stderr and status 2, other faults a traceback."""
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()      # the first process may still be writing
+            sys.stdout.flush()
+            # no tearing down: of 48 runs with gloo one ended in "terminate called without an
+            # active exception", after everything had been saved
+            os._exit(0)
     except UserError as error:
         # a loader's worker wraps the message in its own traceback: the last line is ours
         line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
