@@ -1446,6 +1446,16 @@ def script(name, *argv, **kwargs):
                           capture_output=True, text=True, **kwargs)
 
 
+def killed(name, flags, out, file):
+    """Start a script's run in OUT, kill -9 it once it has saved `file`; its exit status."""
+    run = subprocess.Popen([sys.executable, MAIN / name, *map(str, flags), "--out", out],
+                           stdout=subprocess.DEVNULL)
+    while not (out / file).exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.kill()
+    return run.wait()
+
+
 class LmaeModel(Case):
     def batch(self, classes=5, B=3, S=32):
         image = torch.from_numpy(self.rng.uniform(-1, 1, (B, 3, S, S)).astype(np.float32))
@@ -1808,13 +1818,7 @@ class LmaeRuns(Case):
         whole, broken = self.tmp / "whole", self.tmp / "broken"
         flags = [*TINY_FLAGS, "--warmup", 3, "--mask-strategy", "mixed"]
         self.assertEqual(script("lmae.py", *flags, "--out", whole).returncode, 0)
-        run = subprocess.Popen(
-            [sys.executable, MAIN / "lmae.py", *map(str, flags), "--out", broken],
-            stdout=subprocess.DEVNULL)
-        while not (broken / "last.pt").exists() and run.poll() is None:
-            time.sleep(0.01)
-        run.kill()
-        self.assertEqual(run.wait(), -9)
+        self.assertEqual(killed("lmae.py", flags, broken, "last.pt"), -9)
         self.assertEqual(
             script("lmae.py", *flags, "--out", broken, "--resume", "--max-steps", 6).returncode, 0)
         self.assertEqual(script("lmae.py", *flags, "--out", broken, "--resume").returncode, 0)
@@ -2541,12 +2545,7 @@ class MaskSupRuns(Case):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
                  "--epochs", 1, "--lr", 1e-3, "--warmup", 0]
         broken, whole = self.tmp / "broken", self.tmp / "whole"
-        run = subprocess.Popen([sys.executable, MAIN / "masksup.py", *map(str, flags), "--out",
-                                broken], stdout=subprocess.DEVNULL)
-        while not (broken / "pretrain.pt").exists() and run.poll() is None:
-            time.sleep(0.01)
-        run.kill()
-        self.assertEqual(run.wait(), -9)
+        self.assertEqual(killed("masksup.py", flags, broken, "pretrain.pt"), -9)
         self.assertEqual(script("masksup.py", *flags, "--out", broken, "--resume").returncode, 0)
         done = script("masksup.py", *flags, "--out", whole)
         losses = [float(line.split("loss")[1].split()[0]) for line in done.stdout.splitlines()
@@ -2567,13 +2566,7 @@ class MaskSupRuns(Case):
         whole, broken = self.tmp / "whole", self.tmp / "broken"
         flags = [*MASKSUP, "--warmup", 3]
         self.assertEqual(script("masksup.py", *flags, "--out", whole).returncode, 0)
-        run = subprocess.Popen(
-            [sys.executable, MAIN / "masksup.py", *map(str, flags), "--out", broken],
-            stdout=subprocess.DEVNULL)
-        while not (broken / "last.pt").exists() and run.poll() is None:
-            time.sleep(0.01)
-        run.kill()
-        self.assertEqual(run.wait(), -9)
+        self.assertEqual(killed("masksup.py", flags, broken, "last.pt"), -9)
         for more in ["--max-steps", 6], []:
             self.assertEqual(
                 script("masksup.py", *flags, "--out", broken, "--resume", *more).returncode, 0)
