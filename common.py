@@ -199,13 +199,18 @@ class SumProcesses(torch.autograd.Function):
         return tensor
 
 
+def synchronized(model, machine):
+    """The model with BatchNorm over the batches of all processes; on CPUs there is no such."""
+    if machine.world > 1 and machine.device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
 def parallel(model, machine):
     """The model as the loop calls it: wrapped for torchrun if there is more than one process."""
     if machine.world == 1:
         return model
-    if machine.device.type == "cuda":                   # there is none for CPUs
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model)
+    return torch.nn.parallel.DistributedDataParallel(synchronized(model, machine))
 
 
 def same_buffers(model, machine):
@@ -217,12 +222,13 @@ def same_buffers(model, machine):
 
 
 def average_gradients(module, world):
-    """Average the gradients of a small module that is not wrapped by parallel()."""
+    """Average the gradients of a module that is not wrapped by parallel(), in one message."""
     if world > 1:
-        for p in module.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= world
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for g, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+            g.copy_(mean.view_as(g))
 
 
 def all_reduce(*tensors):
@@ -364,7 +370,7 @@ def load_weights(model, path, method):
 
 
 RUN_FILES = ("config.json", "last.pt", "best.pt", "log.csv", "curves.png", "samples.png",
-             "metrics.json")
+             "step.png", "labeled.txt", "metrics.json")
 # fields that may change when a run goes on: where it runs and how far, not what it computes
 MAY_DIFFER = {"root", "out", "workers", "device", "compile", "resume", "max_steps"}
 

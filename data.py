@@ -32,6 +32,11 @@ not counted. DIR/classes.txt has the names of class 0, 1, .. on its lines; witho
 id in the masks tells how many there are. Colour masks need --palette voc, cityscapes, or a file
 of lines `R G B name`, one a class (void is the name of a void colour).
 
+A picture without a mask is unlabelled: there is no file for it where the masks of its split are,
+in voc though it is on the split's list; by voc's protocol ori, it is on train_aug.txt and not on
+train.txt. Supervised training leaves it out. Semi-supervised training (labeled_split) learns from
+it too, and takes away the masks of whichever pictures it is to treat as unlabelled.
+
 The masks of glas and polyp have no void. Those of glas number the glands: any id above 0 is gland.
 Those of polyp are greys, often JPEG: above 127 is polyp. polyp's test split is 62 pictures of
 CVC-ClinicDB, and kvasir 100 of Kvasir-SEG, drawn once by name where no TestDataset/ says which.
@@ -65,6 +70,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 
 from common import VOID, UserError, nearest_name, overlay, parse, run, seed_of, sheet
@@ -352,12 +358,14 @@ def fingerprint(stem):
 
 
 def voc(folder, split, protocol):
-    """protocol: "lists" as published; "aug" with SBD's masks; "lmae" 400 of trainval as val."""
+    """protocol: "lists" as published; "aug" with SBD's masks; "lmae" 400 of trainval as val;
+    "ori" for semi-supervised training: train as published, and after it, without their masks, the
+    pictures that are only in train_aug (if there is such a list)."""
     def listed(name):   # a line is `STEM`, in some aug lists `/JPEGImages/STEM.jpg MASK`
         lines = (folder / "ImageSets/Segmentation" / f"{name}.txt").read_text().splitlines()
         return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
-    masks = folder / "SegmentationClass"
+    masks, unlabelled = folder / "SegmentationClass", []
     if protocol == "lmae":
         drawn = sorted(listed("trainval"), key=fingerprint)
         val = 400 * len(drawn) // 2913
@@ -367,8 +375,13 @@ def voc(folder, split, protocol):
         pictures(masks)         # raises if the folder is missing, which must not mean unlabelled
     else:
         stems = listed(split)
+    if (protocol == "ori" and split == "train"
+            and (folder / "ImageSets/Segmentation/train_aug.txt").is_file()):
+        known = set(stems)
+        unlabelled = [Item(s, folder / "JPEGImages" / f"{s}.jpg", None)
+                      for s in listed("train_aug") if s not in known]
     items = [Item(s, folder / "JPEGImages" / f"{s}.jpg", masks / f"{s}.png") for s in stems]
-    return [i if i.mask.is_file() else i._replace(mask=None) for i in items]
+    return [i if i.mask.is_file() else i._replace(mask=None) for i in items] + unlabelled
 
 
 def train_ids(folder):
@@ -727,13 +740,109 @@ def download(name, root, home):
     return folder
 
 
+# ------------------------------------------------------ which pictures are labelled, which are not
+
+def labeled_split(name, root, labeled, seed=0, protocol="lists"):
+    """The Items of the train split as two lists in its order: (labelled, unlabelled).
+
+    labeled: "N", how many pictures are labelled, or "1/16", which share of those that have a mask
+    (rounded up): the first by a hash of the seed and the name, so that the draw is the same
+    everywhere and 1/16 is inside 1/8. Or the path of a file that lists them, `image mask` or only
+    a stem a line, of which the names alone count: the masks are the dataset's.
+    unlabelled: all others, without their masks, which so nothing can read; if there are none, the
+    labelled ones without theirs. Pictures that are missing are in neither.
+
+    Raises UserError for a number or fraction that cannot be, and for a list that is empty or names
+    a picture twice, or one that is not there or has no mask.
+    """
+    items = [i for i in list_items(name, root, "train", protocol) if i.image]
+    for line in duplicates(items):      # between the two lists no Dataset would see them
+        raise UserError(line)
+    candidates = [i for i in items if i.mask]
+    if not candidates:
+        raise UserError(f"{name}: no picture with a mask in the split train: "
+                        f"expected {source_of(name).tree}")
+    if found := re.fullmatch(r"\s*(-?\d+)(?:/(\d+))?\s*", labeled):
+        n = int(found[1])
+        if found[2]:
+            if not 0 < n <= int(found[2]):
+                raise UserError(f"--labeled {labeled}: a share must be above 0 and at most 1: "
+                                "give one like 1/16")
+            n = -(-len(candidates) * n // int(found[2]))
+        if not 1 <= n <= len(candidates):
+            raise UserError(f"--labeled {labeled}: {name} has {len(candidates)} pictures with a "
+                            f"mask in the split train: give a number from 1 to {len(candidates)}")
+        chosen = sorted(candidates, key=lambda i: seed_of(seed, fingerprint(i.stem)))[:n]
+    elif Path(labeled).is_file():
+        chosen = listed_items(labeled, items, name)
+    else:
+        raise UserError(f"--labeled {labeled}: expected a number of pictures, a share like 1/16, "
+                        "or a file that lists pictures, and there is no such file")
+    stems = {i.stem for i in chosen}
+    labelled = [i for i in items if i.stem in stems]
+    rest = [i for i in items if i.stem not in stems]
+    return labelled, [i._replace(mask=None) for i in rest or labelled]
+
+
+def listed_items(file, items, name):
+    """Those of `items` that the lines of a file name. Raises UserError, with file and line.
+
+    A name may hold spaces, so a line is tried as a whole, then the first half of its words.
+    """
+    known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
+    found = {}
+    for number, line in enumerate(Path(file).read_text("utf-8-sig", "replace").splitlines(), 1):
+        if not (line := line.strip()):
+            continue
+        words = re.split(r"\s", line)
+        half = " ".join(words[:len(words) // 2])
+        texts = [text for t in (line, half) for text in (t, Path(t).stem)]
+        item = next((known[text] for text in texts if text in known), None)
+        if item is None:
+            raise UserError(f"{file}, line {number}: `{line[:90]}` is no picture in the split "
+                            f"train of {name}{nearest_name(Path(half or line).stem, known)}: "
+                            "correct the line or remove it")
+        if item.mask is None:
+            raise UserError(f"{file}, line {number}: {item.stem} has no mask in {name}: "
+                            "add the mask, or remove the line")
+        if item.stem in found:
+            raise UserError(f"{file}, line {number}: {item.stem} is already in line "
+                            f"{found[item.stem]}: remove one of the two")
+        found[item.stem] = number
+    if not found:
+        raise UserError(f"{file}: no line in it: list a picture a line, as `image mask` or a stem")
+    return [i for i in items if i.stem in found]
+
+
+def labeled_hash(items):
+    """12 hex digits of the stems of Items in any order: to tell two draws apart."""
+    return hashlib.sha256("\n".join(sorted(i.stem for i in items)).encode()).hexdigest()[:12]
+
+
+def labeled_lines(items):
+    """The text of a file that labeled_split reads as these Items: lines `image mask`, the paths
+    from the folder that holds both, or only the stem where there are no two files."""
+    def line(item):
+        if item.mask is None or item.image == DRAWN:
+            return item.stem
+        base = os.path.commonpath([item.image.parent, item.mask.parent])
+        return " ".join(path.relative_to(base).as_posix() for path in (item.image, item.mask))
+
+    return "".join(line(item) + "\n" for item in items)
+
+
 # ------------------------------------------------------------------------------------ the dataset
 
 def read_pair(item, info, palette, size):
-    """An Item's picture uint8 (H, W, 3) and label uint8 (H, W). size is that of a drawn one."""
+    """An Item's picture uint8 (H, W, 3) and label uint8 (H, W), which is 0 if it has no mask.
+    size is that of a drawn one."""
     if item.image == DRAWN:
-        return draw_shapes(item.stem, size)
-    image, label = read_image(item.image), read_label(item.mask, info, palette)
+        image, label = draw_shapes(item.stem, size)
+        return image, label if item.mask else np.zeros_like(label)
+    image = read_image(item.image)
+    if item.mask is None:
+        return image, np.zeros(image.shape[:2], np.uint8)
+    label = read_label(item.mask, info, palette)
     same_size(item, image, label)
     return image, label
 
@@ -803,33 +912,41 @@ class Dataset(torch.utils.data.Dataset):
     epoch, index), so that it depends on no worker, no order, and no resuming.
     train: the scale is drawn from the range `scale`, the place of the crop at random, and half the
     pictures are mirrored if `flip`. Else the crop is the centre; nothing is scaled or mirrored.
+    whole, which is not for training: pictures as they are, (3, H, W) and (H, W).
+    items: Items to take instead of the split's, see labeled_split. One without a mask is an
+    unlabelled picture: its label is 0 in the picture and 255 in the padding, and no mask is read.
 
     A split of up to 2 GB is decoded here, once, so that every file is read before training starts;
     a larger one is decoded as it is needed. Raises UserError for anything wrong with the files.
     """
 
     def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
-                 train=False, seed=0, protocol="lists", palette=None):
+                 train=False, seed=0, protocol="lists", palette=None, items=None, whole=False):
+        assert not (whole and train)
         self.info, self.palette = info(name, root, palette), palette
         self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
-        self.train, self.seed = train, seed
-        items = list_items(name, root, split, protocol)
-        for line in duplicates(items):
+        self.train, self.seed, self.whole = train, seed, whole
+        listed = list_items(name, root, split, protocol) if items is None else list(items)
+        for line in duplicates(listed):
             raise UserError(line)
-        self.items = [i for i in items if i.image and i.mask]
-        for what, n in (("pictures without a mask", sum(i.mask is None for i in items)),
-                        ("masks without a picture", sum(i.image is None for i in items))):
-            if n and os.environ.get("RANK", "0") == "0":
+        self.items = [i for i in listed if i.image and i.mask] if items is None else listed
+        for what, n in (("pictures without a mask", sum(i.mask is None for i in listed)),
+                        ("masks without a picture", sum(i.image is None for i in listed))):
+            if items is None and n and os.environ.get("RANK", "0") == "0":
                 print(f"{name} {split}: {n} {what} left out")
         if not self.items:
-            raise UserError(f"{name}: no picture with a mask in the split {split}: "
-                            f"expected {source_of(name).tree}")
+            raise UserError(
+                f"{name}: no picture with a mask in the split {split}: "
+                f"expected {source_of(name).tree}" if items is None else
+                f"{name}: none of the pictures of the split {split} was chosen: choose some")
         self.pixels = None
         with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:   # drawing holds the GIL
             self.shapes = list(pool.map(self.shape, self.items))
             self.starts = np.cumsum([0] + [4 * h * w for h, w in self.shapes])
             counts = self.decode(pool) if self.starts[-1] <= IN_MEMORY else None
-        if line := doubt(name, self.info, counts):
+        # a few chosen pictures may well hold no object, and unlabelled ones tell nothing
+        if all(i.mask for i in self.items) and (
+                line := doubt(name, self.info, counts if items is None else None)):
             raise UserError(line)
 
     def shape(self, item):
@@ -869,7 +986,8 @@ class Dataset(torch.utils.data.Dataset):
             u = np.random.default_rng(seed_of(self.seed, epoch, index)).random(4)
             scale = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
             place, flip = u[1:3], self.flip and u[3] < 0.5
-        image, label = geometry(image, label, self.size, self.crop, scale, place, flip)
+        if not self.whole:
+            image, label = geometry(image, label, self.size, self.crop, scale, place, flip)
         image = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return image, torch.from_numpy(label.copy()), index
 
@@ -879,6 +997,12 @@ class Dataset(torch.utils.data.Dataset):
 def steps_per_epoch(n, batch):
     """Whole batches in n pictures: the incomplete last one is dropped, but one there always is."""
     return max(1, n // batch)
+
+
+def permutation(n, seed, epoch):
+    """The order of an epoch, a list of 0..n-1, which depends on nothing but (seed, epoch)."""
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    return torch.randperm(n, generator=generator).tolist()
 
 
 class Steps(torch.utils.data.Sampler):
@@ -900,11 +1024,37 @@ class Steps(torch.utils.data.Sampler):
         for step in self.steps:
             epoch, i = divmod(step, steps_per_epoch(self.n, self.batch))
             if epoch != of_epoch:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                order, of_epoch = torch.randperm(self.n, generator=generator).tolist(), epoch
+                order, of_epoch = permutation(self.n, self.seed, epoch), epoch
                 order *= -(-self.world // self.n)       # fewer pictures than processes: once more
             batch = order[i * self.batch:(i + 1) * self.batch]
             yield [(epoch, index) for index in batch[self.rank::self.world]]
+
+
+class Stream(torch.utils.data.Sampler):
+    """As Steps, but one permutation after another without end: no picture is dropped, and every
+    batch is full, even of fewer pictures than it holds: one then comes again, an epoch later.
+
+    Position p of the sequence is (epoch p // n, picture p % n of that epoch's permutation); step s
+    has the positions s * batch * world .. of it, and rank r every world-th of them, from the r-th.
+    """
+
+    def __init__(self, n, batch, seed, start, stop, rank, world):
+        self.n, self.batch, self.seed, self.steps = n, batch * world, seed, range(start, stop)
+        self.rank, self.world = rank, world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        order, of_epoch = None, None
+        for step in self.steps:
+            batch = []
+            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
+                epoch, i = divmod(p, self.n)
+                if epoch != of_epoch:
+                    order, of_epoch = permutation(self.n, self.seed, epoch), epoch
+                batch.append((epoch, order[i]))
+            yield batch
 
 
 def loader(dataset, batches, workers, **kwargs):
@@ -920,11 +1070,127 @@ def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0,
     return loader(dataset, steps, workers)
 
 
+def stream_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
+    """As train_loader, of a Stream: for pictures that go along with those of another loader."""
+    steps = Stream(len(dataset), batch_size, seed, start, stop, rank, world)
+    return loader(dataset, steps, workers)
+
+
 def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
     """Every picture exactly once over all processes, in order; the last batch may be smaller."""
     mine = list(range(len(dataset)))[rank::world]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     return loader(dataset, batches, workers, persistent_workers=workers > 0)
+
+
+# ------------------------------------------------------------- the strong view, batches at a time
+# All of it runs where the pictures are and waits for no device: what is to be done with which
+# picture is known from noise on the CPU, and goes to the device in two copies.
+
+def strong_view(image, noise):
+    """Colours and sharpness changed at random: image float (B, 3, H, W) of 0..1 -> a new one.
+
+    noise: float (B, 12) in [0, 1) on the CPU, whatever the device of the image, a row a picture:
+    [0] jitter or not, [1:5] how much, [5:9] in which order, [9] grey or not, [10] blur or not,
+    [11] how much. Jitter (of 0.8 of the pictures): brightness, contrast and saturation times
+    0.5..1.5 and hue plus -0.25..0.25 of the circle, in any order. Then 0.2 become grey, and then
+    0.5 are blurred with a sigma of 0.1..2 pixels.
+    """
+    u = noise.T
+    order = noise[:, 5:9].argsort(1).T      # (4, B): who comes first, second, ..
+    operations = [*[brightness, contrast, saturation, hue] * 4, saturation, blur]
+    due = [(u[0] < 0.8) & (place == k) for place in order for k in range(4)]
+    rows = [chosen.nonzero()[:, 0] for chosen in [*due, u[9] < 0.2, u[10] < 0.5]]
+    amounts = [u[1] + 0.5, u[2] + 0.5, u[3] + 0.5, (u[4] - 0.5) / 2] * 4
+    amounts += [torch.zeros_like(u[0]), 0.1 + 1.9 * u[11]]      # no saturation at all is grey
+    sizes = [len(chosen) for chosen in rows]
+    amount = torch.cat([a[chosen] for a, chosen in zip(amounts, rows)])[:, None, None, None]
+    amount = amount.to(image.device, image.dtype, non_blocking=True).split(sizes)
+    rows = torch.cat(rows).to(image.device, non_blocking=True).split(sizes)
+    out = image.clone()
+    for operation, chosen, a in zip(operations, rows, amount):
+        if len(chosen):
+            out[chosen] = operation(out[chosen], a)
+    return out
+
+
+# Each of pictures (B, 3, H, W) of 0..1 and amounts (B, 1, 1, 1), as Pillow and torchvision do it.
+
+def grey(image):
+    """(B, 1, H, W): the brightness that the eye sees."""
+    r, g, b = image.split(1, 1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+def brightness(image, factor):
+    return (factor * image).clamp(0, 1)
+
+
+def contrast(image, factor):
+    mean = grey(image).mean((2, 3), keepdim=True)
+    return (mean + factor * (image - mean)).clamp(0, 1)
+
+
+def saturation(image, factor):
+    plain = grey(image)
+    return (plain + factor * (image - plain)).clamp(0, 1)
+
+
+def hue(image, shift):
+    """Turned by a share `shift` of the circle of hues, at the same value and saturation of HSV."""
+    r, g, b = image.split(1, 1)
+    value = image.amax(1, keepdim=True)
+    chroma = value - image.amin(1, keepdim=True)
+    safe = chroma.clamp_min(1e-6)           # a grey pixel has no hue: any will do
+    sixths = torch.where(value == r, (g - b) / safe,
+                         torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    # how far, in sixths of the circle, the new hue is from where a channel starts to fall off
+    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1)
+    away = (channel + sixths + 6 * shift) % 6
+    return (value - chroma * torch.minimum(away, 4 - away).clamp(0, 1)).clamp(0, 1)
+
+
+def blur(image, sigma):
+    """Convolved with a Gaussian of `sigma` pixels, up to 2, its own for each picture; beyond its
+    edges a picture goes on as it ends."""
+    B, C, H, W = image.shape
+    steps = torch.arange(-7, 8, device=image.device)
+    weight = (-(steps / sigma) ** 2 / 2).softmax(-1).repeat_interleave(C, 0)   # (BC, 1, 1, 15)
+    planes = F.pad(image, (7, 7, 7, 7), "replicate").reshape(1, B * C, H + 14, W + 14)
+    planes = F.conv2d(F.conv2d(planes, weight, groups=B * C), weight.mT, groups=B * C)
+    return planes.view(B, C, H, W)
+
+
+def cutmix_boxes(noise, size, p=0.5):
+    """Where pixels of another picture go: noise float (B, 5) in [0, 1) -> bool (B, size, size).
+
+    A box with probability p, else nothing. Of its noise, in turn: whether there is one; its area,
+    0.02 to 0.4 of the picture; height to width, 0.3 to 1 / 0.3 as far as such a box fits; and its
+    place, x and y.
+    """
+    there, area, ratio, x, y = noise.T[..., None]                   # each (B, 1)
+    area = 0.02 + 0.38 * area
+    lowest, highest = area.clamp_min(0.3), (1 / area).clamp_max(1 / 0.3)
+    ratio = lowest + (highest - lowest) * ratio
+    at = torch.arange(size, device=noise.device)
+
+    def inside(side, place):
+        side = (side.sqrt() * size).floor().clamp_max(size)         # rounding may exceed it
+        first = (place * (size - side + 1)).floor()
+        return (at >= first) & (at < first + side)
+
+    rows, columns = inside(area * ratio, y) & (there < p), inside(area / ratio, x)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def partners(index):
+    """For each sample of a batch the position of the next one, from the end on to the start, that
+    is another picture; its own if there is none. index: integers (B,) on the CPU, which picture
+    each sample is -> long (B,)."""
+    n = torch.arange(len(index))
+    next_ones = (n[:, None] + n) % len(index)
+    other = (index[next_ones] != index[:, None]).int().argmax(1)    # the first: 0, itself, if none
+    return (n + other) % len(index)
 
 
 # ------------------------------------------------------------------------------ python data.py

@@ -1,0 +1,1193 @@
+"""S4MIM, semi-supervised segmentation with masked image modeling.
+
+A few labelled pictures x_l and many without labels. The encoder E has a semantic decoder SeD, for
+classes, and in training a pixel decoder PiD, for pixels. Each step has two phases.
+
+I.  FixMatch with UniPerb: what E and SeD say of a weak view x_w of an unlabelled picture, where
+    they are confident, is the pseudo-label of its strong view x_s and of its perturbed features.
+        L_s = CE(p_l, y_l)                                                             Eq. 1
+        L_u = lambda_u [conf >= psi] (CE(p_s, y_w) + CE(p_fp, y_w))                    Eq. 2
+II. Patches of x_l, x_s and x_w are removed (* m), and all is to be as if they were there:
+        L_mimpi   the pixels, each class painted by a head of its own                  Eq. 3-8
+        L_mimfea  the features of removed pixels near the prototype of their class     Eq. 9-12
+        L_mimse   the classes                                                          Eq. 13
+    loss = (L_s + L_u + L_mimpi + L_mimfea + L_mimse) / (the sum of their weights)     Eq. 14
+
+Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
+arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
+
+    python s4mim.py                                         # embedded dataset, CPU, two minutes
+    python s4mim.py --data voc --labeled 1/16               # the paper's recipe, 92 labels
+    python s4mim.py --data voc --method fixmatch            # without Phase II; or suponly, or mim
+    python s4mim.py --data voc --no-fea --no-se             # rows of Table IV
+    python s4mim.py --data my/folder --labeled list.txt     # pictures without masks are used too
+    python s4mim.py --eval out/s4mim-voc/best.pt
+    python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
+    torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
+
+Results are in README.md.
+
+Departures from the paper, and what it leaves open:
+"""
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import data
+from common import UserError
+
+
+# ---------------------------------------------------------------------------------------- config
+
+@dataclass
+class Config:
+    data: str = "shapes"           # a dataset that data.py lists, or your own folder
+    root: str = "data"             # where datasets live
+    out: str = ""                  # run folder; empty: out/s4mim-DATA
+    labeled: str = "1/16"          # labelled pictures: a number, a share, or a file listing them
+    split_seed: int = 0            # of the draw of these, so that runs of several --seed share it
+    setup: Literal["ori", "aug"] = "ori"  # voc: labels from its own 1464, or from SBD's 10582
+    method: Literal["s4mim", "mim", "fixmatch", "suponly"] = "s4mim"  # mim: plain MIM of Table V
+    pi: bool = True                # L_mimpi; --no-pi, --no-fea and --no-se are Table IV
+    fea: bool = True               # L_mimfea
+    se: bool = True                # L_mimse
+    dic: bool = True               # prototypes over all batches; off: of each batch (Table VI)
+    conf: bool = True              # weigh features by confidence (Table VI)
+    semantic: Literal["ce", "mse"] = "ce"  # L_mimse to pseudo-labels, or probabilities (Table VII)
+    backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet101"  # encoder E
+    stem: Literal["standard", "deep"] = "standard"  # one 7x7, or three 3x3 (Table VIII)
+    width: int = 64                # channels of E's first stage, and a quarter of the decoders'
+    pretrained: str = "imagenet"   # weights of E: imagenet (downloads), a file, or none
+    init: str = ""                 # start from the weights of this checkpoint
+    epochs: int = 80               # passes over the unlabelled pictures
+    batch_size: int = 16           # pictures a step, over all processes, half of them labelled
+    lr: float = 1e-3               # of E at the start
+    decoder_lr: float = 10.0       # the decoders' rate is so many times E's
+    weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
+    size: int = 321                # side of the crops, out of pictures scaled by 0.5 to 2
+    zoom: float = 1.0              # pictures are shrunk by this first, for predictions too
+    window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
+    ohem: bool = False             # L_s from the hardest pixels only
+    psi: float = 0.95              # least confidence of a pseudo-label in L_u
+    lambda_u: float = 1 / 2        # weights of Eq. 14
+    lambda_mp: float = 1 / 3
+    lambda_mf: float = 0.05
+    lambda_ms: float = 0.1 / 3
+    patch: int = 6                 # side of a removed patch, pixels (Fig. 4)
+    ratio: float = 0.4             # share of the patches that is removed (Fig. 4)
+    alpha: float = 0.99            # moving average of the prototypes
+    tau: float = 10.0              # temperature of Eq. 10
+    baseline: Literal["none", "suponly"] = "none"  # train this first on the same labels, compare
+    eval_every: int = 1            # epochs between evaluations
+    seed: int = 0                  # of weights, masks and order
+    workers: int = -1              # loader processes; -1: up to 8 with CUDA, none without
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
+    compile: bool = False          # torch.compile E, SeD and PiD
+    resume: bool = False           # go on from OUT/last.pt
+    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
+    palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
+    eval: tuple = ()               # evaluate these checkpoints and do nothing else
+    bench: int = -1                # time N training steps on random tensors; 0: only count
+    predict: str = ""              # a picture, or a folder of them, to segment
+    ckpt: str = ""                 # --predict: the checkpoint
+    to: str = ""                   # --predict: new folder for the predictions
+
+
+RECIPES = {                        # what differs from the defaults above, the paper's for voc
+    "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=64,
+                   epochs=20, batch_size=16, lr=0.02, decoder_lr=1.0, baseline="suponly",
+                   eval_every=5),
+    "cityscapes": dict(size=801, epochs=240, lr=0.005, decoder_lr=1.0, psi=0.0, ohem=True,
+                       window="slide"),
+}
+
+
+# --------------------------------------------------------------------------------- model: encoder
+
+DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+def conv(i, o, k=3, stride=1, dilation=1):
+    return nn.Conv2d(i, o, k, stride, dilation * (k // 2), dilation, bias=False)
+
+
+def conv_bn(i, o, k=3, stride=1, dilation=1):
+    return conv(i, o, k, stride, dilation), nn.BatchNorm2d(o)
+
+
+class Block(nn.Module):
+    """A residual block, i -> o channels: two 3x3 (ResNet-18), or 1x1, 3x3, 1x1 (bottleneck)."""
+
+    def __init__(self, i, width, stride, dilation, bottleneck):
+        super().__init__()
+        o = 4 * width if bottleneck else width
+        shapes = ([(i, width, 1), (width, width, 3, stride, dilation), (width, o, 1)]
+                  if bottleneck else [(i, width, 3, stride, dilation),
+                                      (width, width, 3, 1, dilation)])
+        self.depth = len(shapes)
+        for n, shape in enumerate(shapes, 1):          # conv1, bn1, ..: torchvision's names
+            layers = conv_bn(*shape)
+            setattr(self, f"conv{n}", layers[0])
+            setattr(self, f"bn{n}", layers[1])
+        same = stride == 1 and i == o
+        self.downsample = None if same else nn.Sequential(*conv_bn(i, o, 1, stride))
+
+    def forward(self, x):
+        y = x
+        for n in range(1, self.depth + 1):
+            y = getattr(self, f"bn{n}")(getattr(self, f"conv{n}")(y))
+            if n < self.depth:
+                y = F.relu(y)
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """The encoder E: (B, 3, H, W) -> c1 (B, C1, H/4, W/4) and c4 (B, C4, H/16, W/16), rounded up.
+
+    The last stage has stride 1 and dilation 2 in place of stride 2, its first block excepted. The
+    names of the weights are torchvision's, those of the deep stem UniMatch's, so that they load.
+    """
+
+    def __init__(self, name="resnet101", stem="standard", width=64):
+        super().__init__()
+        bottleneck, i = name != "resnet18", width
+        if stem == "deep":
+            self.conv1 = nn.Sequential(*conv_bn(3, width, 3, 2), nn.ReLU(),
+                                       *conv_bn(width, width), nn.ReLU(), conv(width, 2 * width))
+            i = 2 * width
+        else:
+            self.conv1 = conv(3, width, 7, 2)
+        self.bn1 = nn.BatchNorm2d(i)
+        for stage, depth in enumerate(DEPTHS[name]):
+            w, blocks = width * 2 ** stage, []
+            for b in range(depth):
+                stride = 2 if stage in (1, 2) and b == 0 else 1
+                dilation = 2 if stage == 3 and b > 0 else 1
+                blocks.append(Block(i, w, stride, dilation, bottleneck))
+                i = 4 * w if bottleneck else w
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.channels = i // 8, i
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))                     # H/2
+        c1 = self.layer1(F.max_pool2d(x, 3, 2, 1))              # H/4
+        return c1, self.layer4(self.layer3(self.layer2(c1)))    # H/16
+
+
+# -------------------------------------------------------------------------------- model: decoders
+
+def conv_bn_relu(*shape):
+    return nn.Sequential(*conv_bn(*shape), nn.ReLU())
+
+
+def resize(x, size):
+    """Bilinear, corner on corner."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+class Trunk(nn.Module):
+    """DeepLabv3+ up to its last layer: (c1, c4) -> (B, 4 * width, H/4, W/4).
+
+    ASPP on c4: a 1x1, three dilated 3x3 and the mean over the picture, concatenated and projected;
+    then c1, reduced to few channels, is concatenated, and two 3x3 follow.
+    """
+
+    def __init__(self, channels, width):
+        super().__init__()
+        low, high = channels
+        o, few = high // 8, 3 * width // 4
+        self.aspp = nn.ModuleList([conv_bn_relu(high, o, 1)] + [
+            conv_bn_relu(high, o, 3, 1, dilation) for dilation in (6, 12, 18)])
+        self.pool = conv_bn_relu(high, o, 1)
+        self.project = conv_bn_relu(5 * o, o, 1)
+        self.reduce = conv_bn_relu(low, few, 1)
+        self.fuse = nn.Sequential(conv_bn_relu(o + few, 4 * width),
+                                  conv_bn_relu(4 * width, 4 * width))
+
+    def forward(self, c1, c4):
+        pooled = self.pool(c4.mean((2, 3), keepdim=True)).expand(-1, -1, *c4.shape[2:])
+        x = self.project(torch.cat([f(c4) for f in self.aspp] + [pooled], 1))   # (B, o, H/16, ..)
+        return self.fuse(torch.cat([self.reduce(c1), resize(x, c1.shape[2:])], 1))
+
+
+class SeD(Trunk):
+    """The semantic decoder: (c1, c4) -> logits (B, C, *size)."""
+
+    def __init__(self, channels, width, classes):
+        super().__init__(channels, width)
+        self.classifier = nn.Conv2d(4 * width, classes, 1)
+
+    def forward(self, c1, c4, size):
+        return resize(self.classifier(super().forward(c1, c4)), size)
+
+
+class PiD(Trunk):
+    """The pixel decoder without its heads, PiD*: (c1, c4) -> fea (B, D, H/4, W/4)."""
+
+    def __init__(self, channels, width, classes):
+        super().__init__(channels, width)
+        # Head_1 .. Head_C, D -> 3 channels each, without bias: their weights, one after another
+        self.heads = nn.Conv2d(4 * width, 3 * classes, 3, bias=False)
+
+    def paint(self, fea, label, size, classwise=True):
+        """The reconstruction r of Eq. 7, (B, 3, *size) float32, from fea (B, D, H/4, W/4).
+
+        label: (B, H, W) long, see class_heads().  Not classwise: Eq. 4, all heads on all pixels,
+        a sum of convolutions, which is one convolution with the sum of their weights.
+        """
+        weight = self.heads.weight.unflatten(0, (-1, 3))                # (C, 3, D, 3, 3)
+        if classwise:
+            r = class_heads(fea, nearest(label, fea.shape[2:]), weight)
+        else:
+            r = F.conv2d(fea, weight.sum(0), padding=1).float()
+        return resize(r, size)
+
+
+def class_heads(fea, label, weight, block=128):
+    """r = sum over c of Head_c(fea_c), fea_c = fea where the label is c and 0 elsewhere, Eq. 6-7.
+
+    fea: (B, D, H, W).  label: (B, H, W) long, 0..C-1; any other value is no class and paints
+    nothing.  weight: (C, O, D, 3, 3).  Returns r, (B, O, H, W) float32, O = 3 for pictures.
+
+    C convolutions are not needed. A convolution is linear: what a pixel adds to its 3 x 3
+    neighbours is its vector times the D x 9 O weights of its own class's head. So the pixels are
+    sorted by class into blocks of one class each, padded with zeros, all blocks are multiplied at
+    once, and F.fold adds up what overlaps. No size depends on the labels, and the device is never
+    waited for. Forward and backward take 55 ms in place of 560, and 167 MB in place of 960
+    (4 x 256 x 81 x 81, 21 classes, two CPU cores, torch 2.13.0).
+    """
+    B, D, H, W = fea.shape
+    C, O = weight.shape[:2]
+    y = torch.where((label < 0) | (label >= C), C, label).flatten()     # class C: none
+    y_sorted, order = y.sort(stable=True)
+    place = torch.arange(len(y), device=y.device)
+    first = torch.searchsorted(y_sorted, torch.arange(C + 2, device=y.device))
+    blocks = (first.diff() + block - 1) // block                        # of each class
+    ends = blocks.cumsum(0)
+    n = len(y) // block + C + 1                                         # as many as it can be
+    slot = torch.empty_like(y)                                          # where each pixel goes
+    slot[order] = place - first[y_sorted] + block * (ends - blocks)[y_sorted]
+    x = fea.permute(0, 2, 3, 1).reshape(-1, D)
+    x = x.new_zeros(n * block, D).index_copy(0, slot, x).view(n, block, D)
+    taps = weight.flip(3, 4).permute(0, 2, 1, 3, 4).reshape(C, D, O * 9)
+    taps = torch.cat([taps, taps.new_zeros(1, D, O * 9)])
+    of = torch.searchsorted(ends, place[:n], right=True).clamp(max=C)   # class of each block
+    painted = (x @ taps[of]).flatten(0, 1)[slot]                        # (B H W, 9 O)
+    return F.fold(painted.view(B, H * W, O * 9).mT.float(), (H, W), 3, padding=1)
+
+
+class S4MIM(nn.Module):
+    """E, SeD and, if `pixel`, PiD (Fig. 2); called, E and SeD: (B, 3, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, classes, backbone="resnet101", stem="standard", width=64, pixel=True):
+        super().__init__()
+        self.E = ResNet(backbone, stem, width)
+        self.SeD = SeD(self.E.channels, width, classes)
+        self.PiD = PiD(self.E.channels, width, classes) if pixel else None
+
+    def forward(self, x):
+        return self.SeD(*self.E(x), x.shape[2:])
+
+
+# --------------------------------------------------------------------------------------- masking
+
+def noise_of(seeds, n):
+    """(B, n) random numbers in [0, 1), each row from a seed of its own, so that a sample's draws
+    depend on neither its batch nor the process nor the device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(n, generator=generator) for generator in generators])
+
+
+def patch_mask(noise, size, patch=6, ratio=0.4):
+    """The mask m, (B, 1, size, size) bool: 1 keeps, 0 removes the share `ratio` of the patches.
+
+    noise: (B, L), L = ceil(size / patch)^2: the patches with the smallest numbers are removed.
+    Those at the right and the bottom border may be cut off.
+    """
+    n = -(-size // patch)
+    kept = noise.argsort(1).argsort(1) >= int(ratio * n * n)
+    m = kept.view(-1, 1, n, n).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return m[..., :size, :size]
+
+
+def channel_drop(noise):
+    """The feature perturbation: each channel is dropped with probability 1/2, or else doubled.
+
+    noise: (B, C) -> factors (B, C, 1, 1), 0 or 2.
+    """
+    return 2.0 * (noise >= 0.5)[..., None, None]
+
+
+def mix(x, partner, box):
+    """CutMix: x with its box out of x[partner]. x: (B, .., S, S); partner (B,); box (B, S, S)."""
+    box = box.view(len(box), *[1] * (x.dim() - 3), *box.shape[1:])
+    return torch.where(box, x[partner], x)
+
+
+def nearest(x, size):
+    """Resize whole numbers or bools (B, H, W) to `size`, nearest neighbour."""
+    return F.interpolate(x[:, None].float(), size, mode="nearest")[:, 0].to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+# add: sums a tensor over processes, so that each mean is that of all their batches.
+
+def alone(sums):
+    return sums
+
+
+def means(values, valid, streams=1, add=alone):
+    """The mean over the valid pixels of each stream, (streams,) float32; 0 where none is valid.
+
+    values: (streams * B, H, W) float.  valid: the same shape, bool.
+    """
+    values = torch.where(valid, values, 0).reshape(streams, -1).sum(1)
+    sums = add(torch.stack([values, valid.reshape(streams, -1).sum(1).float()]))
+    return sums[0] / sums[1].clamp(min=1)
+
+
+def supervised(p_l, y_l, ohem=False, add=alone):
+    """L_s, Eq. 1: CE over the pixels that are not void.
+
+    p_l: logits (B, C, H, W).  y_l: (B, H, W), 255 = void.  ohem: only over the pixels whose own
+    class has a probability below 0.7, or over the 200,000 hardest if these are fewer.
+    """
+    valid = y_l != 255
+    ce = F.cross_entropy(p_l.float(), y_l.long(), ignore_index=255, reduction="none")
+    if ohem:
+        hardest = ce.detach().flatten().topk(min(200_000, ce.numel())).values
+        valid = valid & (ce >= hardest[-1].clamp(max=-math.log(0.7)))
+    return means(ce, valid, add=add)[0]
+
+
+def consistency(p, y, conf, void, psi=0.95, add=alone):
+    """One half of L_u, Eq. 2: CE to the pseudo-labels y that are confident, over all valid pixels.
+
+    p: logits (B, C, H, W).  y: (B, H, W) classes.  conf: (B, H, W) in 0..1.  void: (B, H, W) bool,
+    True where there is padding. The sum goes over the confident pixels, but is divided by all that
+    are valid: few confident pixels have little to say.
+    """
+    ce = F.cross_entropy(p.float(), y, reduction="none")
+    return means(ce * (conf >= psi), ~void, add=add)[0]
+
+
+def pixel_loss(r, x, add=alone):
+    """The bracket of Eq. 8: the sum of the three streams' mean squared errors, Eq. 5.
+
+    r, x: (3 B, 3, H, W), what is painted and what should be.
+    """
+    everywhere = torch.ones_like(x[:, 0], dtype=torch.bool)
+    return means((r - x).square().mean(1), everywhere, 3, add).sum()
+
+
+def semantic_loss(p_m, p, void, kind="ce", add=alone):
+    """The bracket of Eq. 13: predictions of masked views to those of the views themselves.
+
+    p_m, p: logits (3 B, C, H, W), p without gradient.  void: (3 B, H, W) bool, left out.
+    kind: "ce", to the pseudo-labels of p; "mse", to its probabilities (Table VII).
+    """
+    if kind == "ce":
+        each = F.cross_entropy(p_m.float(), p.argmax(1), reduction="none")
+    else:
+        each = (p_m.float().softmax(1) - p.float().softmax(1)).square().mean(1)
+    return means(each, ~void, 3, add).sum()
+
+
+class Prototypes(nn.Module):
+    """The dictionary {c: v_c} of Eq. 9-12, and the loss that draws features towards it.
+
+    v: (C, D), zeros for a class that was never seen. It takes no gradient.
+    """
+
+    def __init__(self, classes, width, alpha=0.99, tau=10.0, dic=True):
+        super().__init__()
+        self.alpha, self.tau, self.dic = alpha, tau, dic
+        self.register_buffer("v", torch.zeros(classes, width))
+
+    @torch.no_grad()
+    def update(self, fea, label, conf, visible, add=alone):
+        """Move v_c to the mean of the labelled stream's visible features of class c, Eq. 9.
+
+        fea: (B, D, H, W).  label: (B, H, W) long.  conf: (B, H, W), the weights.
+        visible: (B, H, W) bool, Omega^v. Without the dictionary, v_c is this batch's alone.
+        """
+        C, D = self.v.shape
+        weight = F.one_hot(label, C).movedim(-1, 1) * (conf * visible)[:, None]     # (B, C, H, W)
+        sums = add(torch.cat([torch.einsum("bchw,bdhw->cd", weight, fea.float()),
+                              weight.sum((0, 2, 3))[:, None]], 1))
+        seen = sums[:, D:] > 0
+        v = sums[:, :D] / sums[:, D:].clamp(min=1e-6)                               # Eq. 9
+        moved = self.alpha * self.v + (1 - self.alpha) * v if self.dic else v
+        self.v.copy_(torch.where(seen, moved, self.v if self.dic else 0))
+
+    def forward(self, fea, label, conf, removed, add=alone):
+        """The bracket of Eq. 12, a mean over the classes that have removed pixels and a prototype.
+
+        As in update(), of all three streams; removed: (3 B, H, W) bool, Omega^m. 0 without any.
+        """
+        C = len(self.v)
+        fea = fea.float()
+        v = self.v / self.v.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        cos = F.conv2d(fea, v[:, :, None, None]).gather(1, label[:, None])[:, 0]    # of its class
+        far = (1 - cos / fea.norm(dim=1).clamp(min=1e-12)) / self.tau               # Eq. 10
+        weight = F.one_hot(label, C).movedim(-1, 1) * (conf * removed)[:, None]
+        top, bottom = add(torch.stack([(weight * far[:, None]).sum((0, 2, 3)),
+                                       weight.sum((0, 2, 3))]))
+        has = (bottom > 0) & self.v.any(1)                                          # Gamma
+        agg = torch.where(has, top / bottom.clamp(min=1e-6), 0)                     # Eq. 11
+        return agg.sum() / has.sum().clamp(min=1)                                   # Eq. 12
+
+
+# ----------------------------------------------------------------------------- data, model, views
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's: those of the weights
+
+
+def datasets(cfg):
+    """(labelled, unlabelled): training crops of both kinds, and the hash of the labelled list."""
+    protocol = cfg.setup if cfg.data == "voc" else "lists"
+    items = data.labeled_split(cfg.data, cfg.root, cfg.labeled, cfg.split_seed, protocol)
+    sets = [data.Dataset(cfg.data, cfg.root, "train", items=part, size=cfg.size, crop=cfg.size,
+                         scale=(0.5 * cfg.zoom, 2 * cfg.zoom), flip=True, train=True,
+                         seed=common.seed_of(cfg.seed, kind), palette=cfg.palette or None)
+            for kind, part in enumerate(items)]
+    return *sets, data.labeled_hash(items[0])
+
+
+def eval_loader(cfg, split, machine):
+    """The pictures of a split at their own sizes, in batches if all have the same."""
+    pictures = data.Dataset(cfg.data, cfg.root, split, size=cfg.size, whole=True,
+                            palette=cfg.palette or None)
+    batch = cfg.batch_size if len(set(pictures.shapes)) == 1 else 1
+    return data.eval_loader(pictures, batch, workers=machine.workers, rank=machine.rank,
+                            world=machine.world)
+
+
+def build(cfg, classes):
+    """The network with random weights; PiD only where a loss needs it."""
+    (_, mp, mf, _), _ = weights(cfg)
+    return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, pixel=mp + mf > 0)
+
+
+def parameters(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def to_unit(image, device):
+    """uint8 (B, 3, H, W) -> float 0..1 on the device, channels last in memory: see to_input()."""
+    return image.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
+
+
+def normalize(image):
+    """0..1 -> what E takes: less ImageNet's mean, over its deviation. 0 is then the mean colour,
+    which is what a removed patch shows."""
+    mean, std = (torch.tensor(v, device=image.device)[:, None, None] for v in (MEAN, STD))
+    return (image - mean) / std
+
+
+class Views(NamedTuple):
+    """What a step sees: B labelled and B unlabelled crops, S x S. suponly has the first two."""
+    x_l: torch.Tensor               # (B, 3, S, S) labelled, normalised
+    y_l: torch.Tensor               # (B, S, S) their labels, 255 = void and padding
+    x_w: torch.Tensor = None        # (B, 3, S, S) unlabelled, weak view: scaled, cropped, mirrored
+    x_s: torch.Tensor = None        # (B, 3, S, S) strong view of that: colours, blur, CutMix
+    void_w: torch.Tensor = None     # (B, S, S) bool, True on the padding of x_w
+    void_s: torch.Tensor = None     # (B, S, S) bool, and of x_s
+    partner: torch.Tensor = None    # (B,) which other unlabelled picture CutMix's box is from
+    box: torch.Tensor = None        # (B, S, S) bool, that box; empty in half of them
+    m: torch.Tensor = None          # (B, 1, S, S) bool, mask of Phase II: 1 keeps, 0 removes
+    drop: tuple = None              # perturbation of c1 and c4: factors (B, C1 or C4, 1, 1)
+
+
+def make_views(labeled, unlabeled, cfg, channels, seeds, device):
+    """The Views of two batches (image uint8, label uint8, index) as the loaders give them.
+
+    channels: (C1, C4) of E.  seeds: one for each place in the batch. Of `unlabeled`, None for
+    suponly, the label says where there is padding (255), and nothing else.
+    """
+    x_l, y_l, _ = labeled
+    x_l, y_l = normalize(to_unit(x_l, device)), y_l.to(device, non_blocking=True)
+    if unlabeled is None:
+        return Views(x_l, y_l)
+    image, void, index = unlabeled
+    L = (-(-cfg.size // cfg.patch)) ** 2
+    noise = noise_of(seeds, 12 + 5 + L + sum(channels))
+    colour, rest = noise.split([12, 5 + L + sum(channels)], 1)
+    cut, patches, *drop = rest.to(device, non_blocking=True).split([5, L, *channels], 1)
+    weak, void = to_unit(image, device), void.to(device, non_blocking=True) == 255
+    strong = data.strong_view(weak, colour)
+    partner = data.partners(index).to(device, non_blocking=True)
+    box = data.cutmix_boxes(cut, cfg.size)
+    return Views(x_l, y_l, normalize(weak), normalize(mix(strong, partner, box)),
+                 void, mix(void, partner, box), partner, box,
+                 patch_mask(patches, cfg.size, cfg.patch, cfg.ratio),
+                 tuple(channel_drop(part) for part in drop))
+
+
+RELEASE = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for name, digest in (
+    ("resnet18", "f37072fd"), ("resnet50", "0676ba61"), ("resnet101", "63fe2227"))}
+
+
+def load_encoder(E, cfg):
+    """--pretrained: copy weights with torchvision's names into E, and say what was not used.
+
+    Raises UserError if they cannot be read, or if less than nine of ten tensors find a place.
+    """
+    if cfg.pretrained == "imagenet" and cfg.stem == "deep":
+        raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
+                        "leave --stem deep away, or give a file with --pretrained")
+    try:
+        if cfg.pretrained == "imagenet":
+            theirs = torch.hub.load_state_dict_from_url(
+                RELEASE[cfg.backbone], map_location="cpu", check_hash=True, weights_only=True)
+        else:
+            theirs = torch.load(cfg.pretrained, map_location="cpu", weights_only=True)
+        theirs = theirs.get("state_dict", theirs)
+        theirs = {k.removeprefix("module.").removeprefix("backbone."): v
+                  for k, v in theirs.items()}
+    except Exception as error:           # no file, no network, no pickle: all for the user to mend
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
+                        f"file from {RELEASE[cfg.backbone]}, or none") from None
+    mine = E.state_dict()
+    fits = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape}
+    if len(fits) < 0.9 * len(mine):
+        raise UserError(f"--pretrained {cfg.pretrained}: {len(fits)} of its tensors fit the "
+                        f"{len(mine)} of {cfg.backbone} with --width {cfg.width}: give its own, "
+                        "or none")
+    E.load_state_dict(fits, strict=False)
+    if os.environ.get("RANK", "0") == "0":
+        fresh, unused = sorted(mine.keys() - fits.keys()), sorted(theirs.keys() - fits.keys())
+        print(f"pretrained: {len(fits)} of E's {len(mine)} tensors"
+              + (f"; not in the file: {', '.join(fresh)}" if fresh else "")
+              + (f"; not used: {', '.join(unused)}" if unused else ""))
+
+
+# ------------------------------------------------------------------------------- the two phases
+
+def weights(cfg):
+    """The lambdas of Eq. 14 as the switches leave them, (u, mp, mf, ms), and the divisor."""
+    u = cfg.lambda_u if cfg.method != "suponly" else 0
+    mp = cfg.lambda_mp if cfg.pi and cfg.method in ("s4mim", "mim") else 0
+    mf = cfg.lambda_mf if cfg.fea and cfg.method == "s4mim" else 0
+    ms = cfg.lambda_ms if cfg.se and cfg.method == "s4mim" else 0
+    return (u, mp, mf, ms), 1 + 2 * u + 3 * (mp + mf + ms)
+
+
+class Seen(NamedTuple):
+    """What Phase II takes from Phase I, all without gradient; l, s and fp stand for the three
+    streams: the labelled, the strong and the feature-perturbed weak view."""
+    p: torch.Tensor         # (3 B, C, S, S) logits p^l, p^s, p^fp
+    y: torch.Tensor         # (3 B, S, S) the class of each pixel, to group by: y^l, mixed y^w, y^w
+    c_fp: tuple             # c1 and c4 of x_w, perturbed
+
+
+def phase_one(model, v, cfg, machine):
+    """Phase I, FixMatch with UniPerb, on Views v. PiD has no part in it.
+
+    Returns L_s, L_u without its weight, the share of pixels that are confident, and Seen.
+    """
+    add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
+    if v.x_w is None:                                       # suponly
+        with machine.autocast():
+            p_l = model(v.x_l)
+        L_s = supervised(p_l, v.y_l, cfg.ohem, add)
+        return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
+    with machine.autocast():
+        c1, c4 = model.E(torch.cat([v.x_l, v.x_w]))
+        c_fp = [c[B:] * drop for c, drop in zip((c1, c4), v.drop)]
+        all1, all4 = (torch.cat(pair) for pair in zip((c1, c4), c_fp))
+        p_l, p_w, p_fp = model.SeD(all1, all4, size).chunk(3)
+        p_s = model(v.x_s)
+
+    conf, y_w = p_w.detach().float().softmax(1).max(1)
+    conf_s, y_s = mix(conf, v.partner, v.box), mix(y_w, v.partner, v.box)
+    L_s = supervised(p_l, v.y_l, cfg.ohem, add)                                         # Eq. 1
+    L_u = (consistency(p_s, y_s, conf_s, v.void_s, cfg.psi, add)
+           + consistency(p_fp, y_w, conf, v.void_w, cfg.psi, add))                      # Eq. 2
+    confident = means((conf >= cfg.psi).float(), ~v.void_w, add=add)[0]
+    y_l = p_l.detach().argmax(1)         # not the truth, which has void
+    return L_s, L_u, confident, Seen(torch.cat([p_l, p_s, p_fp]).detach(),
+                                     torch.cat([y_l, y_s, y_w]),
+                                     tuple(c.detach() for c in c_fp))
+
+
+def phase_two(model, prototypes, v, seen, cfg, machine):
+    """Phase II, mask-induced learning. Returns the brackets of Eq. 8, 12 and 13: L_mimpi, L_mimfea
+    and L_mimse without their weights, 0 for one that is switched off. Moves the prototypes."""
+    add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
+    (_, mp, mf, ms), _ = weights(cfg)
+    zero = torch.zeros((), device=v.x_l.device)
+    L_pi, L_fea, L_se = zero, zero, zero
+    x, m = torch.cat([v.x_l, v.x_s, v.x_w]), v.m.repeat(3, 1, 1, 1)
+    void = torch.cat([v.y_l == 255, v.void_s, v.void_w])
+    with machine.autocast():
+        c1, c4 = model.E(x * m)
+        # the third stream is perturbed as in Phase I
+        c = [torch.cat([c[:2 * B], c[2 * B:] * drop]) for c, drop in zip((c1, c4), v.drop)]
+        if mp or mf:
+            fea = model.PiD(*c)                                                         # Eq. 3
+        if mp:
+            classwise = cfg.method != "mim"
+            r = model.PiD.paint(fea, seen.y, size, classwise)                           # Eq. 6-7
+            with torch.no_grad():       # x^fp: what is painted where nothing is removed
+                whole = model.PiD(*seen.c_fp)
+                x_fp = model.PiD.paint(whole, seen.y[2 * B:], size, classwise)
+        if ms:
+            p_m = model.SeD(*c, size)
+    if mp:
+        L_pi = pixel_loss(r, torch.cat([v.x_l, v.x_s, x_fp]), add)                      # Eq. 8
+    if mf:
+        small = fea.shape[2:]
+        y, visible, void_f = (nearest(t, small) for t in (seen.y, m[:, 0], void))
+        conf = torch.ones_like(void_f, dtype=torch.float32)
+        if cfg.conf:
+            conf = resize(seen.p.float().softmax(1).max(1).values[:, None], small)[:, 0]
+        prototypes.update(fea[:B], y[:B], conf[:B], (visible & ~void_f)[:B], add)       # Eq. 9
+        L_fea = prototypes(fea, y, conf, ~visible & ~void_f, add)                       # Eq. 10-12
+    if ms:
+        L_se = semantic_loss(p_m, seen.p, void, cfg.semantic, add)                      # Eq. 13
+    return L_pi, L_fea, L_se
+
+
+TERMS = ("loss", "loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se", "confident")
+
+
+def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
+    """Both phases and one step of the optimizer on Views v. Returns TERMS, (7,), on the device.
+
+    Each phase has its own backward pass, so that only one phase's graph is in memory.
+    """
+    (u, mp, mf, ms), divisor = weights(cfg)                                             # Eq. 14
+    optimizer.zero_grad(set_to_none=True)
+    L_s, L_u, confident, seen = phase_one(model, v, cfg, machine)
+    one = (L_s + u * L_u) / divisor
+    scaler.scale(one).backward()
+    two = L_pi = L_fea = L_se = torch.zeros_like(one)
+    if mp or mf or ms:
+        L_pi, L_fea, L_se = phase_two(model, prototypes, v, seen, cfg, machine)
+        two = (mp * L_pi + mf * L_fea + ms * L_se) / divisor
+        scaler.scale(two).backward()
+    # once a step, and by hand: DistributedDataParallel sends after each backward pass, and wants
+    # every weight in each
+    common.average_gradients(model, machine.world)
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.stack([one + two, L_s, L_u, L_pi, L_fea, L_se, confident]).detach()
+
+
+# ------------------------------------------------------------------------------- train, evaluate
+
+def places(length, window):
+    """Where windows start: two thirds of their side apart, the last flush with the border."""
+    last = max(0, length - window)
+    return [*range(0, last, max(1, 2 * window // 3)), last]
+
+
+def probabilities(model, x, cfg, machine):
+    """What the network says of normalised pictures x, (B, 3, H, W) -> (B, C, H, W) float32.
+
+    --window whole: of all at once; slide: by windows of --size, averaged where they overlap.
+    """
+    H, W = x.shape[2:]
+    h, w = max(1, round(H * cfg.zoom)), max(1, round(W * cfg.zoom))
+    if (h, w) != (H, W):
+        x = F.interpolate(x, (h, w), mode="bilinear", antialias=True)
+    S = cfg.size if cfg.window == "slide" else max(h, w)
+    p = x.new_zeros(len(x), model.SeD.classifier.out_channels, h, w)
+    times = x.new_zeros(h, w)
+    for top in places(h, S):
+        for left in places(w, S):
+            part = ..., slice(top, top + S), slice(left, left + S)
+            with machine.autocast():
+                logits = model(x[part])
+            p[part] += logits.float().softmax(1)
+            times[part] += 1
+    return resize(p / times, (H, W)) if (h, w) != (H, W) else p / times
+
+
+@torch.no_grad()
+def evaluate(model, loader, cfg, machine, info):
+    """Score the network on pictures at their own sizes.
+
+    Returns, in percent, miou and class_iou, from one confusion matrix over all pictures, and
+    constant, the miou of the best answer that is the same class everywhere; and the loss, CE.
+    Void is not counted.
+    """
+    model.eval()
+    C, device = len(info.classes), machine.device
+    counts = torch.zeros(C, C, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, device=device)                                # CE and its pixels
+    for image, label, _ in loader:
+        p = probabilities(model, normalize(to_unit(image, device)), cfg, machine)
+        label = label.to(device, non_blocking=True)
+        counts += common.confusion(p.argmax(1), label, C)
+        ce = F.nll_loss(p.clamp(min=1e-12).log(), label.long(), ignore_index=common.VOID,
+                        reduction="sum")
+        sums += torch.stack([ce, (label != common.VOID).sum().float()])
+    common.all_reduce(counts, sums)
+    return {"miou": common.miou(counts), "class_iou": common.class_iou(counts).tolist(),
+            "constant": common.constant_miou(counts), "loss": (sums[0] / sums[1]).item()}
+
+
+def make_optimizer(model, cfg):
+    groups = [{"params": part.parameters(), "start": cfg.lr * times, "poly": poly}
+              for part, times, poly in ((model.E, 1.0, True), (model.SeD, cfg.decoder_lr, True),
+                                        (model.PiD, cfg.decoder_lr, False)) if part]
+    return torch.optim.SGD(groups, cfg.lr, 0.9, weight_decay=cfg.weight_decay)
+
+
+def rate(step, total, group):
+    """The learning rate of a step: poly for E and SeD, constant for PiD."""
+    return group["start"] * (1 - step / total) ** 0.9 if group["poly"] else group["start"]
+
+
+def train(cfg, machine):
+    """The training run, from top to bottom. Returns the scores at its end."""
+    B = cfg.batch_size // 2 // machine.world                # of each kind, in this process
+    out, device = Path(cfg.out), machine.device
+    labeled, unlabeled, digest = datasets(cfg)
+    val_loader = eval_loader(cfg, data.eval_split(cfg.data), machine)
+    info = labeled.info
+    per_epoch = data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
+    total = cfg.epochs * per_epoch
+
+    torch.manual_seed(common.seed_of(cfg.seed))
+    model = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
+    begun = cfg.resume and (out / "last.pt").exists()
+    if cfg.pretrained != "none" and not begun:
+        load_encoder(model.E, cfg)
+    if cfg.init and not begun:
+        common.load_weights(model, cfg.init, "s4mim")
+    model = common.synchronized(model, machine)
+    prototypes = Prototypes(len(info.classes), 4 * cfg.width, cfg.alpha, cfg.tau,
+                            cfg.dic).to(device)
+    optimizer, scaler = make_optimizer(model, cfg), machine.scaler()
+    parts = dict(model=model, prototypes=prototypes, optimizer=optimizer, scaler=scaler)
+    if cfg.compile:                                         # in place: the names stay
+        for part in filter(None, (model.E, model.SeD, model.PiD)):
+            part.compile()
+
+    start, history, best, spent = 0, [], -1.0, 0.0
+    interrupt = common.Interrupt(machine)
+    # only now, so that a start that fails above leaves no run folder in the way of the next
+    state = common.open_run(cfg, "s4mim", machine)
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        start, history, best, spent = (state[k] for k in ("step", "history", "best", "seconds"))
+    elif machine.main:
+        common.write(out / "labeled.txt", data.labeled_lines(labeled.items))
+    stop = min(total, cfg.max_steps or total)
+    progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
+    progress.say(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} "
+                 f"labelled (list {digest}) and {len(unlabeled)} unlabelled pictures, "
+                 f"{len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures, "
+                 f"steps {start} to {stop}, {per_epoch} an epoch, on {device}")
+
+    shared = dict(start=start, stop=stop, workers=machine.workers, rank=machine.rank,
+                  world=machine.world)
+    # two streams with an order of their own: no picture meets the same others in each epoch
+    loaders = [data.stream_loader(pictures, B, seed=common.seed_of(cfg.seed, kind), **shared)
+               for kind, pictures in enumerate((labeled, unlabeled))]
+    if cfg.method == "suponly":
+        loaders[1] = [None] * (stop - start)
+    running, began = [], time.time()
+    for step, *batches in zip(range(start, stop), *loaders):
+        # 1. the rates
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, total, group)
+
+        # 2. one step: its draws hang on (seed, step, place in the batch) and nothing else, so that
+        #    a resumed run repeats what an unbroken one does
+        model.train()
+        seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j)
+                 for j in range(B)]
+        v = make_views(*batches, cfg, model.E.channels, seeds, device)
+        running.append(train_step(model, prototypes, optimizer, scaler, machine, cfg, v))
+        if progress.live and step % 20 == 0:
+            progress.step(step, running[-1][0].item())      # waits for the device
+
+        # 3. evaluate, log, save
+        epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
+        if not (due or step + 1 == stop or interrupt.set):
+            continue
+        terms = dict(zip(TERMS, torch.stack(running).mean(0).tolist()))
+        if not math.isfinite(terms["loss"]):
+            raise UserError(f"the loss is {terms['loss']} near step {step + 1}; what {out} holds "
+                            "is from before it: start another run, perhaps by --init, with a "
+                            "lower --lr or --amp off")
+        spent, running = spent + time.time() - began, []
+        common.same_buffers(model, machine)
+        scores = evaluate(model, val_loader, cfg, machine, info)
+        history.append({"epoch": round(epoch, 2), "step": step + 1, **terms,
+                        "val_loss": scores["loss"], "miou": scores["miou"],
+                        "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
+        computed = " ".join(f"{name.removeprefix('loss_')} {value:.4f}"
+                            for name, value in list(terms.items())[1:] if value)
+        progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {terms['loss']:.4f} "
+                     f"({computed})  mIoU {scores['miou']:.2f}  {spent:.0f} s")
+        better, best = scores["miou"] > best, max(best, scores["miou"])
+        state = {"method": "s4mim", "config": asdict(cfg), "info": asdict(info),
+                 "labeled": len(labeled), "labeled_hash": digest, "step": step + 1,
+                 "history": history, "scores": scores, "best": best, "seconds": spent,
+                 **{name: part.state_dict() for name, part in parts.items()}}
+        if machine.main:
+            if better:                                    # before last.pt, the point of no return
+                heavy = {"optimizer", "scaler"}             # half of it, for --resume only
+                common.save_checkpoint(out / "best.pt", {k: v for k, v in state.items()
+                                                         if k not in heavy})
+            common.save_checkpoint(out / "last.pt", state)
+            common.write_history(out, history)
+        if interrupt.set:
+            progress.say(f"stopped after step {step + 1}: the same command with --resume goes on")
+            sys.exit(130)
+        began = time.time()
+
+    more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
+            for split in splits_beside(cfg)}
+    if machine.main:
+        common.write_history(out, history)                  # a run killed while it wrote them
+        draw_samples(model, val_loader.dataset, cfg, machine, info, out / "samples.png")
+        if cfg.method != "suponly":
+            draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
+        write_metrics(out, state, cfg, model, more)
+    return state["scores"]
+
+
+def splits_beside(cfg):
+    """The splits that are neither trained on nor the one that training is scored on."""
+    return [split for split in data.source_of(cfg.data).splits
+            if split not in ("train", data.eval_split(cfg.data))]
+
+
+def write_metrics(out, state, cfg, model, more):
+    """OUT/metrics.json of a checkpoint's state and what is given, and its scores on the screen."""
+    scores = state["scores"]
+    metrics = {"miou": scores["miou"], "class_iou": scores["class_iou"],
+               "constant": scores["constant"], "epoch": state["history"][-1]["epoch"],
+               "steps": state["step"], "seconds": state["seconds"],
+               "params": parameters(model.E, model.SeD), "method": cfg.method,
+               "labeled": state["labeled"], "labeled_hash": state["labeled_hash"], **more}
+    common.write(Path(out) / "metrics.json", json.dumps(common.clean(metrics), indent=1) + "\n")
+    print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f})"
+          + "".join(f"; {split}: mIoU {s['miou']:.2f}" for split, s in more.items())
+          + f"  -> {out}")
+
+
+def shown(x):
+    """Normalised pictures (B, 3, H, W) -> a list of uint8 (H, W, 3)."""
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
+    x = ((x.float() * std + mean) * 255).round().clamp(0, 255)
+    return list(x.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def painted(labels, info):
+    """Classes (B, H, W) -> a list of uint8 (H, W, 3)."""
+    return [common.colorize(one, info.colors) for one in labels.to(torch.uint8).cpu().numpy()]
+
+
+@torch.no_grad()
+def draw_samples(model, pictures, cfg, machine, info, path, n=6):
+    """samples.png: picture, truth, prediction; the masked picture, and what is seen in that."""
+    model.eval()
+    rows = []
+    for i in range(0, len(pictures), max(1, len(pictures) // n))[:n]:
+        image, label, _ = pictures[i]
+        x = normalize(to_unit(image[None], machine.device))
+        side = max(x.shape[2:])
+        patches = -(-side // cfg.patch)
+        m = patch_mask(noise_of([common.seed_of(cfg.seed, i)], patches ** 2), side, cfg.patch,
+                       cfg.ratio)[..., :x.shape[2], :x.shape[3]].to(x.device)
+        p, p_m = (probabilities(model, view, cfg, machine).argmax(1) for view in (x, x * m))
+        row = [*shown(x), *painted(label[None], info), *painted(p, info), *shown(x * m),
+               *painted(p_m, info)]
+        rows.append([picture[::max(1, side // 320), ::max(1, side // 320)] for picture in row])
+    common.sheet(list(zip(*rows)), path, ["image", "truth", "prediction", "masked", "of masked"])
+
+
+@torch.no_grad()
+def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
+    """step.png: what a training step sees of n unlabelled pictures, and makes of them. Grey in a
+    pseudo-label is what L_u leaves out; the last row is one head alone, of the largest object."""
+    model.eval()
+    C, size = len(info.classes), (cfg.size, cfg.size)
+    batches = [next(iter(data.stream_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1)))
+               for pictures in (labeled, unlabeled)]
+    seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
+    v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
+    with machine.autocast():
+        conf, y_w = model(v.x_w).float().softmax(1).max(1)
+        c = model.E(v.x_s * v.m)
+        y_s, conf_s = mix(y_w, v.partner, v.box), mix(conf, v.partner, v.box)
+        rows = {"x_w": shown(v.x_w), "y_w": painted(y_w.masked_fill(conf < cfg.psi, 255), info),
+                "x_s": shown(v.x_s),
+                "y_w mixed": painted(y_s.masked_fill(conf_s < cfg.psi, 255), info),
+                "x_s * m": shown(v.x_s * v.m),
+                "p of that": painted(model.SeD(*c, size).argmax(1), info)}
+        if model.PiD:
+            fea = model.PiD(*c)
+            area = F.one_hot(y_s, C).sum((1, 2))
+            area[:, list(info.background)] = 0
+            largest = area.argmax(1)[:, None, None]
+            rows["r"] = shown(model.PiD.paint(fea, y_s, size, cfg.method != "mim"))
+            if cfg.method != "mim":
+                single = torch.where(y_s == largest, y_s, C)                # C: no class
+                rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea, single, size))
+    common.sheet(list(rows.values()), path, list(rows))
+
+
+# ----------------------------------------------------------------------------- the other commands
+
+def load(path):
+    """(cfg, info, model, state) of a checkpoint, on the CPU and ready to evaluate."""
+    state = common.load_checkpoint(path, "s4mim")
+    try:
+        cfg, info = Config(**state["config"]), data.Info(**state["info"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: written by another version of s4mim.py ({error})") from None
+    model = build(cfg, len(info.classes)).eval()
+    model.load_state_dict(state["model"])
+    return cfg, info, model, state
+
+
+def settled(cfg, origin, path, theirs, flags):
+    """The checkpoint's configuration with what the command line may change of it, shown.
+
+    flags: the names that may be given. Raises UserError for others: the checkpoint has the say.
+    """
+    given = {name for name, source in origin.items() if source == "flag"}
+    flags = {"root", "out", "workers", "device", "amp", "window", "zoom", *flags}
+    if given - flags:
+        name = sorted(given - flags)[0].replace("_", "-")
+        raise UserError(f"--{name} cannot be given here: the checkpoint {path} has settled it")
+    # the machine is this one, whatever the checkpoint was trained on
+    cfg = replace(theirs, **{name: getattr(cfg, name) for name in
+                             given | {"root", "device", "workers", "amp"}})
+    check(cfg)
+    common.show_config(cfg, dict.fromkeys(given, "flag"))
+    return cfg
+
+
+def evaluate_only(cfg, origin):
+    """--eval A.pt [B.pt ..]: the scores of each, in OUT/metrics.json and OUT/samples.png, for
+    several checkpoints in OUT/RUN-CHECKPOINT each."""
+    many, machine, names = len(cfg.eval) > 1, None, set()
+    out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} holds a training run: give another folder")
+    for path in cfg.eval:
+        theirs, info, model, state = load(path)
+        name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
+        if name in names:
+            raise UserError(f"--eval {path}: another one is called {name} too: rename its folder")
+        names.add(name)
+        here = settled(cfg, origin, path, theirs, {"eval", "data", "palette", "batch_size"})
+        machine = machine or common.Machine(here)
+        loader = eval_loader(here, data.eval_split(here.data), machine)
+        if loader.dataset.info.classes != info.classes:
+            raise UserError(f"--data {here.data} has other classes than {path} was trained for")
+        model.to(machine.device)
+        scores = evaluate(model, loader, here, machine, info)
+        more = {split: evaluate(model, eval_loader(here, split, machine), here, machine, info)
+                for split in splits_beside(here)}
+        if machine.main:
+            folder = out / name if many else out
+            draw_samples(model, loader.dataset, here, machine, info, folder / "samples.png")
+            write_metrics(folder, {**state, "scores": scores}, here, model, more)
+
+
+def predict(cfg, origin):
+    """--predict PATH --ckpt CKPT --to DIR: segment a picture, or each in a folder.
+
+    Writes DIR/NAME.png, class indices with the classes' colours as palette, and
+    DIR/overlay/NAME.png, at the size of the picture, which is turned upright first if its EXIF
+    data say so. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a
+    line on stderr, and the exit status is then 1.
+    """
+    for name in ("ckpt", "to"):
+        if not getattr(cfg, name):
+            raise UserError(f"--predict needs --{name} too: --predict PATH --ckpt CKPT --to DIR")
+    source, to = Path(cfg.predict), Path(cfg.to)
+    theirs, info, model, _ = load(cfg.ckpt)
+    cfg = settled(cfg, origin, cfg.ckpt, theirs, {"predict", "ckpt", "to"})
+    machine = common.Machine(cfg)
+    if machine.world > 1:
+        raise UserError("--predict works in one process: python in place of torchrun")
+    model.to(machine.device)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {to} is not an empty folder: give a new one")
+    paths = data.pictures(source) if source.is_dir() else [source]
+    if not paths or not source.exists():
+        raise UserError(f"--predict {source}: no picture there")
+    alike = len({path.stem for path in paths}) < len(paths)       # a.jpg and a.png: whole names
+    failed = 0
+    palette = np.array(info.colors, np.uint8).ravel().tolist()
+    for path in paths:
+        name = (path.name if alike else path.stem) + ".png"
+        try:
+            image = data.read_image(path, upright=True)
+        except UserError as error:
+            failed += 1
+            print(f"{error} (skipped)", file=sys.stderr)
+            continue
+        answer = segment(model, image, cfg, machine)
+        common.save_image(to / name, answer, palette)
+        common.save_image(to / "overlay" / name, common.overlay(image, answer, info.colors))
+    print(f"{len(paths) - failed} segmented, {failed} failed -> {to}; classes "
+          + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
+    sys.exit(1 if failed else 0)
+
+
+@torch.no_grad()
+def segment(model, image, cfg, machine):
+    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W).
+
+    Above 2048 pixels a side a smaller copy is segmented, by windows, and the answer enlarged: C
+    planes of floats would not fit.
+    """
+    H, W = image.shape[:2]
+    shrink = min(1, 2048 / max(H, W))
+    small = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+    x = to_unit(small, machine.device)
+    if shrink < 1:
+        cfg = replace(cfg, window="slide")
+        x = F.interpolate(x, (max(1, round(H * shrink)), max(1, round(W * shrink))),
+                          mode="bilinear", antialias=True)
+    answer = probabilities(model, normalize(x), cfg, machine).argmax(1)
+    return nearest(answer, (H, W))[0].to(torch.uint8).cpu().numpy()
+
+
+def bench(cfg):
+    """--bench N: parameters, multiply-adds of E and SeD, what the class-wise heads save, and for
+    N > 0 the time of a training step with each --method. The last line is one JSON object, of the
+    method asked for."""
+    machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
+    C, S, B, device = len(info.classes), cfg.size, cfg.batch_size // 2, machine.device
+    with torch.device("meta"):           # shapes without numbers: counting takes no memory
+        model = S4MIM(C, cfg.backbone, cfg.stem, cfg.width).eval()
+        gmacs = common.macs(model, torch.empty(1, 3, S, S))
+    result = {"params": parameters(model.E, model.SeD), "params_E": parameters(model.E),
+              "params_PiD": parameters(model.PiD), "gmacs": round(gmacs, 3)}
+    print(f"{result['params']:,} parameters, {result['params_E']:,} of them in E; PiD has "
+          f"{result['params_PiD']:,} more")
+    if cfg.bench > 0:
+        bench_heads(cfg, C, device)
+        torch.manual_seed(cfg.seed)
+        image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8)
+        label = torch.randint(0, C, (B, S, S), dtype=torch.uint8)
+        batch = image, label, torch.arange(B)
+        # the last is the one reported
+        for method in sorted(("suponly", "fixmatch", "mim", "s4mim"),
+                             key=lambda name: name == cfg.method):
+            this = replace(cfg, method=method)
+            model = build(this, C).to(device, memory_format=torch.channels_last).train()
+            prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
+            if cfg.compile:
+                for part in filter(None, (model.E, model.SeD, model.PiD)):
+                    part.compile()
+            optimizer, scaler = make_optimizer(model, this), machine.scaler()
+
+            def step(i):
+                v = make_views(batch, None if method == "suponly" else batch, this,
+                               model.E.channels, range(i * B, i * B + B), device)
+                train_step(model, prototypes, optimizer, scaler, machine, this, v)
+
+            timed = common.time_steps(step, cfg.bench, 2 * B, device)
+            print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B} + {B}, "
+                  f"peak {timed['peak_mb']} MB")
+        result |= timed
+    print(json.dumps(result))
+
+
+def bench_heads(cfg, C, device, B=4):
+    """Time and peak memory, forward and backward, of class_heads() and of C convolutions."""
+    side, D = -(-cfg.size // 4), 4 * cfg.width
+    fea = torch.randn(B, D, side, side, device=device, requires_grad=True)
+    weight = torch.randn(C, 3, D, 3, 3, device=device, requires_grad=True)
+    label = nearest(torch.randint(0, C, (B, 6, 6), device=device), (side, side))
+
+    def plain(fea, label, weight):
+        return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1) for c in range(C))
+
+    for name, f in ("class-wise heads", class_heads), (f"{C} convolutions", plain):
+        before = common.peak_mb(device)
+        timed = common.time_steps(lambda i: f(fea, label, weight).square().mean().backward(),
+                                  cfg.bench, B, device)
+        print(f"{name:18s}{timed['ms_per_step']:8.1f} ms at {B} x {D} x {side} x {side}, "
+              f"{timed['peak_mb'] - before} MB more")
+
+
+# ------------------------------------------------------------------------------------------ main
+
+def check(cfg):
+    """What the parser cannot judge. Raises UserError."""
+    for name in ("epochs", "size", "width", "eval_every", "patch"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if min(cfg.bench + 1, cfg.max_steps, cfg.weight_decay, cfg.psi, cfg.lambda_u, cfg.lambda_mp,
+           cfg.lambda_mf, cfg.lambda_ms) < 0:
+        raise UserError("--bench, --max-steps, --weight-decay, --psi and --lambda-..: at least 0")
+    for name in ("lr", "decoder_lr", "tau", "zoom"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "
+                            "above 0")
+    if not 0 <= cfg.alpha < 1:
+        raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to below 1")
+    patches = (-(-cfg.size // cfg.patch)) ** 2
+    if not 0 < cfg.ratio < 1 or not int(cfg.ratio * patches):
+        raise UserError(f"--patch {cfg.patch} --ratio {cfg.ratio}: of the {patches} patches of "
+                        "--size at least one must be removed and one kept")
+    if cfg.setup == "aug" and cfg.data != "voc":
+        raise UserError("--setup aug: only voc has more masks beside its own")
+    if cfg.width % 4 or cfg.size < 32:
+        raise UserError(f"--width {cfg.width} --size {cfg.size}: a multiple of 4, and at least 32")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch_size % (2 * world) or cfg.batch_size < 4 * world:
+        # BatchNorm needs more than one value a channel, and CutMix another picture
+        raise UserError(f"--batch-size {cfg.batch_size}: half of it is labelled, half not: a "
+                        f"multiple of {2 * world} and at least {4 * world} for {world} processes")
+    if (cfg.ckpt or cfg.to) and not cfg.predict:
+        raise UserError("--ckpt and --to go with --predict")
+
+
+def main():
+    cfg, origin = common.parse(Config, RECIPES, __doc__)
+    cfg.out = cfg.out or str(Path("out") / f"s4mim-{Path(cfg.data).name}")
+    if cfg.predict:
+        return predict(cfg, origin)
+    if cfg.eval:
+        return evaluate_only(cfg, origin)
+    if cfg.method == "suponly":
+        cfg.baseline = "none"
+    check(cfg)
+    common.show_config(cfg, origin)
+    if cfg.bench >= 0:
+        return bench(cfg)
+    machine = common.Machine(cfg)
+    if cfg.baseline != "none":
+        base = train(replace(cfg, method="suponly", out=str(Path(cfg.out) / "suponly")), machine)
+    scores = train(cfg, machine)
+    if cfg.baseline != "none" and machine.main:
+        print(f"with the same labels and steps: --method suponly {base['miou']:.2f}, "
+              f"--method {cfg.method} {scores['miou']:.2f}")
+
+
+if __name__ == "__main__":
+    common.run(main)
