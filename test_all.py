@@ -2,6 +2,7 @@
 
 Real data is used where ../shared/data is there; where it is not, the test says that it skips.
 """
+import colorsys
 import contextlib
 import csv
 import dataclasses
@@ -25,13 +26,14 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 
 import common
 import data
 import lmae
 import masksup
 from common import UserError
+from data import Item
 
 MAIN = Path(__file__).resolve().parent
 
@@ -1275,6 +1277,491 @@ class Check(Case):
             problems, _, _ = data.check(str(root), "", None)
         self.assertEqual(len(problems), 2)
         self.assertTrue(any("val/masks" in line for line in problems))
+
+
+def stream(n, batch, **kwargs):
+    return list(data.Stream(
+        n, batch, **{"seed": 3, "start": 0, "stop": 9, "rank": 0, "world": 1, **kwargs}))
+
+
+def strong_by_hand(image, u):
+    """strong_view of one picture, float (H, W, 3), pixel by pixel."""
+    light = lambda rgb: 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+
+    def blend(rgb, other, f):
+        return [min(max(f * v + (1 - f) * other, 0), 1) for v in rgb]
+
+    def turned(rgb):
+        h, s, v = colorsys.rgb_to_hsv(*rgb)
+        return colorsys.hsv_to_rgb((h + 0.5 * u[4] - 0.25) % 1, s, v)
+
+    pixels = [rgb for row in image.tolist() for rgb in row]
+    for k in sorted(range(4), key=lambda k: u[5 + k]) if u[0] < 0.8 else ():
+        mean = sum(map(light, pixels)) / len(pixels)
+        pixels = [(blend(p, 0, 0.5 + u[1]), blend(p, mean, 0.5 + u[2]),
+                   blend(p, light(p), 0.5 + u[3]), turned(p))[k] for p in pixels]
+    if u[9] < 0.2:
+        pixels = [[light(p)] * 3 for p in pixels]
+    out = np.array(pixels).reshape(image.shape)
+    if u[10] < 0.5:
+        for axis in 0, 1:               # every pixel of a line against every pixel far beyond it
+            n, sigma = out.shape[axis], 0.1 + 1.9 * u[11]
+            d = np.arange(n)[:, None] - np.arange(-20, n + 20)
+            weight = np.exp(-d**2 / (2 * sigma**2))
+            weight /= weight.sum(1, keepdims=True)
+            ends = np.take(out, np.arange(-20, n + 20).clip(0, n - 1), axis)
+            out = np.moveaxis(np.tensordot(weight, ends, (1, axis)), 0, axis)
+    return out
+
+
+class SemiData(Case):
+    def split(self, labeled, items=None, **kwargs):
+        """labeled_split of made-up Items (or how many), without files."""
+        if not isinstance(items, list):
+            items = [Item(f"p{i:05d}", Path(f"x/a/p{i:05d}.jpg"), Path(f"x/b/p{i:05d}.png"))
+                     for i in range(items or 40)]
+        with mock.patch.object(data, "list_items", return_value=items):
+            return data.labeled_split("shapes", "", labeled, **kwargs)
+
+    def lines(self, *lines):
+        path = self.tmp / "list.txt"
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return str(path)
+
+    def test_the_paper_s_numbers(self):
+        for n, labeled, expected in ((1464, "1/16", 92), (1464, "1/8", 183), (1464, "1/4", 366),
+                                     (1464, "1/2", 732), (10582, "1/16", 662), (2975, "1/16", 186),
+                                     (2975, "1/8", 372), (367, "1/8", 46), (40, "1/40", 1),
+                                     (40, "7", 7)):
+            labelled, unlabelled = self.split(labeled, n)
+            self.assertEqual((len(labelled), len(unlabelled)), (expected, n - expected))
+
+    @needs("camvid")
+    def test_camvid(self):
+        labelled, unlabelled = data.labeled_split("camvid", SHARED, "1/8")
+        self.assertEqual((len(labelled), len(unlabelled)), (46, 321))
+        self.assertEqual(data.labeled_split("camvid", SHARED, self.lines(
+            *data.labeled_lines(labelled).splitlines())), (labelled, unlabelled))
+        sets = [data.Dataset("camvid", SHARED, "train", size=32, crop=480, items=items[:3])
+                for items in (labelled, unlabelled)]
+        for dataset, items in zip(sets, (labelled, unlabelled)):
+            whole = data.Dataset("camvid", SHARED, "train", size=32, whole=True, items=items[:3])
+            image, label, _ = whole[2]
+            np.testing.assert_array_equal(image.permute(1, 2, 0), Image.open(items[2].image))
+            self.assertEqual(label.shape, (360, 480))
+            self.assertEqual(dataset[2][0].shape, (3, 32, 32))
+        self.assertEqual(sets[1][2][1].unique().tolist(), [0, 255])
+        self.assertGreater(len(sets[0][2][1].unique()), 3)
+
+    def test_what_a_draw_depends_on(self):
+        n = 300
+        labelled, unlabelled = self.split("1/16", n, seed=7)
+        stems = [f"p{i:05d}" for i in range(n)]
+
+        def rank(stem):                                                     # the rule, again
+            number = int(hashlib.sha256(stem.encode()).hexdigest()[:16], 16)
+            digest = hashlib.blake2b(f"(7, {number})".encode(), digest_size=8).digest()
+            return int.from_bytes(digest, "little") // 2
+
+        drawn = sorted(stems, key=rank)[:19]
+        self.assertEqual([i.stem for i in labelled], sorted(drawn))     # in the order of the split
+        self.assertEqual([i.stem for i in unlabelled], [s for s in stems if s not in drawn])
+        self.assertEqual({i.mask for i in unlabelled}, {None})
+        self.assertNotIn(None, {i.mask for i in labelled})
+        sets = [{i.stem for i in self.split(labeled, n, seed=7)[0]}
+                for labeled in ("5", "1/16", "1/8", "1/2", "299", "1/1")]
+        self.assertTrue(all(a < b for a, b in zip(sets, sets[1:])))
+        self.assertNotEqual(self.split("1/16", n, seed=8)[0], labelled)
+        # what has no mask is unlabelled and does not count, what has no picture is not there
+        items = [Item("a", Path("a.jpg"), Path("a.png")), Item("b", Path("b.jpg"), None),
+                 Item("c", None, Path("c.png")), Item("d", Path("d.jpg"), Path("d.png"))]
+        self.assertEqual(self.split("2", items),
+                         ([items[0], items[3]], [items[1]]))
+        self.assertEqual(len(self.split("1/2", items)[0]), 1)
+        # all are labelled: the same pictures serve as unlabelled ones
+        every = self.split("1/1", 5)
+        self.assertEqual([i._replace(mask=None) for i in every[0]], every[1])
+        self.assertEqual(len(every[1]), 5)
+
+    def test_the_hash_tells_draws_apart(self):
+        labelled, _ = self.split("9")
+        stems = "\n".join(i.stem for i in labelled)
+        self.assertEqual(data.labeled_hash(labelled[::-1]),
+                         hashlib.sha256(stems.encode()).hexdigest()[:12])
+        self.assertNotEqual(data.labeled_hash(labelled), data.labeled_hash(labelled[1:]))
+
+    def test_list_files_of_unimatch(self):
+        voc_tree(self.tmp / "voc", self.rng, train=("2007_a", "2007_b", "2007_d"))
+        for stem in "a b.c", "a", "c.d":
+            save(self.tmp / f"camvid/train/{stem}.png", self.noise(4, 4, 3))
+            save(self.tmp / f"camvid/trainannot/{stem}.png", self.noise(4, 4))
+        city = "aachen_000000_0000{}9"
+        for i in range(3):
+            save(self.tmp / f"leftImg8bit/train/aachen/{city.format(i)}_leftImg8bit.png",
+                 self.noise(4, 4, 3))
+            save(self.tmp / f"gtFine/train/aachen/{city.format(i)}_gtFine_labelIds.png",
+                 self.noise(4, 4))
+        city = city.format(1)
+        cases = {
+            "voc": ("2007_b", "2007_b", "JPEGImages/2007_b.jpg", "\t/JPEGImages/2007_b.jpg ",
+                    "JPEGImages/2007_b.jpg SegmentationClass/2007_b.png",
+                    "JPEGImages/2007_b.jpg\tSegmentationClass/2007_b.png"),
+            "camvid": ("a b.c", "a b.c", "train/a b.c.png", "a b.c.png a b.c.png",
+                       "train/a b.c.png trainannot/a b.c.png"),
+            "cityscapes": (
+                city, city, f"{city}_leftImg8bit.png", f"{city}_leftImg8bit",
+                f"{city}_leftImg8bit.png\t{city}_gtFine_labelTrainIds.png",
+                f"leftImg8bit/train/aachen/{city}_leftImg8bit.png "
+                f"gtFine/train/aachen/{city}_gtFine_labelTrainIds.png")}
+        for name, (stem, *lines) in cases.items():
+            for line in lines:
+                with self.subTest(line):
+                    labelled, unlabelled = data.labeled_split(name, self.tmp,
+                                                              self.lines("", line, " "))
+                    self.assertEqual([i.stem for i in labelled], [stem])
+                    self.assertTrue(labelled[0].mask.is_file())
+                    self.assertEqual(len(unlabelled), 2)
+        for name, text in (
+                ("voc", "".join(f"JPEGImages/{s}.jpg SegmentationClass/{s}.png\n"
+                                for s in ("2007_a", "2007_b", "2007_d"))),
+                ("camvid", "".join(f"train/{s}.png trainannot/{s}.png\n"
+                                   for s in ("a", "a b.c", "c.d"))),
+                ("cityscapes", "".join(f"leftImg8bit/train/aachen/{i.stem}_leftImg8bit.png "
+                                       f"gtFine/train/aachen/{i.stem}_gtFine_labelIds.png\n"
+                                       for i in data.list_items("cityscapes", self.tmp, "train"))),
+                ("shapes", "".join(f"train-{i:03d}\n" for i in range(512)))):
+            items = data.list_items(name, self.tmp, "train")
+            self.assertEqual(data.labeled_lines(items), text)
+            (self.tmp / "all.txt").write_text("\ufeff" + text, "utf-8")
+            self.assertEqual(
+                data.labeled_split(name, self.tmp, str(self.tmp / "all.txt"))[0], items)
+        for base in "glas", "glas/train":       # pairs in one folder, and a folder for either side
+            for stem in "train_1", "train_1  b", "train_2":
+                mask = f"{stem}_anno.bmp"
+                save(self.tmp / base / (f"{stem}.bmp" if base == "glas" else f"img/{stem}.bmp"),
+                     self.noise(4, 4, 3))
+                save(self.tmp / base / (mask if base == "glas" else f"labelcol/{mask}"),
+                     self.noise(4, 4))
+            chosen = data.labeled_split("glas", self.tmp, "2")[0]
+            again = self.lines(*data.labeled_lines(chosen).splitlines())
+            self.assertEqual(data.labeled_split("glas", self.tmp, again)[0], chosen)
+
+    def test_mistakes_in_what_is_labelled(self):
+        for labeled, *words in (("0", "40 pictures", "1 to 40"), ("-3", "40"), ("41", "1 to 40"),
+                                ("0/4", "above 0", "1/16"), ("5/4", "at most 1"), ("1/0", "1/16"),
+                                ("-1/2", "above 0"), ("some", "--labeled some", "number", "1/16"),
+                                ("", "number"), (str(self.tmp), "no such file"),
+                                (str(self.tmp / "gone.txt"), "no such file")):
+            with self.subTest(labeled), self.fails("--labeled", *words):
+                self.split(labeled)
+        path = self.tmp / "list.txt"
+        for lines, *words in ((["p00001", "", "p0002"], "line 3", "`p0002`", "did you mean p000"),
+                              (["a/p00001.jpg b/p00001.png", "p00001"], "line 2", "line 1"),
+                              (["", "  "], "no line"), (["\0\1\2"], "line 1")):
+            with self.subTest(lines), self.fails(path, *words):
+                self.split(self.lines(*lines))
+        bare = [Item("a", Path("a.jpg"), None), Item("b", Path("b.jpg"), Path("b.png")),
+                Item("c", None, Path("c.png"))]
+        with self.fails(path, "line 2", "a has no mask"):
+            self.split(self.lines("b", "a.jpg a.png"), bare)
+        with self.fails(path, "line 1", "c"):
+            self.split(self.lines("c"), bare)
+        with self.fails("no picture with a mask", "train"):
+            self.split("1/8", bare[:1])
+        path.write_bytes(b"\xff\xd8\xff\xe0")                               # a picture, by mistake
+        with self.fails(path, "line 1"):
+            self.split(str(path))
+        twice = [Item("a", Path("a.jpg"), Path("a.png")), Item("a", Path("a.png"), Path("a.png"))]
+        with self.fails("a.jpg", "rename or remove"):
+            self.split("1", twice)
+
+    def test_voc_ori(self):
+        root = voc_tree(self.tmp, self.rng)
+        stems = lambda split: [(i.stem, i.mask and i.mask.parent.name)
+                               for i in data.list_items("voc", self.tmp, split, "ori")]
+        train = [("2007_a", "SegmentationClass"), ("2007_b", "SegmentationClass")]
+        self.assertEqual(stems("train"), train)
+        (root / "ImageSets/Segmentation/train_aug.txt").write_text(
+            "/JPEGImages/2008_x.jpg /SegmentationClassAug/2008_x.png\n2007_b\n2007_c\n2008_y\n")
+        self.assertEqual(stems("train"),
+                         train + [("2008_x", None), ("2007_c", None), ("2008_y", None)])
+        self.assertEqual(stems("val"), [("2007_c", "SegmentationClass")])
+        labelled, unlabelled = data.labeled_split("voc", self.tmp, "1/2", protocol="ori")
+        self.assertEqual((len(labelled), len(unlabelled)), (1, 4))
+        self.assertEqual([i.stem for i in unlabelled[1:]], ["2008_x", "2007_c", "2008_y"])
+        self.assertEqual([len(data.list_items("voc", self.tmp, "train"))], [2])
+
+    def test_the_masks_of_unlabelled_pictures_are_never_read(self):
+        root = self.folder(n=20, size=(12, 16))
+        (root / "classes.txt").write_text("a\nb\nc\n")
+        labelled, unlabelled = data.labeled_split(str(root), "", "1/4")
+        kwargs = dict(size=16, crop=14, scale=(0.5, 2), flip=True, train=True, seed=3)
+        full = data.Dataset(str(root), "", "train", **kwargs)
+        there = [i.stem for i in full.items]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            sets = [data.Dataset(str(root), "", "train", items=unlabelled, **kwargs)]
+            for item in full.items:
+                if item.stem not in {i.stem for i in labelled}:
+                    item.mask.write_bytes(b"not for anyone to read")
+            sets.append(data.Dataset(str(root), "", "train", items=unlabelled, **kwargs))
+            with mock.patch.object(data, "IN_MEMORY", 0):
+                sets.append(data.Dataset(str(root), "", "train", items=unlabelled, **kwargs))
+                mixed = data.Dataset(str(root), "", "train", items=labelled + unlabelled,
+                                     **kwargs)
+            data.Dataset(str(root), "", "train", items=labelled, **kwargs)
+        self.assertEqual(out.getvalue(), "")
+        self.assertEqual([i.stem for i in mixed.items], [i.stem for i in labelled + unlabelled])
+        for k, item in enumerate(unlabelled):
+            self.assertIsNone(item.mask)
+            for epoch in 0, 5:
+                image, label, index = sets[0][epoch, k]
+                for other in sets[1:]:
+                    torch.testing.assert_close(other[epoch, k], (image, label, index),
+                                               rtol=0, atol=0)
+            pixels, zeros = sets[0].stored(k)
+            np.testing.assert_array_equal(pixels, full.stored(there.index(item.stem))[0])
+            self.assertEqual((zeros.dtype, zeros.max()), (np.uint8, 0))
+        for k, item in enumerate(labelled):
+            np.testing.assert_array_equal(
+                data.read_pair(mixed.items[k], mixed.info, None, 16)[1],
+                full.stored(there.index(item.stem))[1])
+        with self.assertRaises(UserError):          # the garbage is garbage
+            data.Dataset(str(root), "", "train", **kwargs)
+
+    def test_an_unlabelled_picture_is_0_inside_and_255_beyond(self):
+        root = self.folder(n=8, size=(12, 16))
+        items = data.list_items(str(root), "", "train")
+        kwargs = dict(size=20, crop=24, scale=(0.5, 2), flip=True, train=True)
+        full = data.Dataset(str(root), "", "train", **kwargs)
+        bare = data.Dataset(str(root), "", "train", items=[i._replace(mask=None) for i in items],
+                            **kwargs)
+        kinds = set()
+        for epoch in range(10):
+            for k in range(len(items)):
+                a, b = full[epoch, k], bare[epoch, k]
+                self.assertTrue(a[0].equal(b[0]))
+                self.assertTrue(b[1].equal(torch.where(a[1] == 255, 255, 0)))
+                kinds |= {b[1].float().mean().item() > 0}
+        self.assertEqual(kinds, {True, False})                      # some padded and some not
+        drawn = data.list_items("shapes", "", "val")[:4]
+        full, bare = (data.Dataset("shapes", "", "val", size=24, items=chosen)
+                      for chosen in (drawn, [i._replace(mask=None) for i in drawn]))
+        for k in range(4):
+            self.assertTrue(full[k][0].equal(bare[k][0]))
+            self.assertEqual((full[k][1].max().item() > 0, bare[k][1].max()), (True, 0))
+
+    def test_faults_in_given_items(self):
+        root = self.folder(n=8, classes=2)
+        (root / "classes.txt").write_text("background\nobject\n")
+        items = data.list_items(str(root), "", "train")
+        make = lambda items: data.Dataset(str(root), "", "train", size=8, items=items)
+        with self.fails(items[0].image, "rename or remove"):
+            make([items[0], items[0]._replace(mask=None)])
+        with self.fails("own", "split train", "chosen"):
+            make([])
+        save(items[0].mask, np.array([[0, 255]] * 2, np.uint8).repeat(6, 0).repeat(8, 1))
+        make(items[:1])             # one picture with no object in it is no sign of 0 and 255
+        make([items[0], items[1]._replace(mask=None)])
+        (root / "classes.txt").write_text("".join(f"class {c}\n" for c in range(100)))
+        with self.fails("ids up to 99"):
+            make(items[1:])
+        make([i._replace(mask=None) for i in items])
+        save(items[1].mask, np.zeros((3, 3), np.uint8))
+        with self.fails(items[1].mask, "3x3"):
+            make(items)
+
+    def test_whole_pictures_have_their_own_size(self):
+        root = self.folder(n=1, sub="val")
+        for i, size in enumerate([(5, 9), (30, 21)] * 6):
+            save(self.tmp / f"own/train/images/p{i:02d}.png", self.noise(*size, 3))
+            save(self.tmp / f"own/train/masks/p{i:02d}.png", self.noise(*size) % 4)
+        for limit in 2**20, 0:
+            with mock.patch.object(data, "IN_MEMORY", limit):
+                dataset = data.Dataset(str(root), "", "train", size=16, crop=8, whole=True)
+            loader = data.eval_loader(dataset, 1)
+            self.assertEqual(len(loader), 12)
+            for item, (image, label, _) in zip(dataset.items, loader):
+                np.testing.assert_array_equal(image[0].permute(1, 2, 0), Image.open(item.image))
+                np.testing.assert_array_equal(label[0], Image.open(item.mask))
+                self.assertEqual((image.dtype, label.dtype), (torch.uint8, torch.uint8))
+        image, label, _ = data.Dataset("shapes", "", "val", size=24, crop=20, whole=True)[3]
+        self.assertEqual((image.shape, label.shape), ((3, 24, 24), (24, 24)))
+        with self.assertRaises(AssertionError):
+            data.Dataset("shapes", "", "val", size=24, whole=True, train=True)
+
+    def test_a_stream_against_its_rule(self):
+        for n, batch in (13, 4), (12, 4), (3, 8), (1, 2), (7, 7):
+            with self.subTest(n=n, batch=batch):
+                steps = stream(n, batch, stop=40)
+                self.assertEqual({len(step) for step in steps}, {batch})
+                keys = sum(steps, [])
+                self.assertEqual([epoch for epoch, _ in keys], [p // n for p in range(len(keys))])
+                orders = [[i for _, i in keys[e * n:e * n + n]] for e in range(len(keys) // n)]
+                for order in orders:
+                    self.assertEqual(sorted(order), list(range(n)))
+                if n > 6:
+                    self.assertGreater(len(set(map(tuple, orders))), len(orders) - 1)
+                    self.assertNotEqual(steps, stream(n, batch, stop=40, seed=4))
+                for start in 1, 3, 39:
+                    self.assertEqual(stream(n, batch, start=start, stop=40), steps[start:])
+                for world in (w for w in (2, 3, 4) if batch % w == 0):
+                    ranks = [stream(n, batch // world, stop=40, rank=r, world=world)
+                             for r in range(world)]
+                    for whole, *parts in zip(steps, *ranks):
+                        self.assertEqual([parts[k % world][k // world] for k in range(batch)],
+                                         whole)
+        self.assertEqual(len(data.Stream(5, 2, 0, 3, 9, 0, 1)), 6)
+
+    def test_two_streams_pair_the_pictures_anew_in_each_epoch(self):
+        for n in 8, 16:                         # as many unlabelled pictures, and twice as many
+            partners = {}
+            for a, b in zip(stream(8, 4, seed=1, stop=40), stream(n, 4, seed=2, stop=40)):
+                for (epoch, i), (_, j) in zip(a, b):
+                    partners.setdefault(i, []).append(j)
+            for met in partners.values():
+                self.assertEqual(len(met), 20)
+                self.assertGreater(len(set(met)), 4)
+
+    def test_a_stream_s_loader(self):
+        dataset = data.Dataset("shapes", "", "val", size=16, crop=12, train=True, scale=(0.5, 2),
+                               items=data.list_items("shapes", "", "val")[:3])
+        state = torch.get_rng_state()
+        kwargs = dict(seed=2, stop=4, rank=1, world=2)
+        whole = batches(data.stream_loader(dataset, 4, **kwargs))
+        for step, (image, label, index) in zip(stream(3, 4, **kwargs), whole):
+            self.assertEqual(index, [i for _, i in step])
+            for k, key in enumerate(step):
+                torch.testing.assert_close((image[k], label[k], index[k]), dataset[key],
+                                           rtol=0, atol=0)
+        self.assertEqual(len(whole), 4)
+        torch.testing.assert_close(batches(data.stream_loader(dataset, 4, start=2, **kwargs)),
+                                   whole[2:], rtol=0, atol=0)
+        self.assertTrue(torch.get_rng_state().equal(state))
+
+    def still(self, n):
+        """Noise of n pictures with which strong_view changes nothing."""
+        u = torch.full((n, 12), 0.5)
+        u[:, 5:9], u[:, 9:11] = torch.rand(n, 4), 0.9
+        u[:, 0] = 0
+        return u
+
+    def test_each_change_of_the_strong_view_against_pillow(self):
+        rough = Image.fromarray(self.noise(9, 12, 3)).resize((60, 45), Image.BICUBIC)
+        pixels = np.asarray(rough)
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
+
+        def differs(column, u, expected):
+            noise = self.still(1)
+            noise[0, column] = u
+            if column == 11:
+                noise[0, 10] = 0.1
+            got = 255 * data.strong_view(image, noise)[0].permute(1, 2, 0).numpy()
+            return np.abs(got - np.asarray(expected))
+
+        self.assertLess(differs(1, 0.5, rough).max(), 0.01)
+        for u in 0, 0.3, 0.8, 1 - 2**-24:
+            for column, kind in (1, "Brightness"), (2, "Contrast"), (3, "Color"):
+                expected = getattr(ImageEnhance, kind)(rough).enhance(0.5 + u)
+                self.assertLess(differs(column, u, expected).max(), 2, kind)
+            turned = np.array(rough.convert("HSV"))
+            turned[..., 0] += np.uint8(round((0.5 * u - 0.25) * 255) % 256)
+            expected = Image.fromarray(turned, "HSV").convert("RGB")
+            wrong = differs(4, u, expected)
+            self.assertLess(wrong.max(), 12)            # 8 bits for a hue are not many
+            self.assertLess(wrong.mean(), 2)
+            expected = rough.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * u))
+            wrong = differs(11, u, expected)
+            self.assertLess(wrong.max(), 6)             # Pillow's is three boxes
+            self.assertLess(wrong.mean(), 1)
+        self.assertLess(differs(9, 0.1, rough.convert("L").convert("RGB")).max(), 1)
+
+    def test_the_strong_view_against_a_loop_over_pixels(self):
+        noise = torch.from_numpy(self.rng.random((72, 12), np.float32))
+        image = torch.from_numpy(self.rng.random((72, 3, 6, 5), np.float32))
+        image[:3] = torch.tensor([0, 0.5, 1]).view(3, 1, 1, 1)          # greys have no hue
+        kept = image.clone(), noise.clone()
+        out = data.strong_view(image, noise)
+        self.assertTrue(image.equal(kept[0]) and noise.equal(kept[1]))
+        for k in range(72):
+            expected = strong_by_hand(image[k].permute(1, 2, 0).double().numpy(),
+                                      noise[k].double().numpy())
+            np.testing.assert_allclose(out[k].permute(1, 2, 0), expected, atol=2e-4)
+        ones = [data.strong_view(image[k:k + 1], noise[k:k + 1]) for k in range(72)]
+        torch.testing.assert_close(torch.cat(ones), out, rtol=0, atol=1e-5)
+        last = image.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(data.strong_view(last, noise), out, rtol=0, atol=1e-5)
+        self.assertTrue(last.equal(image))
+        orders = {tuple(row) for row in noise[:, 5:9].argsort(1).tolist()}
+        self.assertGreater(len(orders), 18)                             # of 24
+
+    def test_how_often_and_how_much_the_strong_view_changes(self):
+        n = 2000
+        image = torch.from_numpy(self.rng.random((1, 3, 2, 2), np.float32)).repeat(n, 1, 1, 1)
+        draws = torch.from_numpy(self.rng.random((n, 12), np.float32))
+        for column, share in (0, 0.8), (9, 0.2), (10, 0.5):
+            noise = self.still(n)
+            noise[:, 0] = 0.9
+            noise[:, [column, 1]] = draws[:, [column, 1]]
+            out = data.strong_view(image, noise)
+            changed = (out - image).abs().amax((1, 2, 3)) > 1e-4
+            self.assertAlmostEqual(changed.float().mean().item(), share, delta=0.035)
+            if column == 0:
+                factors = out[changed].amin((1, 2, 3)) / image.min()
+                self.assertTrue(0.5 <= factors.min() < 0.51 and 1.49 < factors.max() <= 1.5)
+            if column == 9:
+                self.assertLess((out[changed].amax(1) - out[changed].amin(1)).max(), 1e-6)
+        # nothing waits for a device: there is nothing to read on this one
+        there = data.strong_view(image.to("meta"), draws)
+        self.assertEqual((there.device.type, there.shape), ("meta", image.shape))
+        self.assertEqual(data.cutmix_boxes(draws[:, :5].to("meta"), 9).shape, (n, 9, 9))
+
+    def test_cutmix_boxes(self):
+        n, size = 2000, 96
+        draws = torch.from_numpy(self.rng.random((n, 5), np.float32))
+        draws[:8] = torch.tensor([0, 1 - 2**-24]).repeat(4, 1).flatten()[:, None]      # the ends
+        draws[:8, 0] = 0
+        boxes = data.cutmix_boxes(draws, size)
+        self.assertEqual((boxes.dtype, boxes.shape), (torch.bool, (n, size, size)))
+        facts = []
+        for box, u in zip(boxes.numpy(), draws.tolist()):
+            self.assertEqual(box.any(), u[0] < 0.5)
+            if box.any():
+                ys, xs = np.nonzero(box)
+                y, x, h, w = ys.min(), xs.min(), np.ptp(ys) + 1, np.ptp(xs) + 1
+                self.assertEqual(len(ys), h * w)                        # solid
+                self.assertTrue(box[y:y + h, x:x + w].all())
+                lost = (0.02 + 0.38 * u[1]) * size**2 - h * w       # by whole pixels only
+                self.assertTrue(-1 < lost < h + w + 1)
+                facts.append((h, w, y / (size - h) if h < size else 0.5,
+                              x / (size - w) if w < size else 0.5))
+        self.assertAlmostEqual(len(facts) / n, 0.5, delta=0.04)
+        h, w, y, x = np.array(facts).T
+        area, ratio = h * w / size**2, h / w
+        self.assertTrue(0.016 < area.min() < 0.03 and 0.38 < area.max() <= 0.4)
+        self.assertTrue(0.27 < ratio.min() < 0.34 and 2.95 < ratio.max() < 3.7)
+
+        def uniform(values, low, high):         # Kolmogorov and Smirnov's distance, at 1 in 1000
+            ranks = (np.sort(values) - low) / (high - low)
+            self.assertLess(np.abs(ranks - np.arange(len(ranks)) / len(ranks)).max(),
+                            1.95 / len(ranks)**0.5 + 0.03)
+
+        uniform(area, 0.02, 0.4)
+        uniform(ratio[area < 0.28], 0.3, 1 / 0.3)
+        uniform(y, 0, 1)
+        uniform(x, 0, 1)
+        self.assertLess(np.abs(np.corrcoef([y, x])[0, 1]), 0.1)
+        for p, total in (0, 0), (1, n):
+            self.assertEqual(data.cutmix_boxes(draws, 16, p).flatten(1).sum(1).gt(0).sum(), total)
+
+    def test_partners_against_a_loop(self):
+        for n in range(1, 9):
+            for kinds in 1, 2, 3, 99:
+                index = torch.from_numpy(self.rng.integers(0, kinds, n))
+                found = data.partners(index)
+                self.assertEqual((found.dtype, found.shape), (torch.int64, (n,)))
+                for k, i in enumerate(index.tolist()):
+                    others = [(k + d) % n for d in range(1, n) if index[(k + d) % n] != i]
+                    self.assertEqual(found[k], others[0] if others else k)
 
 
 # ------------------------------------------------------------------------------------- common.py
