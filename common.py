@@ -161,7 +161,8 @@ class Machine:
                    "bf16" if torch.cuda.is_bf16_supported() else "fp16")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
         self.workers = cfg.workers if cfg.workers >= 0 else (
-            min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0)
+            min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            if self.device.type == "cuda" else 0)
 
     def autocast(self):
         if self.dtype == torch.float32:

@@ -375,11 +375,14 @@ def voc(folder, split, protocol):
         pictures(masks)         # raises if the folder is missing, which must not mean unlabelled
     else:
         stems = listed(split)
-    if (protocol == "ori" and split == "train"
-            and (folder / "ImageSets/Segmentation/train_aug.txt").is_file()):
-        known = set(stems)
-        unlabelled = [Item(s, folder / "JPEGImages" / f"{s}.jpg", None)
-                      for s in listed("train_aug") if s not in known]
+    if protocol == "ori" and split == "train":
+        if (folder / "ImageSets/Segmentation/train_aug.txt").is_file():
+            known = set(stems)
+            unlabelled = [Item(s, folder / "JPEGImages" / f"{s}.jpg", None)
+                          for s in listed("train_aug") if s not in known]
+        elif os.environ.get("RANK", "0") == "0":
+            print("voc: no ImageSets/Segmentation/train_aug.txt (SBD's list of 10582): only the "
+                  "1464 of train.txt are used")
     items = [Item(s, folder / "JPEGImages" / f"{s}.jpg", masks / f"{s}.png") for s in stems]
     return [i if i.mask.is_file() else i._replace(mask=None) for i in items] + unlabelled
 
@@ -1158,7 +1161,7 @@ def blur(image, sigma):
     weight = (-(steps / sigma) ** 2 / 2).softmax(-1).repeat_interleave(C, 0)   # (BC, 1, 1, 15)
     planes = F.pad(image, (7, 7, 7, 7), "replicate").reshape(1, B * C, H + 14, W + 14)
     planes = F.conv2d(F.conv2d(planes, weight, groups=B * C), weight.mT, groups=B * C)
-    return planes.view(B, C, H, W)
+    return planes.view(B, C, H, W).to(image.dtype)      # under autocast it is another
 
 
 def cutmix_boxes(noise, size, p=0.5):

@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import data
@@ -75,7 +76,8 @@ class Config:
     lr: float = 1e-3               # of E at the start
     decoder_lr: float = 10.0       # the decoders' rate is so many times E's
     weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
-    size: int = 321                # side of the crops, out of pictures scaled by 0.5 to 2
+    size: int = 321                # side of the crops, out of pictures scaled by 0.5 to 2; best is
+                                   # a multiple of 4 and 1: corners then fall on corners
     zoom: float = 1.0              # pictures are shrunk by this first, for predictions too
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
@@ -106,7 +108,7 @@ class Config:
 
 
 RECIPES = {                        # what differs from the defaults above, the paper's for voc
-    "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=64,
+    "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
                    epochs=20, batch_size=16, lr=0.02, decoder_lr=1.0, baseline="suponly",
                    eval_every=5),
     "cityscapes": dict(size=801, epochs=240, lr=0.005, decoder_lr=1.0, psi=0.0, ohem=True,
@@ -127,30 +129,42 @@ def conv_bn(i, o, k=3, stride=1, dilation=1):
     return conv(i, o, k, stride, dilation), nn.BatchNorm2d(o)
 
 
-class Block(nn.Module):
-    """A residual block, i -> o channels: two 3x3 (ResNet-18), or 1x1, 3x3, 1x1 (bottleneck)."""
+class Basic(nn.Module):
+    """The block of ResNet-18, i -> width channels."""
+    expansion = 1
 
-    def __init__(self, i, width, stride, dilation, bottleneck):
+    def __init__(self, i, width, stride=1, dilation=1):
         super().__init__()
-        o = 4 * width if bottleneck else width
-        shapes = ([(i, width, 1), (width, width, 3, stride, dilation), (width, o, 1)]
-                  if bottleneck else [(i, width, 3, stride, dilation),
-                                      (width, width, 3, 1, dilation)])
-        self.depth = len(shapes)
-        for n, shape in enumerate(shapes, 1):          # conv1, bn1, ..: torchvision's names
-            layers = conv_bn(*shape)
-            setattr(self, f"conv{n}", layers[0])
-            setattr(self, f"bn{n}", layers[1])
-        same = stride == 1 and i == o
-        self.downsample = None if same else nn.Sequential(*conv_bn(i, o, 1, stride))
+        self.conv1, self.bn1 = conv_bn(i, width, 3, stride, dilation)
+        self.conv2, self.bn2 = conv_bn(width, width, 3, 1, dilation)
+        self.downsample = shortcut(i, width, stride)
 
     def forward(self, x):
-        y = x
-        for n in range(1, self.depth + 1):
-            y = getattr(self, f"bn{n}")(getattr(self, f"conv{n}")(y))
-            if n < self.depth:
-                y = F.relu(y)
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (self.downsample(x) if self.downsample else x))
+
+
+class Bottleneck(nn.Module):
+    """The block of ResNet-50 and -101, i -> 4 * width channels."""
+    expansion = 4
+
+    def __init__(self, i, width, stride=1, dilation=1):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(i, width, 1)
+        self.conv2, self.bn2 = conv_bn(width, width, 3, stride, dilation)
+        self.conv3, self.bn3 = conv_bn(width, 4 * width, 1)
+        self.downsample = shortcut(i, 4 * width, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (self.downsample(x) if self.downsample else x))
+
+
+def shortcut(i, o, stride):
+    return nn.Sequential(*conv_bn(i, o, 1, stride)) if stride > 1 or i != o else None
 
 
 class ResNet(nn.Module):
@@ -162,7 +176,7 @@ class ResNet(nn.Module):
 
     def __init__(self, name="resnet101", stem="standard", width=64):
         super().__init__()
-        bottleneck, i = name != "resnet18", width
+        Block, i = Basic if name == "resnet18" else Bottleneck, width
         if stem == "deep":
             self.conv1 = nn.Sequential(*conv_bn(3, width, 3, 2), nn.ReLU(),
                                        *conv_bn(width, width), nn.ReLU(), conv(width, 2 * width))
@@ -175,8 +189,8 @@ class ResNet(nn.Module):
             for b in range(depth):
                 stride = 2 if stage in (1, 2) and b == 0 else 1
                 dilation = 2 if stage == 3 and b > 0 else 1
-                blocks.append(Block(i, w, stride, dilation, bottleneck))
-                i = 4 * w if bottleneck else w
+                blocks.append(Block(i, w, stride, dilation))
+                i = w * Block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.channels = i // 8, i
         for module in self.modules():
@@ -222,22 +236,23 @@ class Trunk(nn.Module):
     def forward(self, c1, c4):
         pooled = self.pool(c4.mean((2, 3), keepdim=True)).expand(-1, -1, *c4.shape[2:])
         x = self.project(torch.cat([f(c4) for f in self.aspp] + [pooled], 1))   # (B, o, H/16, ..)
-        return self.fuse(torch.cat([self.reduce(c1), resize(x, c1.shape[2:])], 1))
+        x = resize(x, c1.shape[2:]).to(x.dtype)         # autocast on CUDA resizes in float32
+        return self.fuse(torch.cat([self.reduce(c1), x], 1))
 
 
 class SeD(Trunk):
-    """The semantic decoder: (c1, c4) -> logits (B, C, *size)."""
+    """The semantic decoder: (c1, c4) -> logits (B, C, *size), float32."""
 
     def __init__(self, channels, width, classes):
         super().__init__(channels, width)
         self.classifier = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, c1, c4, size):
-        return resize(self.classifier(super().forward(c1, c4)), size)
+        return resize(self.classifier(super().forward(c1, c4)).float(), size)
 
 
 class PiD(Trunk):
-    """The pixel decoder without its heads, PiD*: (c1, c4) -> fea (B, D, H/4, W/4)."""
+    """The pixel decoder. Called, PiD*: (c1, c4) -> fea (B, D, H/4, W/4); paint() has the heads."""
 
     def __init__(self, channels, width, classes):
         super().__init__(channels, width)
@@ -252,10 +267,19 @@ class PiD(Trunk):
         """
         weight = self.heads.weight.unflatten(0, (-1, 3))                # (C, 3, D, 3, 3)
         if classwise:
-            r = class_heads(fea, nearest(label, fea.shape[2:]), weight)
+            r = class_heads(fea, at_features(label), weight)
         else:
             r = F.conv2d(fea, weight.sum(0), padding=1).float()
         return resize(r, size)
+
+
+def at_features(x):
+    """What lies under each vector of c1, fea and the like: (B, H, W) -> (B, H/4, W/4), rounded up.
+
+    Vector i is centred on pixel 4 i. Resizing by "nearest" would take pixel floor(i H / h), which
+    at 321 is up to 3 pixels off, and a third of the removed features would count as visible.
+    """
+    return x[:, ::4, ::4]
 
 
 def class_heads(fea, label, weight, block=128):
@@ -275,18 +299,18 @@ def class_heads(fea, label, weight, block=128):
     C, O = weight.shape[:2]
     y = torch.where((label < 0) | (label >= C), C, label).flatten()     # class C: none
     y_sorted, order = y.sort(stable=True)
-    place = torch.arange(len(y), device=y.device)
     first = torch.searchsorted(y_sorted, torch.arange(C + 2, device=y.device))
     blocks = (first.diff() + block - 1) // block                        # of each class
     ends = blocks.cumsum(0)
     n = len(y) // block + C + 1                                         # as many as it can be
     slot = torch.empty_like(y)                                          # where each pixel goes
-    slot[order] = place - first[y_sorted] + block * (ends - blocks)[y_sorted]
+    place = torch.arange(len(y), device=y.device) - first[y_sorted]     # within its class
+    slot[order] = place + block * (ends - blocks)[y_sorted]
     x = fea.permute(0, 2, 3, 1).reshape(-1, D)
     x = x.new_zeros(n * block, D).index_copy(0, slot, x).view(n, block, D)
     taps = weight.flip(3, 4).permute(0, 2, 1, 3, 4).reshape(C, D, O * 9)
     taps = torch.cat([taps, taps.new_zeros(1, D, O * 9)])
-    of = torch.searchsorted(ends, place[:n], right=True).clamp(max=C)   # class of each block
+    of = torch.searchsorted(ends, torch.arange(n, device=y.device), right=True).clamp(max=C)
     painted = (x @ taps[of]).flatten(0, 1)[slot]                        # (B H W, 9 O)
     return F.fold(painted.view(B, H * W, O * 9).mT.float(), (H, W), 3, padding=1)
 
@@ -333,15 +357,15 @@ def channel_drop(noise):
     return 2.0 * (noise >= 0.5)[..., None, None]
 
 
+def perturb(c, drop):
+    """(c1, c4) of B pictures with the channels of `drop` dropped, in their own dtype."""
+    return [x * factors.to(x.dtype) for x, factors in zip(c, drop)]
+
+
 def mix(x, partner, box):
     """CutMix: x with its box out of x[partner]. x: (B, .., S, S); partner (B,); box (B, S, S)."""
     box = box.view(len(box), *[1] * (x.dim() - 3), *box.shape[1:])
     return torch.where(box, x[partner], x)
-
-
-def nearest(x, size):
-    """Resize whole numbers or bools (B, H, W) to `size`, nearest neighbour."""
-    return F.interpolate(x[:, None].float(), size, mode="nearest")[:, 0].to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -366,7 +390,7 @@ def supervised(p_l, y_l, ohem=False, add=alone):
     """L_s, Eq. 1: CE over the pixels that are not void.
 
     p_l: logits (B, C, H, W).  y_l: (B, H, W), 255 = void.  ohem: only over the pixels whose own
-    class has a probability below 0.7, or over the 200,000 hardest if these are fewer.
+    class has a probability below 0.7, and at least the 200,000 hardest of this process's.
     """
     valid = y_l != 255
     ce = F.cross_entropy(p_l.float(), y_l.long(), ignore_index=255, reduction="none")
@@ -396,16 +420,17 @@ def pixel_loss(r, x, add=alone):
     return means((r - x).square().mean(1), everywhere, 3, add).sum()
 
 
-def semantic_loss(p_m, p, void, kind="ce", add=alone):
+def semantic_loss(p_m, target, void, add=alone):
     """The bracket of Eq. 13: predictions of masked views to those of the views themselves.
 
-    p_m, p: logits (3 B, C, H, W), p without gradient.  void: (3 B, H, W) bool, left out.
-    kind: "ce", to the pseudo-labels of p; "mse", to its probabilities (Table VII).
+    p_m: logits (3 B, C, H, W).  target: pseudo-labels (3 B, H, W) long, for cross entropy; or
+    probabilities (3 B, C, H, W), for the squared error of Table VII.  void: (3 B, H, W) bool, left
+    out.
     """
-    if kind == "ce":
-        each = F.cross_entropy(p_m.float(), p.argmax(1), reduction="none")
+    if target.is_floating_point():
+        each = (p_m.float().softmax(1) - target).square().mean(1)
     else:
-        each = (p_m.float().softmax(1) - p.float().softmax(1)).square().mean(1)
+        each = F.cross_entropy(p_m.float(), target, reduction="none")
     return means(each, ~void, 3, add).sum()
 
 
@@ -471,17 +496,19 @@ def datasets(cfg):
 
 
 def eval_loader(cfg, split, machine):
-    """The pictures of a split at their own sizes, in batches if all have the same."""
+    """The pictures of a split at their own sizes; if all have the same, in batches of about as
+    many pixels as in training."""
     pictures = data.Dataset(cfg.data, cfg.root, split, size=cfg.size, whole=True,
                             palette=cfg.palette or None)
-    batch = cfg.batch_size if len(set(pictures.shapes)) == 1 else 1
+    (h, w), alike = pictures.shapes[0], len(set(pictures.shapes)) == 1
+    batch = max(1, cfg.batch_size * cfg.size ** 2 // (h * w)) if alike else 1
     return data.eval_loader(pictures, batch, workers=machine.workers, rank=machine.rank,
                             world=machine.world)
 
 
 def build(cfg, classes):
     """The network with random weights; PiD only where a loss needs it."""
-    (_, mp, mf, _), _ = weights(cfg)
+    (_, mp, mf, _), _ = lambdas(cfg)
     return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, pixel=mp + mf > 0)
 
 
@@ -490,14 +517,16 @@ def parameters(*modules):
 
 
 def to_unit(image, device):
-    """uint8 (B, 3, H, W) -> float 0..1 on the device, channels last in memory: see to_input()."""
+    """uint8 (B, 3, H, W) -> float 0..1 on the device. All channels of a pixel lie together in
+    memory, which convolutions like."""
     return image.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
 
 
 def normalize(image):
     """0..1 -> what E takes: less ImageNet's mean, over its deviation. 0 is then the mean colour,
     which is what a removed patch shows."""
-    mean, std = (torch.tensor(v, device=image.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (torch.tensor(v)[:, None, None].to(image.device, non_blocking=True)
+                 for v in (MEAN, STD))
     return (image - mean) / std
 
 
@@ -565,7 +594,8 @@ def load_encoder(E, cfg):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
                         f"file from {RELEASE[cfg.backbone]}, or none") from None
-    mine = E.state_dict()
+    mine = {k: v for k, v in E.state_dict().items()     # counters that old files do not have
+            if not k.endswith("num_batches_tracked")}
     fits = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape}
     if len(fits) < 0.9 * len(mine):
         raise UserError(f"--pretrained {cfg.pretrained}: {len(fits)} of its tensors fit the "
@@ -573,7 +603,8 @@ def load_encoder(E, cfg):
                         "or none")
     E.load_state_dict(fits, strict=False)
     if os.environ.get("RANK", "0") == "0":
-        fresh, unused = sorted(mine.keys() - fits.keys()), sorted(theirs.keys() - fits.keys())
+        fresh = sorted(mine.keys() - fits.keys())
+        unused = sorted(k for k in theirs if k not in fits and "num_batches" not in k)
         print(f"pretrained: {len(fits)} of E's {len(mine)} tensors"
               + (f"; not in the file: {', '.join(fresh)}" if fresh else "")
               + (f"; not used: {', '.join(unused)}" if unused else ""))
@@ -581,7 +612,7 @@ def load_encoder(E, cfg):
 
 # ------------------------------------------------------------------------------- the two phases
 
-def weights(cfg):
+def lambdas(cfg):
     """The lambdas of Eq. 14 as the switches leave them, (u, mp, mf, ms), and the divisor."""
     u = cfg.lambda_u if cfg.method != "suponly" else 0
     mp = cfg.lambda_mp if cfg.pi and cfg.method in ("s4mim", "mim") else 0
@@ -591,10 +622,11 @@ def weights(cfg):
 
 
 class Seen(NamedTuple):
-    """What Phase II takes from Phase I, all without gradient; l, s and fp stand for the three
-    streams: the labelled, the strong and the feature-perturbed weak view."""
-    p: torch.Tensor         # (3 B, C, S, S) logits p^l, p^s, p^fp
-    y: torch.Tensor         # (3 B, S, S) the class of each pixel, to group by: y^l, mixed y^w, y^w
+    """What Phase II takes from Phase I, all without gradient, of the three streams l, s and fp:
+    the labelled, the strong, and the feature-perturbed weak view."""
+    conf: torch.Tensor      # (3 B, S, S) confidence of p^l, p^s and p^fp
+    own: torch.Tensor       # (3 B, S, S) their pseudo-labels; --semantic mse: probabilities
+    group: torch.Tensor     # (3 B, S, S) pseudo-labels to group by: of p^l, p^w mixed, p^w
     c_fp: tuple             # c1 and c4 of x_w, perturbed
 
 
@@ -610,59 +642,56 @@ def phase_one(model, v, cfg, machine):
         L_s = supervised(p_l, v.y_l, cfg.ohem, add)
         return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
     with machine.autocast():
-        c1, c4 = model.E(torch.cat([v.x_l, v.x_w]))
-        c_fp = [c[B:] * drop for c, drop in zip((c1, c4), v.drop)]
-        all1, all4 = (torch.cat(pair) for pair in zip((c1, c4), c_fp))
-        p_l, p_w, p_fp = model.SeD(all1, all4, size).chunk(3)
+        c = model.E(torch.cat([v.x_l, v.x_w]))
+        c_fp = perturb((x[B:] for x in c), v.drop)
+        p_l, p_w, p_fp = model.SeD(*map(torch.cat, zip(c, c_fp)), size).chunk(3)
         p_s = model(v.x_s)
 
-    conf, y_w = p_w.detach().float().softmax(1).max(1)
+    conf, y_w = p_w.detach().softmax(1).max(1)
     conf_s, y_s = mix(conf, v.partner, v.box), mix(y_w, v.partner, v.box)
     L_s = supervised(p_l, v.y_l, cfg.ohem, add)                                         # Eq. 1
     L_u = (consistency(p_s, y_s, conf_s, v.void_s, cfg.psi, add)
            + consistency(p_fp, y_w, conf, v.void_w, cfg.psi, add))                      # Eq. 2
     confident = means((conf >= cfg.psi).float(), ~v.void_w, add=add)[0]
-    y_l = p_l.detach().argmax(1)         # not the truth, which has void
-    return L_s, L_u, confident, Seen(torch.cat([p_l, p_s, p_fp]).detach(),
-                                     torch.cat([y_l, y_s, y_w]),
-                                     tuple(c.detach() for c in c_fp))
+
+    p = torch.cat([p_l, p_s, p_fp]).detach().softmax(1)
+    conf, own = p.max(1)
+    group = torch.cat([own[:B], y_s, y_w])      # the labelled too: their truth has void
+    return L_s, L_u, confident, Seen(conf, p if cfg.semantic == "mse" else own, group,
+                                     tuple(x.detach() for x in c_fp))
 
 
 def phase_two(model, prototypes, v, seen, cfg, machine):
     """Phase II, mask-induced learning. Returns the brackets of Eq. 8, 12 and 13: L_mimpi, L_mimfea
     and L_mimse without their weights, 0 for one that is switched off. Moves the prototypes."""
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
-    (_, mp, mf, ms), _ = weights(cfg)
-    zero = torch.zeros((), device=v.x_l.device)
-    L_pi, L_fea, L_se = zero, zero, zero
+    (_, mp, mf, ms), _ = lambdas(cfg)
+    L_pi = L_fea = L_se = torch.zeros((), device=v.x_l.device)
     x, m = torch.cat([v.x_l, v.x_s, v.x_w]), v.m.repeat(3, 1, 1, 1)
     void = torch.cat([v.y_l == 255, v.void_s, v.void_w])
     with machine.autocast():
-        c1, c4 = model.E(x * m)
+        c = model.E(x * m)
         # the third stream is perturbed as in Phase I
-        c = [torch.cat([c[:2 * B], c[2 * B:] * drop]) for c, drop in zip((c1, c4), v.drop)]
+        c = [torch.cat([a[:2 * B], b]) for a, b in zip(c, perturb((a[2 * B:] for a in c), v.drop))]
         if mp or mf:
             fea = model.PiD(*c)                                                         # Eq. 3
         if mp:
             classwise = cfg.method != "mim"
-            r = model.PiD.paint(fea, seen.y, size, classwise)                           # Eq. 6-7
+            r = model.PiD.paint(fea, seen.group, size, classwise)                       # Eq. 6-7
             with torch.no_grad():       # x^fp: what is painted where nothing is removed
                 whole = model.PiD(*seen.c_fp)
-                x_fp = model.PiD.paint(whole, seen.y[2 * B:], size, classwise)
+                x_fp = model.PiD.paint(whole, seen.group[2 * B:], size, classwise)
         if ms:
             p_m = model.SeD(*c, size)
     if mp:
         L_pi = pixel_loss(r, torch.cat([v.x_l, v.x_s, x_fp]), add)                      # Eq. 8
     if mf:
-        small = fea.shape[2:]
-        y, visible, void_f = (nearest(t, small) for t in (seen.y, m[:, 0], void))
-        conf = torch.ones_like(void_f, dtype=torch.float32)
-        if cfg.conf:
-            conf = resize(seen.p.float().softmax(1).max(1).values[:, None], small)[:, 0]
-        prototypes.update(fea[:B], y[:B], conf[:B], (visible & ~void_f)[:B], add)       # Eq. 9
-        L_fea = prototypes(fea, y, conf, ~visible & ~void_f, add)                       # Eq. 10-12
+        group, visible, void_f, conf = map(at_features, (seen.group, m[:, 0], void, seen.conf))
+        conf = conf if cfg.conf else torch.ones_like(conf)
+        prototypes.update(fea[:B], group[:B], conf[:B], (visible & ~void_f)[:B], add)   # Eq. 9
+        L_fea = prototypes(fea, group, conf, ~visible & ~void_f, add)                   # Eq. 10-12
     if ms:
-        L_se = semantic_loss(p_m, seen.p, void, cfg.semantic, add)                      # Eq. 13
+        L_se = semantic_loss(p_m, seen.own, void, add)                                  # Eq. 13
     return L_pi, L_fea, L_se
 
 
@@ -674,7 +703,7 @@ def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
 
     Each phase has its own backward pass, so that only one phase's graph is in memory.
     """
-    (u, mp, mf, ms), divisor = weights(cfg)                                             # Eq. 14
+    (u, mp, mf, ms), divisor = lambdas(cfg)                                             # Eq. 14
     optimizer.zero_grad(set_to_none=True)
     L_s, L_u, confident, seen = phase_one(model, v, cfg, machine)
     one = (L_s + u * L_u) / divisor
@@ -719,7 +748,8 @@ def probabilities(model, x, cfg, machine):
                 logits = model(x[part])
             p[part] += logits.float().softmax(1)
             times[part] += 1
-    return resize(p / times, (H, W)) if (h, w) != (H, W) else p / times
+    p /= times
+    return resize(p, (H, W)) if (h, w) != (H, W) else p
 
 
 @torch.no_grad()
@@ -1071,7 +1101,8 @@ def segment(model, image, cfg, machine):
         x = F.interpolate(x, (max(1, round(H * shrink)), max(1, round(W * shrink))),
                           mode="bilinear", antialias=True)
     answer = probabilities(model, normalize(x), cfg, machine).argmax(1)
-    return nearest(answer, (H, W))[0].to(torch.uint8).cpu().numpy()
+    answer = answer[0].to(torch.uint8).cpu().numpy()
+    return np.array(Image.fromarray(answer).resize((W, H), Image.NEAREST))
 
 
 def bench(cfg):
@@ -1121,17 +1152,20 @@ def bench_heads(cfg, C, device, B=4):
     side, D = -(-cfg.size // 4), 4 * cfg.width
     fea = torch.randn(B, D, side, side, device=device, requires_grad=True)
     weight = torch.randn(C, 3, D, 3, 3, device=device, requires_grad=True)
-    label = nearest(torch.randint(0, C, (B, 6, 6), device=device), (side, side))
+    label = torch.randint(0, C, (B, 6, 6), device=device)
+    label = label.repeat_interleave(side // 6 + 1, 1).repeat_interleave(side // 6 + 1, 2)
+    label = label[:, :side, :side]
 
     def plain(fea, label, weight):
         return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1) for c in range(C))
 
     for name, f in ("class-wise heads", class_heads), (f"{C} convolutions", plain):
-        before = common.peak_mb(device)
+        before = (round(torch.cuda.memory_allocated() / 2**20) if device.type == "cuda" else
+                  common.peak_mb(device))
         timed = common.time_steps(lambda i: f(fea, label, weight).square().mean().backward(),
                                   cfg.bench, B, device)
         print(f"{name:18s}{timed['ms_per_step']:8.1f} ms at {B} x {D} x {side} x {side}, "
-              f"{timed['peak_mb'] - before} MB more")
+              f"{timed['peak_mb'] - before if before else '?'} MB more")
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -1183,6 +1217,8 @@ def main():
     machine = common.Machine(cfg)
     if cfg.baseline != "none":
         base = train(replace(cfg, method="suponly", out=str(Path(cfg.out) / "suponly")), machine)
+        # if that was broken off, there is nothing yet that the second run could resume
+        cfg.resume = cfg.resume and (Path(cfg.out) / "config.json").exists()
     scores = train(cfg, machine)
     if cfg.baseline != "none" and machine.main:
         print(f"with the same labels and steps: --method suponly {base['miou']:.2f}, "
