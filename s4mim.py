@@ -25,9 +25,19 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
     torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
 
-Results are in README.md.
+RESULTS
 
 Departures from the paper, and what it leaves open:
+- The stem is torchvision's, whose weights are public (Table VIII has it better by 0.5); the
+  paper's other tables have the deep one: --stem deep --pretrained FILE.
+- Losses are means over the valid pixels of a batch, of which a picture may have more than another.
+- CutMix takes its box from another picture of the batch, which needs no pass of its own.
+- Terms that are switched off leave the divisor of Eq. 14 too.
+- Void and padding count in none of the losses but L_mimpi; the paper says so of the features only.
+- Labels, masks and confidences of features are those of the pixels they are centred on.
+- One mask m serves the three streams of a step; removed pixels show the mean colour; the streams
+  of Phase II go through E together. What is painted of the whole x_w, the target of the third
+  stream, starts from the features of Phase I: the weights have not changed since.
 """
 import json
 import math
@@ -76,8 +86,8 @@ class Config:
     lr: float = 1e-3               # of E at the start
     decoder_lr: float = 10.0       # the decoders' rate is so many times E's
     weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
-    size: int = 321                # side of the crops, out of pictures scaled by 0.5 to 2; best is
-                                   # a multiple of 4 and 1: corners then fall on corners
+    size: int = 321                # side of the crops; best a multiple of 4 and 1 more: see resize()
+    scale: float = 2.0             # pictures are scaled by 1 / scale to scale before they are cropped
     zoom: float = 1.0              # pictures are shrunk by this first, for predictions too
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
@@ -210,7 +220,8 @@ def conv_bn_relu(*shape):
 
 
 def resize(x, size):
-    """Bilinear, corner on corner."""
+    """Bilinear, corner on corner: vectors stay on the pixels they are centred on (at_features) if
+    a side is a multiple of 4 and 1 more, as the paper's 321, 513 and 801 are."""
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
@@ -489,7 +500,7 @@ def datasets(cfg):
     protocol = cfg.setup if cfg.data == "voc" else "lists"
     items = data.labeled_split(cfg.data, cfg.root, cfg.labeled, cfg.split_seed, protocol)
     sets = [data.Dataset(cfg.data, cfg.root, "train", items=part, size=cfg.size, crop=cfg.size,
-                         scale=(0.5 * cfg.zoom, 2 * cfg.zoom), flip=True, train=True,
+                         scale=(cfg.zoom / cfg.scale, cfg.zoom * cfg.scale), flip=True, train=True,
                          seed=common.seed_of(cfg.seed, kind), palette=cfg.palette or None)
             for kind, part in enumerate(items)]
     return *sets, data.labeled_hash(items[0])
@@ -1182,6 +1193,8 @@ def check(cfg):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "
                             "above 0")
+    if not 1 <= cfg.scale < math.inf:
+        raise UserError(f"--scale {cfg.scale}: at least 1")
     if not 0 <= cfg.alpha < 1:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to below 1")
     patches = (-(-cfg.size // cfg.patch)) ** 2
