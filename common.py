@@ -360,10 +360,16 @@ def load_checkpoint(path, method, device="cpu"):
     return state
 
 
-def load_weights(model, path, method):
-    """Copy a checkpoint's weights into the model. Raises UserError if they do not fit it."""
+def load_weights(model, path, method, may_lack="/"):
+    """Copy a checkpoint's weights into the model. Raises UserError if they do not fit it.
+
+    may_lack: what begins with this may be in one of the two only, and is then left as it is.
+    """
+    mine, theirs = model.state_dict(), load_checkpoint(path, method)["model"]
+    theirs = {k: v for k, v in theirs.items() if k in mine or not k.startswith(may_lack)}
+    theirs |= {k: v for k, v in mine.items() if k not in theirs and k.startswith(may_lack)}
     try:
-        model.load_state_dict(load_checkpoint(path, method)["model"])
+        model.load_state_dict(theirs)
     except RuntimeError as error:
         line = " ".join(str(error).split("\n\t")[1:2]) or "other weights"
         raise UserError(f"--init {path} does not fit this model ({line}); build the model "

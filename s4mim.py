@@ -86,8 +86,8 @@ class Config:
     lr: float = 1e-3               # of E at the start
     decoder_lr: float = 10.0       # the decoders' rate is so many times E's
     weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
-    size: int = 321                # side of the crops; best a multiple of 4 and 1 more: see resize()
-    scale: float = 2.0             # pictures are scaled by 1 / scale to scale before they are cropped
+    size: int = 321                # side of the crops; best a multiple of 4 plus 1: see resize()
+    scale: float = 2.0             # pictures are scaled by 1 / scale to scale, then cropped
     zoom: float = 1.0              # pictures are shrunk by this first, for predictions too
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
@@ -815,7 +815,7 @@ def train(cfg, machine):
     if cfg.pretrained != "none" and not begun:
         load_encoder(model.E, cfg)
     if cfg.init and not begun:
-        common.load_weights(model, cfg.init, "s4mim")
+        common.load_weights(model, cfg.init, "s4mim", may_lack="PiD.")  # suponly has none
     model = common.synchronized(model, machine)
     prototypes = Prototypes(len(info.classes), 4 * cfg.width, cfg.alpha, cfg.tau,
                             cfg.dic).to(device)
