@@ -318,7 +318,7 @@ def class_heads(fea, label, weight, block=128):
     place = torch.arange(len(y), device=y.device) - first[y_sorted]     # within its class
     slot[order] = place + block * (ends - blocks)[y_sorted]
     x = fea.permute(0, 2, 3, 1).reshape(-1, D)
-    x = x.new_zeros(n * block, D).index_copy(0, slot, x).view(n, block, D)
+    x = x.new_zeros(n * block, D).index_copy_(0, slot, x).view(n, block, D)
     taps = weight.flip(3, 4).permute(0, 2, 1, 3, 4).reshape(C, D, O * 9)
     taps = torch.cat([taps, taps.new_zeros(1, D, O * 9)])
     of = torch.searchsorted(ends, torch.arange(n, device=y.device), right=True).clamp(max=C)
@@ -1161,7 +1161,7 @@ def bench(cfg):
 def bench_heads(cfg, C, device, B=4):
     """Time and peak memory, forward and backward, of class_heads() and of C convolutions."""
     side, D = -(-cfg.size // 4), 4 * cfg.width
-    fea = torch.randn(B, D, side, side, device=device, requires_grad=True)
+    fea = torch.randn(B, D, side, side, device=device)
     weight = torch.randn(C, 3, D, 3, 3, device=device, requires_grad=True)
     label = torch.randint(0, C, (B, 6, 6), device=device)
     label = label.repeat_interleave(side // 6 + 1, 1).repeat_interleave(side // 6 + 1, 2)
@@ -1170,13 +1170,17 @@ def bench_heads(cfg, C, device, B=4):
     def plain(fea, label, weight):
         return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1) for c in range(C))
 
-    for name, f in ("class-wise heads", class_heads), (f"{C} convolutions", plain):
-        before = (round(torch.cuda.memory_allocated() / 2**20) if device.type == "cuda" else
-                  common.peak_mb(device))
-        timed = common.time_steps(lambda i: f(fea, label, weight).square().mean().backward(),
+    # on a CPU the peak is the process's, which only grows: the smaller of the two goes first
+    before = (torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else
+              common.peak_mb(device) or math.nan)
+    # each in the memory format that suits it
+    for name, f, layout in (("class-wise heads", class_heads, torch.channels_last),
+                            (f"{C} convolutions", plain, torch.contiguous_format)):
+        x = fea.to(memory_format=layout, copy=True).requires_grad_()
+        timed = common.time_steps(lambda i: f(x, label, weight).square().mean().backward(),
                                   cfg.bench, B, device)
         print(f"{name:18s}{timed['ms_per_step']:8.1f} ms at {B} x {D} x {side} x {side}, "
-              f"{timed['peak_mb'] - before if before else '?'} MB more")
+              f"{(timed['peak_mb'] or math.nan) - before:.0f} MB")
 
 
 # ------------------------------------------------------------------------------------------ main
