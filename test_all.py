@@ -10,6 +10,7 @@ import http.server
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import threading
 import time
 import unittest
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -31,6 +33,7 @@ import common
 import data
 import lmae
 import masksup
+import s4mim
 from common import UserError
 
 MAIN = Path(__file__).resolve().parent
@@ -2007,11 +2010,11 @@ def shuffled(f, seed=0):
     return f
 
 
-def doubling(n):
-    """The matrix (2n, n) that doubles a line of n values linearly, ends on ends."""
-    U = np.zeros((2 * n, n))
-    for i in range(2 * n):
-        at = i * (n - 1) / (2 * n - 1)
+def stretching(n, m):
+    """The matrix (m, n) that resizes a line of n values to m linearly, ends on ends."""
+    U = np.zeros((m, n))
+    for i in range(m):
+        at = i * (n - 1) / max(1, m - 1)
         low = min(int(at), n - 1)
         high = min(low + 1, n - 1)
         U[i, low] += 1 - (at - low)
@@ -2020,7 +2023,7 @@ def doubling(n):
 
 
 def doubled(x):
-    U = doubling(x.shape[-1])
+    U = stretching(x.shape[-1], 2 * x.shape[-1])
     return U @ x @ U.T
 
 
@@ -2690,6 +2693,639 @@ class MaskSupPredict(Case):
         done = script("masksup.py", "--predict", self.tmp / "gone", "--ckpt", self.tmp / "c.pt",
                       "--to", self.tmp / "other")
         self.assertEqual((done.returncode, "gone" in done.stderr), (2, True))
+
+
+# -------------------------------------------------------------------------------------- s4mim.py
+
+S4MIM = ("--labeled 8 --width 4 --size 32 --batch-size 8 --baseline none --device cpu").split()
+
+
+def tiny(**changes):
+    """A configuration for tests that call the functions themselves."""
+    return s4mim.Config(**{"backbone": "resnet18", "width": 4, "size": 32, "batch_size": 4,
+                           "pretrained": "none", "device": "cpu", **changes})
+
+
+def small(classes=4, seed=0, **changes):
+    """A network for tiny() with statistics that are given, so that passes do not interact, and
+    answers that differ from pixel to pixel."""
+    torch.manual_seed(seed)
+    model = shuffled(s4mim.build(tiny(**changes), classes)).eval()
+    with torch.no_grad():
+        model.SeD.classifier.weight *= 3
+        model.SeD.classifier.bias -= model(torch.randn(4, 3, 32, 32)).mean((0, 2, 3))
+    return model
+
+
+def stretched(x, size):
+    """The resizing of PiD and SeD: x (B, C, h, w) linearly to `size`, corner on corner."""
+    rows, columns = (stretching(n, m).to(x.dtype) for n, m in zip(x.shape[2:], size))
+    return rows @ x @ columns.T
+
+
+def torchvision(name, width=64):
+    """The weights of torchvision's ResNets without fc, {name: shape}, written down by rule."""
+    shapes = {}
+
+    def layer(conv, bn, i, o, k):
+        shapes[f"{conv}.weight"] = o, i, k, k
+        for part in "weight", "bias", "running_mean", "running_var":
+            shapes[f"{bn}.{part}"] = (o,)
+        shapes[f"{bn}.num_batches_tracked"] = ()
+
+    layer("conv1", "bn1", 3, width, 7)
+    i, wide = width, 1 if name == "resnet18" else 4
+    for stage, depth in enumerate({"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3),
+                                   "resnet101": (3, 4, 23, 3)}[name], 1):
+        w = width * 2 ** (stage - 1)
+        for b in range(depth):
+            key = f"layer{stage}.{b}"
+            kernels = (3, 3) if wide == 1 else (1, 3, 1)
+            sizes = [i, *[w] * (len(kernels) - 1), w * wide]
+            for n, k in enumerate(kernels, 1):
+                layer(f"{key}.conv{n}", f"{key}.bn{n}", sizes[n - 1], sizes[n], k)
+            if b == 0 and (stage > 1 or wide == 4):
+                layer(f"{key}.downsample.0", f"{key}.downsample.1", i, w * wide, 1)
+            i = w * wide
+    return shapes
+
+
+def convolved(w, conv, bn, x, stride=1, dilation=1, relu=True):
+    """Convolution and BatchNorm with the running statistics, out of a dict of weights."""
+    kernel = w[f"{conv}.weight"]
+    y = F.conv2d(x, kernel, None, stride, dilation * (kernel.shape[-1] // 2), dilation)
+    mean, var, gain, bias = (w[f"{bn}.{part}"][:, None, None]
+                             for part in ("running_mean", "running_var", "weight", "bias"))
+    y = (y - mean) / (var + 1e-5).sqrt() * gain + bias
+    return y.clamp(min=0) if relu else y
+
+
+def encoded(w, x, depths, deep, bottleneck):
+    """c1 and c4 of E, from its weights alone."""
+    if deep:
+        x = convolved(w, "conv1.0", "conv1.1", x, 2)
+        x = convolved(w, "conv1.3", "conv1.4", x)
+        x = convolved(w, "conv1.6", "bn1", x)
+    else:
+        x = convolved(w, "conv1", "bn1", x, 2)
+    x = F.pad(x, (1, 1, 1, 1), value=-1).unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))
+    for stage, depth in enumerate(depths, 1):
+        for b in range(depth):
+            key = f"layer{stage}.{b}"
+            stride = 2 if b == 0 and stage in (2, 3) else 1         # not in the last stage
+            holes = 2 if b > 0 and stage == 4 else 1
+            if bottleneck:
+                y = convolved(w, f"{key}.conv1", f"{key}.bn1", x)
+                y = convolved(w, f"{key}.conv2", f"{key}.bn2", y, stride, holes)
+                y = convolved(w, f"{key}.conv3", f"{key}.bn3", y, relu=False)
+            else:
+                y = convolved(w, f"{key}.conv1", f"{key}.bn1", x, stride, holes)
+                y = convolved(w, f"{key}.conv2", f"{key}.bn2", y, 1, holes, relu=False)
+            if f"{key}.downsample.0.weight" in w:
+                x = convolved(w, f"{key}.downsample.0", f"{key}.downsample.1", x, stride,
+                              relu=False)
+            x = (x + y).clamp(min=0)
+        c1 = x if stage == 1 else c1
+    return c1, x
+
+
+def fused(w, c1, c4):
+    """DeepLabv3+ up to its last layer, from its weights alone."""
+    parts = [convolved(w, f"aspp.{n}.0", f"aspp.{n}.1", c4, 1, d)
+             for n, d in enumerate((1, 6, 12, 18))]
+    mean = c4.flatten(2).mean(2)[..., None, None]
+    parts.append(convolved(w, "pool.0", "pool.1", mean).expand_as(parts[0]))
+    y = convolved(w, "project.0", "project.1", torch.cat(parts, 1))
+    low = convolved(w, "reduce.0", "reduce.1", c1)
+    y = torch.cat([low, stretched(y, c1.shape[2:])], 1)
+    y = convolved(w, "fuse.0.0", "fuse.0.1", y)
+    return convolved(w, "fuse.1.0", "fuse.1.1", y)
+
+
+class S4mimModel(Case):
+    def test_parameters_are_those_published(self):
+        with torch.device("meta"):
+            model = s4mim.S4MIM(21, "resnet101", "deep")
+            self.assertEqual(s4mim.parameters(model.E, model.SeD), 59_468_085)
+            self.assertEqual(s4mim.parameters(model.E), 42_623_936)
+            # PiD is SeD with C heads 256 -> 3, 3x3 and without bias, in place of a classifier
+            self.assertEqual(s4mim.parameters(model.PiD) - s4mim.parameters(model.SeD),
+                             21 * 256 * 3 * 9 - 21 * 257)
+            for name, expected in (("resnet18", 11_176_512), ("resnet50", 23_508_032),
+                                   ("resnet101", 42_500_160)):
+                self.assertEqual(s4mim.parameters(s4mim.ResNet(name)), expected)
+
+    def test_names_and_shapes_of_the_weights_are_torchvisions(self):
+        self.assertIn("layer2.0.downsample.0.weight", torchvision("resnet18"))
+        with torch.device("meta"):
+            for name in "resnet18", "resnet50", "resnet101":
+                mine = s4mim.ResNet(name).state_dict()
+                self.assertEqual({k: tuple(v.shape) for k, v in mine.items()}, torchvision(name))
+            deep = s4mim.ResNet("resnet50", "deep").state_dict()
+        theirs = {k: v for k, v in torchvision("resnet50").items() if not k.startswith("conv1")}
+        for n in 1, 4:
+            for part in "weight", "bias", "running_mean", "running_var":
+                theirs[f"conv1.{n}.{part}"] = (64,)
+            theirs[f"conv1.{n}.num_batches_tracked"] = ()
+        for n, i, o in (0, 3, 64), (3, 64, 64), (6, 64, 128):
+            theirs[f"conv1.{n}.weight"] = o, i, 3, 3
+        for part in "weight", "bias", "running_mean", "running_var":
+            theirs[f"bn1.{part}"] = (128,)
+        theirs["layer1.0.conv1.weight"] = 64, 128, 1, 1
+        theirs["layer1.0.downsample.0.weight"] = 256, 128, 1, 1
+        self.assertEqual({k: tuple(v.shape) for k, v in deep.items()}, theirs)
+
+    def test_strides_are_4_and_16_and_round_up(self):
+        for name, wide in ("resnet18", 1), ("resnet50", 4):
+            E = s4mim.ResNet(name, width=4).eval()
+            self.assertEqual(E.channels, (4 * wide, 32 * wide))
+            for H, W in (32, 32), (33, 47), (1, 1), (321, 17):
+                c1, c4 = E(torch.zeros(1, 3, H, W))
+                self.assertEqual(c1.shape[1:], (4 * wide, -(-H // 4), -(-W // 4)))
+                self.assertEqual(c4.shape[1:], (32 * wide, -(-H // 16), -(-W // 16)))
+        self.assertEqual([-(-321 // 4), -(-321 // 16)], [81, 21])           # the paper's size
+
+    def test_network_against_its_formula(self):
+        x = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 63, 81)))
+        for name, depths, stem in (("resnet18", (2, 2, 2, 2), "standard"),
+                                   ("resnet50", (3, 4, 6, 3), "deep")):
+            torch.manual_seed(0)
+            model = shuffled(s4mim.S4MIM(3, name, stem, 4).double()).eval()
+            # as it starts, every block of a deep network doubles its input
+            for key, gain in model.E.named_parameters():
+                gain.data *= 0.5 if "bn" in key and "layer" in key else 1
+            c1, c4 = encoded(model.E.state_dict(), x, depths, stem == "deep", name != "resnet18")
+            for found, expected in zip(model.E(x), (c1, c4)):
+                torch.testing.assert_close(found, expected)
+            w = model.SeD.state_dict()
+            y = torch.einsum("nc,bchw->bnhw", w["classifier.weight"][:, :, 0, 0],
+                             fused(w, c1, c4)) + w["classifier.bias"][:, None, None]
+            torch.testing.assert_close(model(x), stretched(y, (63, 81)))
+            self.assertGreater(y.std().item(), 0.01)
+            torch.testing.assert_close(model.PiD(c1, c4), fused(model.PiD.state_dict(), c1, c4))
+
+    def test_the_last_stage_looks_through_holes(self):
+        """One pixel of its input moves outputs at even distances only: the first block has no
+        holes, but a kernel of one here; the other's have two pixels between their taps."""
+        stage = shuffled(s4mim.ResNet("resnet18", width=4).double()).eval().layer4
+        with torch.no_grad():
+            for conv in stage[0].conv1, stage[0].conv2:
+                kernel = conv.weight.clone()
+                conv.weight.zero_()[..., 1, 1] = kernel[..., 1, 1]
+        x = torch.zeros(1, 16, 15, 15).double()
+        x[..., 7, 7] = 1
+        moved = (stage(x) - stage(0 * x)).abs().amax((0, 1)) > 0
+        at = moved.nonzero() - 7
+        self.assertEqual((at.abs().max().item(), (at % 2).sum().item()), (4, 0))
+        self.assertEqual(len(at), 25)
+
+
+class S4mimHeads(Case):
+    """The class-wise heads, Eq. 6-7, which are not computed as they are written."""
+
+    def plain(self, fea, label, weight):
+        return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1)
+                   for c in range(len(weight)))
+
+    def same(self, fea, label, weight, blocks):
+        """r and both gradients within 1e-5 of the plain sum's, in float32."""
+        made = torch.randn(len(fea), weight.shape[1], *fea.shape[2:])
+        results = []
+        for f in self.plain, *(lambda *a, n=n: s4mim.class_heads(*a, n) for n in blocks):
+            inputs = fea.clone().requires_grad_(), weight.clone().requires_grad_()
+            r = f(inputs[0], label, inputs[1])
+            (r * made).sum().backward()
+            results.append((r.detach(), *(t.grad for t in inputs)))
+        for found in results[1:]:
+            for a, b in zip(found, results[0]):
+                self.assertEqual((a.shape, a.dtype), (b.shape, torch.float32))
+                self.assertLessEqual((a - b).abs().max().item(),
+                                     1e-5 * max(1, b.abs().max().item()))
+
+    def case(self, C, H, W, B=2, D=8):
+        torch.manual_seed(C)
+        return torch.randn(B, D, H, W), torch.randn(C, 3, D, 3, 3) / (9 * D) ** 0.5
+
+    def test_equal_to_the_sum_of_convolutions(self):
+        C, H, W = 5, 13, 11
+        fea, weight = self.case(C, H, W)
+        random = torch.from_numpy(self.rng.integers(0, C, (2, H, W)))
+        absent = torch.where(random == 3, 1, random)
+        absent[1, 4, 4] = 3
+        unknown = random.clone()
+        unknown[0, ::3], unknown[1, ::2], unknown[0, 5] = 255, -1, C
+        for label in (random, absent.where(absent != 3, 0), absent, torch.full_like(random, 4),
+                      torch.zeros_like(random), unknown, torch.full_like(random, 255)):
+            self.same(fea, label, weight, (3, 7, 128))
+        self.same(*(t[:1] for t in (fea, random, weight)), (3, 128))
+
+    def test_equal_at_a_middle_size(self):
+        fea, weight = self.case(21, 41, 41, D=64)
+        label = torch.from_numpy(self.rng.integers(0, 21, (2, 6, 6)))
+        self.same(fea, label.repeat_interleave(7, 1).repeat_interleave(7, 2)[:, :41, :41], weight,
+                  (128,))
+
+    def test_more_classes_than_pixels_and_blocks_of_one(self):
+        fea, weight = self.case(30, 4, 5, B=1)
+        label = torch.from_numpy(self.rng.integers(-1, 31, (1, 4, 5)))
+        self.same(fea, label, weight, (1, 3, 128))
+        fea, weight = self.case(3, 9, 9)
+        self.same(fea, torch.from_numpy(self.rng.integers(0, 3, (2, 9, 9))), weight, (1,))
+
+    def test_a_head_learns_from_the_pixels_of_its_class_alone(self):
+        fea, weight = self.case(3, 8, 8, B=1)
+        label = torch.from_numpy(self.rng.integers(0, 3, (1, 8, 8)))
+        made = torch.randn(1, 3, 8, 8)
+
+        def gradient(fea):
+            leaf = weight.clone().requires_grad_()
+            (s4mim.class_heads(fea, label, leaf) * made).sum().backward()
+            return leaf.grad
+
+        y, x = (label[0] == 1).nonzero()[5].tolist()
+        other = fea.clone()
+        other[0, :, y, x] += 1
+        changed = (gradient(other) - gradient(fea)).abs().amax((1, 2, 3, 4))
+        self.assertEqual((changed > 0).tolist(), [False, True, False])
+
+    def test_paint_and_its_plain_variant(self):
+        C, size = 4, (30, 38)
+        torch.manual_seed(0)
+        pid = s4mim.PiD((4, 32), 4, C)
+        heads = pid.heads.weight.detach().view(C, 3, 16, 3, 3)
+        fea = torch.randn(2, 16, 8, 10)
+        label = torch.from_numpy(self.rng.integers(0, C, (2, *size)))
+        near = torch.tensor([[[label[b, y * 30 // 8, x * 38 // 10] for x in range(10)]
+                              for y in range(8)] for b in range(2)])
+        torch.testing.assert_close(s4mim.nearest(label, (8, 10)), near)
+        torch.testing.assert_close(pid.paint(fea, label, size).detach(),
+                                   stretched(self.plain(fea, near, heads), size))
+        every = sum(F.conv2d(fea, head, padding=1) for head in heads)                   # Eq. 4
+        torch.testing.assert_close(pid.paint(fea, label, size, classwise=False).detach(),
+                                   stretched(every, size))
+
+
+class S4mimMasking(Case):
+    def test_patches_that_are_removed_against_a_loop(self):
+        for size, patch, ratio in (48, 6, 0.4), (32, 6, 0.4), (33, 8, 0.75), (37, 5, 0.1):
+            n = -(-size // patch)
+            noise = torch.from_numpy(self.rng.random((3, n * n)))
+            m = s4mim.patch_mask(noise, size, patch, ratio)
+            self.assertEqual((m.shape, m.dtype), ((3, 1, size, size), torch.bool))
+            expected = np.ones((3, size, size), bool)                   # 1 keeps
+            for b in range(3):
+                for k in sorted(range(n * n), key=lambda k: noise[b, k])[:int(ratio * n * n)]:
+                    y, x = k // n * patch, k % n * patch
+                    expected[b, y:y + patch, x:x + patch] = False
+            np.testing.assert_array_equal(m[:, 0], expected)
+
+    def test_the_papers_masks(self):
+        """6 x 6 patches, 0.4 of them: of 321 x 321, ceil(321 / 6) = 54, that is 1166 of 2916."""
+        m = s4mim.patch_mask(s4mim.noise_of(range(4), 54 * 54), 321)[:, 0]
+        cells = F.pad(m, (0, 3, 0, 3)).view(4, 54, 6, 54, 6)[:, :53, :, :53].float().mean((2, 4))
+        self.assertEqual(set(cells.unique().tolist()), {0.0, 1.0})
+        removed = (~m[:, ::6, ::6]).sum((1, 2))
+        self.assertEqual(removed.tolist(), [1166] * 4)
+        self.assertFalse(torch.equal(m[0], m[1]))
+
+    def test_each_row_of_noise_is_of_its_own_seed(self):
+        rows = s4mim.noise_of([5, 7, 5], 40)
+        self.assertTrue(torch.equal(rows[0], rows[2]))
+        self.assertFalse(torch.equal(rows[0], rows[1]))
+        self.assertTrue(torch.equal(s4mim.noise_of([7], 40)[0], rows[1]))
+        self.assertTrue(0 <= rows.min() < 0.1 and 0.9 < rows.max() < 1)
+
+    def test_channels_are_dropped_or_doubled(self):
+        noise = s4mim.noise_of(range(40), 100)
+        factors = s4mim.channel_drop(noise)
+        self.assertEqual((factors.shape, factors.dtype), ((40, 100, 1, 1), torch.float32))
+        self.assertEqual(set(factors.unique().tolist()), {0.0, 2.0})
+        self.assertLess(abs(factors.mean().item() - 1), 0.06)           # 4000 draws: 4 sigma
+
+    def test_mix_against_a_loop(self):
+        partner = torch.tensor([2, 0, 1])
+        box = torch.from_numpy(self.rng.random((3, 4, 5)) < 0.5)
+        for shape in (3, 4, 5), (3, 3, 4, 5):
+            x = torch.from_numpy(self.rng.standard_normal(shape))
+            expected = x.clone()
+            for b in range(3):
+                for i in range(4):
+                    for j in range(5):
+                        if box[b, i, j]:
+                            expected[b, ..., i, j] = x[partner[b], ..., i, j]
+            self.assertTrue(torch.equal(s4mim.mix(x, partner, box), expected))
+
+
+class S4mimViews(Case):
+    def batches(self, B=4, S=32):
+        def batch(first):
+            label = torch.from_numpy(self.rng.integers(0, 4, (B, S, S), dtype=np.uint8))
+            label[:, :3] = 255
+            label[0, :, 20:] = 255
+            return torch.from_numpy(self.noise(B, 3, S, S)), label, torch.arange(first, first + B)
+        return batch(0), batch(10)
+
+    def views(self, labeled, unlabeled, seeds=range(4), **changes):
+        return s4mim.make_views(labeled, unlabeled, tiny(**changes), (4, 32), seeds, "cpu")
+
+    def normalised(self, image):
+        """0..1 as E takes it: with the mean and deviation of ImageNet that torchvision states."""
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        return (np.asarray(image, np.float64) - mean[:, None, None]) / std[:, None, None]
+
+    def test_pictures_are_normalised_and_labels_kept(self):
+        labeled, unlabeled = self.batches()
+        v = self.views(labeled, unlabeled)
+        for x, (image, _, _) in (v.x_l, labeled), (v.x_w, unlabeled):
+            np.testing.assert_allclose(x, self.normalised(image / 255), atol=1e-5)
+        self.assertTrue(torch.equal(v.y_l, labeled[1]))
+        np.testing.assert_array_equal(v.void_w, unlabeled[1] == 255)
+        only = self.views(labeled, None)
+        self.assertTrue(torch.equal(only.x_l, v.x_l) and torch.equal(only.y_l, v.y_l))
+        self.assertEqual(set(only[2:]), {None})
+
+    def test_the_strong_view_has_boxes_of_other_pictures_and_of_their_padding(self):
+        B = 300
+        labeled, unlabeled = self.batches(B)
+        with mock.patch("data.strong_view", side_effect=lambda image, noise: 1 - image):
+            v = self.views(labeled, unlabeled, range(B))
+        self.assertTrue((v.partner != torch.arange(B)).all())
+        strong = self.normalised(1 - unlabeled[0].numpy() / 255)
+        box, partner = v.box.numpy(), v.partner.numpy()
+        expected = np.where(box[:, None], strong[partner], strong)
+        np.testing.assert_allclose(v.x_s, expected, atol=1e-5)
+        void = unlabeled[1].numpy() == 255
+        np.testing.assert_array_equal(v.void_s, np.where(box, void[partner], void))
+        there = box.any((1, 2)).mean()
+        self.assertTrue(0.4 < there < 0.6, there)
+
+    def test_the_same_picture_twice_in_a_batch_is_no_partner_of_itself(self):
+        labeled, (image, void, _) = self.batches()
+        index = torch.tensor([3, 3, 9, 3])
+        v = self.views(labeled, (image, void, index))
+        self.assertEqual(index[v.partner].tolist(), [9, 9, 3, 9])
+        self.assertEqual(self.views(labeled, (image, void, index * 0)).partner.tolist(),
+                         [0, 1, 2, 3])                  # a single picture: there is no other
+
+    def test_noise_that_asks_for_nothing_leaves_the_weak_view(self):
+        labeled, unlabeled = self.batches()
+        with mock.patch("s4mim.noise_of", side_effect=lambda seeds, n: torch.full((4, n), 0.99)):
+            v = self.views(labeled, unlabeled)
+        torch.testing.assert_close(v.x_s, v.x_w)
+        self.assertFalse(v.box.any())
+        self.assertTrue(torch.equal(v.void_s, v.void_w))
+        changed = self.views(labeled, unlabeled, range(100, 104))
+        self.assertGreater((changed.x_s - changed.x_w).abs().mean().item(), 0.05)
+
+    def test_of_an_unlabelled_label_only_the_padding_counts(self):
+        labeled, (image, void, index) = self.batches()
+        poison = torch.from_numpy(self.rng.integers(0, 255, void.shape, dtype=np.uint8))
+        poisoned = torch.where(void == 255, void, poison)
+        self.assertFalse(torch.equal(poisoned, void))
+        a, b = (self.views(labeled, (image, y, index)) for y in (void, poisoned))
+        for name, x, y in zip(a._fields, a, b):
+            for s, t in zip(x, y) if name == "drop" else [(x, y)]:
+                self.assertTrue(torch.equal(s, t), name)
+
+    def test_draws_are_those_of_the_seed_whatever_the_batch(self):
+        labeled, unlabeled = self.batches()
+        v = self.views(labeled, unlabeled, [3, 1, 4, 5])
+        last = [t[2:] for t in unlabeled]
+        w = self.views([t[2:] for t in labeled], last, [4, 5])
+        for name in "box", "m":
+            self.assertTrue(torch.equal(getattr(v, name)[2:], getattr(w, name)), name)
+        for drop, other, channels in zip(v.drop, w.drop, (4, 32)):
+            self.assertEqual(drop.shape, (4, channels, 1, 1))
+            self.assertTrue(torch.equal(drop[2:], other))
+        removed = ~v.m[:, 0, ::6, ::6]
+        self.assertEqual(removed.sum((1, 2)).tolist(), [14] * 4)        # int(0.4 * 36)
+        self.assertEqual(len({tuple(row.flatten().tolist()) for row in removed}), 4)
+
+
+def log_softmax(z):
+    """log p of logits (C,), in numpy."""
+    z = np.asarray(z, np.float64) - np.max(np.asarray(z))
+    return z - np.log(np.exp(z).sum())
+
+
+class S4mimLoss(Case):
+    def logits(self, N, C, S=5):
+        return torch.from_numpy(self.rng.standard_normal((N, C, S, S)))
+
+    def where(self, N, share=0.3, S=5):
+        return torch.from_numpy(self.rng.random((N, S, S)) < share)
+
+    def pixels(self, N, S=5):
+        return [(b, y, x) for b in range(N) for y in range(S) for x in range(S)]
+
+    def test_equation_1_against_a_loop(self):
+        for C in 2, 6:
+            p_l = self.logits(3, C)
+            y_l = torch.from_numpy(self.rng.integers(0, C, (3, 5, 5), dtype=np.uint8))
+            y_l[1, :2], y_l[2] = 255, 255
+            each = [-log_softmax(p_l[b, :, y, x])[int(y_l[b, y, x])]
+                    for b, y, x in self.pixels(3) if y_l[b, y, x] != 255]
+            self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), np.mean(each), places=5)
+            # few pixels are all among the 200,000 hardest
+            self.assertAlmostEqual(s4mim.supervised(p_l, y_l, ohem=True).item(), np.mean(each),
+                                   places=5)
+
+    def test_hard_examples_by_sorting(self):
+        """OHEM: the pixels below a probability of 0.7, or the 200,000 hardest if these are fewer;
+        500 x 500 pixels of two classes."""
+        score = self.rng.standard_normal((500, 500))
+        for shift, void, rule in ((0.0, 0, "0.7"), (4.0, 0, "200000"), (-2.0, 30, "0.7"),
+                                  (6.0, 30, "200000"), (6.0, 200, "all")):
+            y_l = np.ones((1, 500, 500), np.uint8)
+            y_l[0, :void] = 255
+            p_l = torch.from_numpy(np.stack([0 * score, score + shift])[None]).float()
+            p = np.sort(1 / (1 + np.exp(-(score + shift)[y_l[0] == 1])))
+            kept = {"0.7": p[p < 0.7], "200000": p[:200_000], "all": p}[rule]
+            if rule != "all":
+                self.assertEqual((p < 0.7).sum() > 200_000, rule == "0.7")
+            self.assertAlmostEqual(
+                s4mim.supervised(p_l, torch.from_numpy(y_l), ohem=True).item(),
+                -np.log(kept).mean(), delta=2e-5 * -np.log(kept).mean())
+
+    def test_equation_2_against_a_loop(self):
+        p, void = self.logits(3, 4), self.where(3)
+        y = torch.from_numpy(self.rng.integers(0, 4, (3, 5, 5)))
+        conf = torch.from_numpy(self.rng.random((3, 5, 5)))
+        conf[0, 0, 0], void[0, 0, 0] = 0.6, False                       # just confident enough
+        total = valid = 0
+        for b, i, j in self.pixels(3):
+            if not void[b, i, j]:
+                valid += 1
+                if conf[b, i, j] >= 0.6:
+                    total -= log_softmax(p[b, :, i, j])[y[b, i, j]]
+        found = s4mim.consistency(p, y, conf, void, 0.6)
+        self.assertAlmostEqual(found.item(), total / valid, places=5)
+        everything = np.mean([-log_softmax(p[b, :, i, j])[y[b, i, j]]
+                              for b, i, j in self.pixels(3)])
+        self.assertAlmostEqual(s4mim.consistency(p, y, conf, void & False, 0.0).item(),
+                               everything, places=5)
+
+    def test_pixels_of_three_streams_against_a_loop(self):
+        r, x = (torch.from_numpy(self.rng.standard_normal((6, 3, 5, 5))) for _ in range(2))
+        total = 0.0
+        for stream in range(3):                                                         # Eq. 8
+            K, squares = 2 * 3 * 5 * 5, 0.0
+            for b in 2 * stream, 2 * stream + 1:
+                for c in range(3):
+                    for _, i, j in self.pixels(1):
+                        squares += (r[b, c, i, j] - x[b, c, i, j]).item() ** 2
+            total += squares / K                                                        # Eq. 5
+        self.assertAlmostEqual(s4mim.pixel_loss(r, x).item(), total, places=5)
+
+    def test_equation_13_against_a_loop(self):
+        p_m, p, void = self.logits(6, 4), self.logits(6, 4), self.where(6)
+        void[2:4] = void[2:4] | self.where(2, 0.8)              # each stream has a mean of its own
+        ce = mse = 0.0
+        for stream in range(3):
+            of_ce, of_mse = [], []
+            for b, i, j in self.pixels(6):
+                if b // 2 == stream and not void[b, i, j]:
+                    q, t = log_softmax(p_m[b, :, i, j]), log_softmax(p[b, :, i, j])
+                    of_ce.append(-q[t.argmax()])
+                    of_mse.append(((np.exp(q) - np.exp(t)) ** 2).mean())
+            ce, mse = ce + np.mean(of_ce), mse + np.mean(of_mse)
+        self.assertAlmostEqual(s4mim.semantic_loss(p_m, p, void).item(), ce, places=5)
+        self.assertAlmostEqual(s4mim.semantic_loss(p_m, p, void, "mse").item(), mse, places=5)
+
+    def batch(self, classes, B=2, D=5, S=4):
+        """Features of three streams, their classes, confidence, and what is removed and void."""
+        fea = torch.from_numpy(self.rng.standard_normal((3 * B, D, S, S)) + 0.5)
+        label = torch.from_numpy(self.rng.choice(classes, (3 * B, S, S)))
+        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (3 * B, S, S)))
+        return (fea.float(), label, conf.float(), self.where(3 * B, 0.4, S),
+                self.where(3 * B, 0.2, S))
+
+    def test_equations_9_to_12_over_three_batches_against_loops(self):
+        C, D, B, alpha, tau = 5, 5, 2, 0.9, 10.0
+        for dic in True, False:
+            prototypes = s4mim.Prototypes(C, D, alpha, tau, dic)
+            self.assertEqual(list(prototypes.parameters()), [])
+            v = {c: np.zeros(D) for c in range(C)}                      # the dictionary
+            # class 2 is in the second batch alone, class 3 in none, class 4 never in sight
+            for n, classes in enumerate(((0, 1, 4), (0, 1, 2, 4), (0, 1, 4))):
+                fea, label, conf, removed, void = self.batch(classes)
+                removed |= label == 4
+                removed[0, 0, 0], void[0, 0, 0], label[0, 0, 0] = True, False, 4
+                if n == 1:
+                    removed[:B][label[:B] == 1] = True                  # not in sight this time
+                    removed[0, 1, 1], void[0, 1, 1], label[0, 1, 1] = False, False, 2
+                leaf = fea.clone().requires_grad_()
+                prototypes.update(leaf[:B], label[:B], conf[:B], ~(removed | void)[:B])
+                found = prototypes(leaf, label, conf, removed & ~void)
+                found.backward()
+
+                if not dic:
+                    v = {c: np.zeros(D) for c in range(C)}
+                for c in range(C):                                                      # Eq. 9
+                    top, bottom = np.zeros(D), 0.0
+                    for b, i, j in self.pixels(B, 4):           # the labelled stream
+                        if label[b, i, j] == c and not removed[b, i, j] and not void[b, i, j]:
+                            top += (conf[b, i, j] * fea[b, :, i, j]).double().numpy()
+                            bottom += conf[b, i, j].item()
+                    if bottom:
+                        mean = top / bottom
+                        v[c] = alpha * v[c] + (1 - alpha) * mean if dic else mean
+                np.testing.assert_allclose(prototypes.v, np.stack(list(v.values())), rtol=1e-5,
+                                           atol=1e-7)
+                self.assertEqual(v[2].any(), n == 1 or (dic and n == 2))
+                terms, leaf2 = [], fea.double().requires_grad_()
+                for c in range(C):
+                    top, bottom = 0.0, 0.0
+                    for b, i, j in self.pixels(3 * B, 4):       # of all streams
+                        if label[b, i, j] == c and removed[b, i, j] and not void[b, i, j]:
+                            z, to = leaf2[b, :, i, j], torch.from_numpy(v[c])
+                            if to.any():
+                                cos = z @ to / (z @ z).sqrt() / (to @ to).sqrt()
+                                top = top + conf[b, i, j] * (1 - cos) / tau             # Eq. 10
+                                bottom += conf[b, i, j]
+                    if bottom:
+                        terms.append(top / bottom)                                      # Eq. 11
+                self.assertGreater(len(terms), 1)
+                expected = sum(terms) / len(terms)                                      # Eq. 12
+                expected.backward()
+                self.assertAlmostEqual(found.item(), expected.item(), places=6)
+                torch.testing.assert_close(leaf.grad.double(), leaf2.grad, rtol=1e-4, atol=1e-7)
+
+    def test_the_papers_moving_average_and_temperature_are_the_defaults(self):
+        prototypes = s4mim.Prototypes(2, 3)
+        fea = torch.tensor([[3.0, 0, 4]]).view(1, 3, 1, 1)
+        one, label = torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long()
+        for n in 1, 2:
+            prototypes.update(fea, label, one, one.bool())
+            share = 1 - 0.99 ** n
+            torch.testing.assert_close(prototypes.v, torch.tensor([[3, 0, 4], [0, 0, 0]]) * share)
+        away = torch.tensor([[0.0, 1, 0]]).view(1, 3, 1, 1)
+        self.assertAlmostEqual(prototypes(away, label, one, one.bool()).item(), 1 / 10, places=6)
+        self.assertEqual(prototypes(fea, label, one, one.bool()).abs().item() < 1e-6, True)
+        self.assertEqual(prototypes(away, label + 1, one, one.bool()).item(), 0)  # never seen
+
+    def test_nothing_to_learn_from_gives_zero_and_a_finite_gradient(self):
+        N, C = 3, 4
+        everything = torch.ones(N, 5, 5).bool()
+        y, conf = torch.zeros(N, 5, 5).long(), torch.rand(N, 5, 5)
+        prototypes = s4mim.Prototypes(C, C)
+        for loss in (lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255)),
+                     lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255), True),
+                     lambda p: s4mim.consistency(p, y, conf, everything),
+                     lambda p: s4mim.consistency(p, y, conf, ~everything, 1.1),
+                     lambda p: s4mim.semantic_loss(p, p.detach(), everything),
+                     lambda p: s4mim.semantic_loss(p, p.detach(), everything, "mse"),
+                     lambda p: prototypes(p, y, conf, everything)):
+            p = torch.randn(N, C, 5, 5, requires_grad=True)
+            found = loss(p)
+            found.backward()
+            self.assertEqual((found.item(), p.grad.abs().max().item()), (0, 0))
+        prototypes.update(torch.randn(N, C, 5, 5), y, conf, ~everything)
+        self.assertFalse(prototypes.v.any())
+        prototypes.update(torch.randn(N, C, 5, 5), y, conf, everything)
+        dark = torch.zeros(N, C, 5, 5, requires_grad=True)              # after a ReLU, it happens
+        found = prototypes(dark, y, conf, everything)
+        found.backward()
+        self.assertAlmostEqual(found.item(), 0.1, places=6)
+        self.assertTrue(dark.grad.isfinite().all())
+
+    def test_the_losses_of_two_processes_are_those_of_the_whole_batch(self):
+        B, C, D = 4, 4, 5
+        fea, label, conf, removed, void = self.batch(range(C), B, D)
+        void[0], void[B] = True, True                                   # the halves weigh unevenly
+        p_m, p = self.logits(3 * B, C, 4), self.logits(3 * B, C, 4)
+        r, x = (torch.from_numpy(self.rng.standard_normal((3 * B, 3, 4, 4))) for _ in range(2))
+        y_l = torch.where(void, 255, label)
+
+        def features(at, add):
+            prototypes = s4mim.Prototypes(C, D)
+            mine = at[:len(at) // 3]
+            prototypes.update(fea[mine], label[mine], conf[mine], ~(removed | void)[mine], add)
+            return prototypes(fea[at], label[at], conf[at], (removed & ~void)[at], add)
+
+        for f in (lambda at, add: s4mim.supervised(p[at], y_l[at], add=add),
+                  lambda at, add: s4mim.consistency(p[at], label[at], conf[at], void[at], 0.5,
+                                                    add),
+                  lambda at, add: s4mim.pixel_loss(r[at], x[at], add),
+                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at], void[at], "ce", add),
+                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at], void[at], "mse", add),
+                  features):
+            whole = f(list(range(3 * B)), lambda s: s)
+            barrier, sent = threading.Barrier(2, timeout=60), [None, None]
+
+            def one(rank):
+                def add(sums):
+                    sent[rank] = sums
+                    barrier.wait()
+                    total = sent[0] + sent[1]
+                    barrier.wait()
+                    return total
+                # rank r has every second picture of each stream
+                return f(list(range(rank, 3 * B, 2)), add).item()
+
+            with ThreadPoolExecutor(2) as pool:
+                for found in pool.map(one, range(2)):
+                    self.assertAlmostEqual(found, whole.item(), places=5)
 
 
 if __name__ == "__main__":
