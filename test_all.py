@@ -2712,8 +2712,9 @@ def small(classes=4, seed=0, **changes):
     torch.manual_seed(seed)
     model = shuffled(s4mim.build(tiny(**changes), classes)).eval()
     with torch.no_grad():
-        model.SeD.classifier.weight *= 3
-        model.SeD.classifier.bias -= model(torch.randn(4, 3, 32, 32)).mean((0, 2, 3))
+        x = torch.randn(4, 3, 32, 32)
+        model.SeD.classifier.weight *= 2 / model(x).std((0, 2, 3))[:, None, None, None]
+        model.SeD.classifier.bias -= model(x).mean((0, 2, 3))
     return model
 
 
@@ -3326,6 +3327,237 @@ class S4mimLoss(Case):
             with ThreadPoolExecutor(2) as pool:
                 for found in pool.map(one, range(2)):
                     self.assertAlmostEqual(found, whole.item(), places=5)
+
+
+def average(values, where):
+    return (values * where).sum() / where.sum()
+
+
+def ce(p, y):
+    return -p.log_softmax(1).gather(1, y.long()[:, None])[:, 0]
+
+
+class S4mimPhases(Case):
+    """The two phases of Fig. 2. BatchNorm has given statistics: passes then do not interact."""
+    C, B, S = 4, 2, 32
+
+    def views(self):
+        B, S = self.B, self.S
+        picture = lambda: torch.from_numpy(self.rng.standard_normal((B, 3, S, S))).float()
+        where = lambda share: torch.from_numpy(self.rng.random((B, S, S)) < share)
+        y_l = torch.from_numpy(self.rng.integers(0, self.C, (B, S, S), dtype=np.uint8))
+        y_l[:, 28:] = 255
+        box = torch.zeros(B, S, S).bool()
+        box[0, 4:25, 8:], box[1, :9] = True, True
+        drop = [torch.from_numpy(2.0 * (self.rng.random((B, n, 1, 1)) < 0.5)).float()
+                for n in (4, 32)]
+        m = torch.from_numpy(self.rng.random((B, 1, 8, 8)) < 0.6)
+        return s4mim.Views(picture(), y_l, picture(), picture(), where(0.1), where(0.2),
+                           torch.tensor([1, 0]), box,
+                           m.repeat_interleave(4, 2).repeat_interleave(4, 3), tuple(drop))
+
+    def phases(self, model, v, cfg, v_0=None):
+        """What s4mim.py makes of the Views: (L_s, L_u, confident), Seen, (L_pi, L_fea, L_se),
+        prototypes."""
+        machine = common.Machine(cfg)
+        prototypes = s4mim.Prototypes(self.C, 16, cfg.alpha, cfg.tau, cfg.dic)
+        if v_0 is not None:
+            prototypes.v.copy_(v_0)
+        *one, seen = s4mim.phase_one(model, v, cfg, machine)
+        return one, seen, s4mim.phase_two(model, prototypes, v, seen, cfg, machine), prototypes.v
+
+    def literal(self, model, v, psi, alpha=0.99, v_0=None, classwise=True, weighted=True,
+                semantic="ce"):
+        """The same, picture by picture, stream by stream and class by class."""
+        B, C, size = self.B, self.C, (self.S, self.S)
+        E, SeD, PiD = model.E, model.SeD, model.PiD
+        rows = [slice(i, i + 1) for i in range(B)]
+        p_l, p_s, p_w, p_fp, c_fp = [], [], [], [], []
+        for i in rows:                                                          # Phase I
+            p_l.append(SeD(*E(v.x_l[i]), size))
+            p_s.append(SeD(*E(v.x_s[i]), size))
+            c1, c4 = E(v.x_w[i])
+            p_w.append(SeD(c1, c4, size))
+            c_fp.append((c1 * v.drop[0][i], c4 * v.drop[1][i]))
+            p_fp.append(SeD(*c_fp[-1], size))
+        p_l, p_s, p_w, p_fp = map(torch.cat, (p_l, p_s, p_w, p_fp))
+        conf, y_w = p_w.detach().softmax(1).max(1)
+        conf_s, y_s = conf.clone(), y_w.clone()
+        for i in range(B):
+            j = int(v.partner[i])
+            conf_s[i][v.box[i]], y_s[i][v.box[i]] = conf[j][v.box[i]], y_w[j][v.box[i]]
+        L_s = average(ce(p_l, v.y_l.clamp(max=C - 1)), v.y_l != 255)
+        L_u = (average(ce(p_s, y_s) * (conf_s >= psi), ~v.void_s)
+               + average(ce(p_fp, y_w) * (conf >= psi), ~v.void_w))
+        confident = average((conf >= psi).float(), ~v.void_w)
+
+        def painted(fea, y):
+            heads = PiD.heads.weight.view(C, 3, 16, 3, 3)
+            parts = [F.conv2d(fea * (y[:, ::4, ::4] == c)[:, None] if classwise else fea,
+                              heads[c], padding=1) for c in range(C)]
+            return stretched(sum(parts), size)
+
+        L_pi, L_se, feas, confs, ys, visibles, valids = 0, 0, [], [], [], [], []
+        streams = ((v.x_l, p_l, p_l.argmax(1), v.y_l == 255), (v.x_s, p_s, y_s, v.void_s),
+                   (v.x_w, p_fp, y_w, v.void_w))
+        for k, (x, p, y, void) in enumerate(streams):                           # Phase II
+            r, target, p_m = [], [], []
+            for n, i in enumerate(rows):
+                c1, c4 = E(x[i] * v.m[i])
+                if k == 2:
+                    c1, c4 = c1 * v.drop[0][i], c4 * v.drop[1][i]
+                feas.append(PiD(c1, c4))
+                r.append(painted(feas[-1], y[i]))
+                target.append(x[i] if k < 2 else painted(PiD(*c_fp[n]), y[i]).detach())
+                p_m.append(SeD(c1, c4, size))
+            L_pi = L_pi + (torch.cat(r) - torch.cat(target)).square().mean()
+            p, p_m = p.detach(), torch.cat(p_m)
+            each = (ce(p_m, p.argmax(1)) if semantic == "ce" else
+                    (p_m.softmax(1) - p.softmax(1)).square().mean(1))
+            L_se = L_se + average(each, ~void)
+            confs.append(stretched(p.softmax(1).amax(1, keepdim=True), (8, 8))[:, 0])
+            ys.append(y[:, ::4, ::4])
+            visibles.append(v.m[:, 0, ::4, ::4])
+            valids.append(~void[:, ::4, ::4])
+        fea = torch.cat(feas).movedim(1, 3)
+        conf, y, visible, valid = map(torch.cat, (confs, ys, visibles, valids))
+        conf = conf if weighted else torch.ones_like(conf)
+        terms, prototypes = [], torch.zeros(C, 16) if v_0 is None else v_0.clone()
+        labelled = torch.arange(3 * B)[:, None, None] < B
+        for c in range(C):
+            at = (y == c) & visible & valid & labelled
+            if at.any():
+                mean = (conf[at][:, None] * fea.detach()[at]).sum(0) / conf[at].sum()
+                prototypes[c] = alpha * prototypes[c] + (1 - alpha) * mean
+            at = (y == c) & ~visible & valid
+            if at.any() and prototypes[c].any():
+                cos = F.cosine_similarity(fea[at], prototypes[c][None])
+                terms.append((conf[at] * (1 - cos)).sum() / conf[at].sum() / 10)
+        return ((L_s, L_u, confident), (torch.cat([p_l, p_s, p_fp]), torch.cat([
+            p_l.argmax(1), y_s, y_w]), tuple(map(torch.cat, zip(*c_fp)))),
+            (L_pi, sum(terms) / len(terms), L_se), prototypes)
+
+    def gradients(self, loss, model):
+        return dict(zip(dict(model.named_parameters()), torch.autograd.grad(
+            loss, list(model.parameters()), retain_graph=True, allow_unused=True)))
+
+    def test_both_phases_against_a_literal_rendering(self):
+        model, v = small(self.C), self.views()
+        v_0 = torch.randn(self.C, 16)
+        for changes, literally in (({}, {}), ({"method": "mim"}, {"classwise": False}),
+                                   ({"semantic": "mse", "conf": False},
+                                    {"semantic": "mse", "weighted": False})):
+            cfg = tiny(psi=0.5, **changes)
+            ours = self.phases(model, v, cfg, v_0)
+            theirs = self.literal(model, v, 0.5, v_0=v_0, **literally)
+            self.assertTrue(0.1 < theirs[0][2] < 0.9)           # some are confident, some not
+            names = ["L_s", "L_u", "confident", "L_pi", "L_fea", "L_se"]
+            for name, a, b in zip(names, (*ours[0], *ours[2]), (*theirs[0], *theirs[2])):
+                if cfg.method == "mim" and name in ("L_fea", "L_se"):
+                    self.assertEqual(a.item(), 0)
+                    continue
+                self.assertAlmostEqual(a.item(), b.item(), places=4, msg=name)
+                if name != "confident":
+                    found, expected = (self.gradients(t, model) for t in (a, b))
+                    for key, g in expected.items():
+                        if g is None or not g.any():
+                            self.assertTrue(found[key] is None or not found[key].any(), key)
+                        else:
+                            self.assertLess((found[key] - g).abs().max().item(),
+                                            1e-3 * g.abs().max().item() + 1e-6, (name, key))
+            for name, a, b in zip(s4mim.Seen._fields, ours[1], theirs[1]):
+                for s, t in zip(a, b) if name == "c_fp" else [(a, b)]:
+                    torch.testing.assert_close(s, t.detach(), rtol=1e-4, atol=1e-4)
+                    self.assertFalse(s.requires_grad, name)
+            if cfg.method != "mim":
+                torch.testing.assert_close(ours[3], theirs[3], rtol=1e-4, atol=1e-5)
+
+    def test_which_weights_each_loss_reaches(self):
+        """The table of what learns from what; nothing that should learns from nothing."""
+        model, v = small(self.C), self.views()
+        one, seen, two, _ = self.phases(model, v, tiny(psi=0.3), torch.randn(self.C, 16))
+        self.assertEqual(set(seen.y.unique().tolist()), set(range(self.C)))
+        E, SeD, trunk, heads = "E.", "SeD.", "PiD.", "PiD.heads"
+        for name, loss, reached in (("L_s", one[0], (E, SeD)), ("L_u", one[1], (E, SeD)),
+                                    ("L_pi", two[0], (E, trunk, heads)),
+                                    ("L_fea", two[1], (E, trunk)), ("L_se", two[2], (E, SeD))):
+            for key, g in self.gradients(loss, model).items():
+                part = heads if key.startswith(heads) else key[:key.index(".") + 1]
+                if part not in reached:
+                    self.assertIsNone(g, (name, key))
+                    continue
+                self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, key))
+                if part == heads:                               # of every class
+                    self.assertTrue((g.view(self.C, -1).abs().amax(1) > 0).all())
+        self.assertFalse(one[2].requires_grad)
+
+    def test_the_steps_gradient_is_that_of_equation_14(self):
+        """Two backward passes, each with its share, are one step down the whole loss; and the
+        weights are the paper's, typed in."""
+        u, mp, mf, ms = 1 / 2, 1 / 3, 0.05, 0.1 / 3
+        v, start = self.views(), small(self.C).state_dict()
+        for changes, weights, divisor in (
+                ({}, (u, mp, mf, ms), 3.25), ({"pi": False}, (u, 0, mf, ms), 2.25),
+                ({"fea": False}, (u, mp, 0, ms), 3.1), ({"se": False}, (u, mp, mf, 0), 3.15),
+                ({"fea": False, "se": False}, (u, mp, 0, 0), 3.0),
+                ({"pi": False, "fea": False}, (u, 0, 0, ms), 2.1),
+                ({"method": "mim"}, (u, mp, 0, 0), 3.0),
+                ({"method": "fixmatch"}, (u, 0, 0, 0), 2.0),
+                ({"method": "suponly"}, (0, 0, 0, 0), 1.0)):
+            cfg = tiny(psi=0.4, lr=0.01, **changes)
+            machine = common.Machine(cfg)
+            model = s4mim.build(cfg, self.C).eval()
+            self.assertEqual(model.PiD is None, not (weights[1] or weights[2]))
+            model.load_state_dict({k: t for k, t in start.items() if k in model.state_dict()})
+            seen = s4mim.Views(v.x_l, v.y_l) if cfg.method == "suponly" else v
+            L_s, L_u, share, what = s4mim.phase_one(model, seen, cfg, machine)
+            two = [torch.zeros(())] * 3
+            if any(weights[1:]):
+                two = s4mim.phase_two(model, s4mim.Prototypes(self.C, 16), seen, what, cfg,
+                                      machine)
+            terms = [L_u, *two]
+            loss = (L_s + sum(w * t for w, t in zip(weights, terms))) / divisor
+            expected = {}
+            for key, g in self.gradients(loss, model).items():
+                w = model.get_parameter(key).detach()
+                rate = 0.01 if key.startswith("E.") else 0.1            # of the decoders x10
+                expected[key] = w if g is None else w - rate * (g + 1e-4 * w)
+            optimizer = s4mim.make_optimizer(model, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = s4mim.rate(0, 9, group)
+            found = s4mim.train_step(model, s4mim.Prototypes(self.C, 16), optimizer,
+                                     machine.scaler(), machine, cfg, seen)
+            self.assertEqual([t != 0 for t in found[2:6].tolist()], [w != 0 for w in weights])
+            for name, a, b in zip(s4mim.TERMS, found, (loss, L_s, *terms, share)):
+                self.assertAlmostEqual(a.item(), b.item(), places=5, msg=name)
+            for key, w in expected.items():
+                torch.testing.assert_close(model.get_parameter(key).detach(), w, rtol=1e-4,
+                                           atol=1e-6)
+
+    def test_a_batch_without_anything_to_learn_from(self):
+        v, everywhere = self.views(), torch.ones(self.B, self.S, self.S).bool()
+        v = v._replace(y_l=torch.full_like(v.y_l, 255), void_w=everywhere, void_s=everywhere)
+        cfg = tiny()
+        machine, model = common.Machine(cfg), s4mim.build(cfg, self.C).train()
+        prototypes = s4mim.Prototypes(self.C, 16)
+        terms = s4mim.train_step(model, prototypes, s4mim.make_optimizer(model, cfg),
+                                 machine.scaler(), machine, cfg, v)
+        terms = dict(zip(s4mim.TERMS, terms.tolist()))
+        self.assertEqual([terms[k] for k in ("loss_s", "loss_u", "loss_fea", "loss_se")], [0] * 4)
+        self.assertAlmostEqual(terms["loss"], terms["loss_pi"] / 3 / 3.25, places=5)
+        self.assertTrue(all(w.isfinite().all() for w in model.state_dict().values()))
+        self.assertFalse(prototypes.v.any())
+
+    def test_half_precision_is_near(self):
+        v, cfg = self.views(), tiny(psi=0.4)
+        found = []
+        for amp in "off", "bf16":
+            machine, model = common.Machine(tiny(amp=amp)), small(self.C)
+            optimizer = s4mim.make_optimizer(model, cfg)
+            found.append(s4mim.train_step(model, s4mim.Prototypes(self.C, 16), optimizer,
+                                          machine.scaler(), machine, cfg, v))
+            self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
+        torch.testing.assert_close(*found, rtol=0.05, atol=0.01)
 
 
 if __name__ == "__main__":
