@@ -2935,7 +2935,7 @@ class S4mimHeads(Case):
 
     def test_a_head_learns_from_the_pixels_of_its_class_alone(self):
         fea, weight = self.case(3, 8, 8, B=1)
-        label = torch.from_numpy(self.rng.integers(0, 3, (1, 8, 8)))
+        label = torch.from_numpy(self.rng.integers(0, 2, (1, 8, 8)))    # class 2 is absent
         made = torch.randn(1, 3, 8, 8)
 
         def gradient(fea):
@@ -2948,6 +2948,8 @@ class S4mimHeads(Case):
         other[0, :, y, x] += 1
         changed = (gradient(other) - gradient(fea)).abs().amax((1, 2, 3, 4))
         self.assertEqual((changed > 0).tolist(), [False, True, False])
+        self.assertEqual(gradient(fea).abs().amax((1, 2, 3, 4)).bool().tolist(),
+                         [True, True, False])
 
     def test_paint_and_its_plain_variant(self):
         C, size = 4, (30, 38)
@@ -3558,6 +3560,261 @@ class S4mimPhases(Case):
                                           machine.scaler(), machine, cfg, v))
             self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
         torch.testing.assert_close(*found, rtol=0.05, atol=0.01)
+
+
+class S4mimPretrained(Case):
+    def release(self, name, width=64, prefix=""):
+        """A file with names and shapes of torchvision's release, written out independently."""
+        made = torch.Generator().manual_seed(0)
+        weights = {prefix + k: torch.tensor(7) if shape == () else
+                   torch.rand(shape, generator=made)
+                   for k, shape in torchvision(name, width).items()}
+        head = {"fc.weight": torch.rand(1000, 8), "fc.bias": torch.rand(1000)}
+        torch.save(weights | head, self.tmp / f"{name}.pth")
+        return weights | head
+
+    def load(self, source, **changes):
+        cfg = tiny(pretrained=str(source), **changes)
+        torch.manual_seed(0)
+        E, text = s4mim.ResNet(cfg.backbone, cfg.stem, cfg.width), io.StringIO()
+        before = {k: v.clone() for k, v in E.state_dict().items()}
+        with contextlib.redirect_stdout(text):
+            s4mim.load_encoder(E, cfg)
+        return before, E.state_dict(), text.getvalue()
+
+    def test_every_weight_of_the_encoder_comes_from_the_file(self):
+        for name, prefix in ("resnet18", ""), ("resnet50", "module.backbone."):
+            theirs = self.release(name, 4, prefix)
+            before, after, text = self.load(self.tmp / f"{name}.pth", backbone=name)
+            for key, value in after.items():
+                self.assertTrue(torch.equal(value, theirs[prefix + key]), key)
+                self.assertFalse(key.endswith("conv1.weight") and torch.equal(value, before[key]))
+            self.assertIn(f"{len(after)} of E's {len(after)} tensors; not used: fc.bias, fc.weight",
+                          text)
+            self.assertNotIn("not in the file", text)
+
+    def test_a_deep_stem_keeps_its_own_and_says_which(self):
+        theirs = self.release("resnet50", 4)
+        before, after, text = self.load(self.tmp / "resnet50.pth", backbone="resnet50",
+                                        stem="deep")
+        self.assertIn("not in the file: bn1.bias,", text)
+        self.assertIn("conv1.0.weight", text)
+        self.assertIn("not used: bn1.bias,", text)              # of another shape
+        for key, value in after.items():
+            kept = not (key in theirs and theirs[key].shape == value.shape)
+            self.assertTrue(torch.equal(value, before[key] if kept else theirs[key]), key)
+        self.assertTrue(torch.equal(after["layer4.2.conv3.weight"],
+                                    theirs["layer4.2.conv3.weight"]))
+
+    def test_what_cannot_be_loaded_is_one_line(self):
+        (self.tmp / "no.pth").write_bytes(b"nothing")
+        torch.save({"a": torch.ones(1)}, self.tmp / "other.pth")
+        torch.save([1], self.tmp / "list.pth")
+        self.release("resnet18", 4)
+        for source, words in (("gone.pth", ["gone.pth", "cannot be read", "resnet18-f37072fd"]),
+                              ("no.pth", ["no.pth", "cannot be read"]),
+                              ("list.pth", ["list.pth", "cannot be read"]),
+                              ("other.pth", ["other.pth", "0 of its tensors fit", "resnet18"])):
+            with self.fails(*words):
+                self.load(self.tmp / source)
+        with self.fails("resnet50"):                                    # another network's
+            self.load(self.tmp / "resnet18.pth", backbone="resnet50")
+        with self.fails("--width 8"):
+            self.load(self.tmp / "resnet18.pth", width=8)
+        with self.fails("standard stem", "--stem deep"):
+            self.load("imagenet", stem="deep")
+
+    def test_imagenet_is_the_release_checked_by_its_hash(self):
+        for name, digest in (("resnet18", "f37072fd"), ("resnet50", "0676ba61"),
+                             ("resnet101", "63fe2227")):
+            weights = self.release(name, 4)
+            with mock.patch("torch.hub.load_state_dict_from_url", return_value=weights) as asked:
+                self.load("imagenet", backbone=name)
+            self.assertEqual(asked.call_args.args,
+                             (f"https://download.pytorch.org/models/{name}-{digest}.pth",))
+            self.assertTrue(asked.call_args.kwargs["check_hash"])
+            self.assertTrue(asked.call_args.kwargs["weights_only"])
+
+
+class S4mimTraining(Case):
+    def test_the_papers_recipes(self):
+        """Section IV-A and Eq. 14, typed in; psi and the decoders' rate are UniMatch's."""
+        paper = dict(backbone="resnet101", batch_size=16, size=321, lr=0.001, weight_decay=1e-4,
+                     epochs=80, patch=6, ratio=0.4, alpha=0.99, tau=10, lambda_u=1 / 2,
+                     lambda_mp=1 / 3, lambda_mf=0.05, lambda_ms=0.1 / 3, psi=0.95, decoder_lr=10,
+                     ohem=False, window="whole", method="s4mim", semantic="ce", pi=True, fea=True,
+                     se=True, dic=True, conf=True, pretrained="imagenet", zoom=1)
+        cities = dict(size=801, lr=0.005, epochs=240, ohem=True, window="slide", psi=0,
+                      decoder_lr=1)
+        for name, expected in ("voc", paper), ("cityscapes", paper | cities):
+            cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
+            for key, value in expected.items():
+                self.assertEqual(getattr(cfg, key), value, (name, key))
+            s4mim.check(cfg)
+
+    def test_rates(self):
+        cfg = tiny(lr=0.1, decoder_lr=5.0)
+        model = s4mim.build(cfg, 3)
+        optimizer = s4mim.make_optimizer(model, cfg)
+        for part, group, start in zip((model.E, model.SeD, model.PiD), optimizer.param_groups,
+                                      (0.1, 0.5, 0.5)):
+            self.assertEqual([id(p) for p in group["params"]], [id(p) for p in part.parameters()])
+            self.assertEqual((group["momentum"], group["weight_decay"], group["nesterov"]),
+                             (0.9, 1e-4, False))
+            for step, left in (0, 1.0), (25, 0.75), (90, 0.1):
+                poly = 1 if part is model.PiD else left ** 0.9
+                self.assertAlmostEqual(s4mim.rate(step, 100, group), start * poly)
+        self.assertEqual(len(s4mim.make_optimizer(s4mim.build(tiny(method="fixmatch"), 3),
+                                                  cfg).param_groups), 2)
+
+    def test_flags_that_cannot_be(self):
+        for changes, words in (
+                ({"size": 31}, ["--size 31"]), ({"width": 6}, ["--width 6", "multiple of 4"]),
+                ({"batch_size": 5}, ["--batch-size 5", "multiple of 2"]),
+                ({"batch_size": 2}, ["--batch-size 2", "at least 4"]),
+                ({"ratio": 0.0}, ["--ratio 0.0"]), ({"ratio": 1.0}, ["--ratio 1.0"]),
+                ({"ratio": 0.02}, ["--ratio 0.02", "36 patches", "at least one"]),
+                ({"patch": 99}, ["--patch 99", "1 patches"]), ({"patch": 0}, ["--patch 0"]),
+                ({"epochs": 0}, ["--epochs 0"]), ({"lr": -1.0}, ["--lr -1"]),
+                ({"lr": float("nan")}, ["--lr nan"]), ({"zoom": 0.0}, ["--zoom"]),
+                ({"tau": 0.0}, ["--tau"]), ({"decoder_lr": 0.0}, ["--decoder-lr"]),
+                ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
+                ({"lambda_mf": -0.1}, ["--lambda"]), ({"psi": -0.5}, ["--psi"]),
+                ({"setup": "aug"}, ["--setup aug", "voc"]), ({"eval_every": 0}, ["--eval-every"]),
+                ({"to": "x"}, ["--predict"]), ({"ckpt": "x"}, ["--predict"])):
+            with self.subTest(changes), self.fails(*words):
+                s4mim.check(tiny(**changes))
+        s4mim.check(tiny())
+        with mock.patch.dict(os.environ, WORLD_SIZE="4"):
+            s4mim.check(tiny(batch_size=16))
+            for size in 8, 20:
+                with self.fails(f"--batch-size {size}", "multiple of 8", "at least 16"):
+                    s4mim.check(tiny(batch_size=size))
+
+    def test_both_kinds_are_drawn_apart_and_meet_others_in_each_epoch(self):
+        root = self.folder(n=40, size=(40, 50))
+        cfg = tiny(data=str(root), labeled="6")
+        labeled, unlabeled, digest = s4mim.datasets(cfg)
+        everything = {i.stem for i in data.list_items(str(root), "", "train")}
+        stems = [{i.stem for i in part.items} for part in (labeled, unlabeled)]
+        self.assertEqual((len(stems[0]), stems[0] & stems[1]), (6, set()))
+        self.assertEqual(stems[0] | stems[1], everything)
+        self.assertEqual({i.mask for i in unlabeled.items}, {None})
+        self.assertEqual(digest, hashlib.sha256(
+            "\n".join(sorted(stems[0])).encode()).hexdigest()[:12])
+        for part in labeled, unlabeled:
+            self.assertEqual((part.train, part.flip, part.crop, part.scale),
+                             (True, True, 32, (0.5, 2)))
+        # which labelled picture goes with which unlabelled one, epoch after epoch
+        n, met = len(unlabeled), []
+        loaders = [data.stream_loader(part, 1, seed=common.seed_of(0, kind), stop=3 * n)
+                   for kind, part in enumerate((labeled, unlabeled))]
+        pairs = [(int(a[2]), int(b[2])) for a, b in zip(*loaders)]
+        for epoch in range(3):
+            met.append(dict((b, a) for a, b in pairs[epoch * n:(epoch + 1) * n]))
+            self.assertEqual(set(met[-1]), set(range(n)))               # each of them once
+        for a, b in (0, 1), (1, 2):
+            self.assertLess(sum(met[a][k] == met[b][k] for k in range(n)), n / 2)
+
+
+class Fake:
+    """A network whose answer hangs on where in its input a pixel lies."""
+    SeD = mock.Mock(**{"classifier.out_channels": 3})
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        rows = torch.arange(x.shape[2])[:, None] / 10
+        return x + torch.stack([rows + 0 * x[0, 0], -rows * x[0, 0], x[0, 2]])
+
+
+class S4mimEvaluation(Case):
+    def test_windows_cover_every_pixel(self):
+        for length in range(1, 120):
+            for window in 1, 2, 7, 32, 200:
+                places = s4mim.places(length, window)
+                covered = {p + i for p in places for i in range(window)}
+                self.assertTrue(covered >= set(range(length)))
+                self.assertEqual(places, sorted(set(places)))
+                self.assertEqual(places[0], 0)
+                self.assertEqual(places[-1], max(0, length - window))
+                steps = np.diff(places)
+                self.assertTrue((steps <= max(1, 2 * window // 3)).all())
+        # Cityscapes, 801: as UniMatch's sliding window does it
+        self.assertEqual(s4mim.places(1024, 801), [0, 223])
+        self.assertEqual(s4mim.places(2048, 801), [0, 534, 1068, 1247])
+
+    def test_probabilities_average_the_windows(self):
+        machine = common.Machine(tiny())
+        x = torch.from_numpy(self.rng.standard_normal((1, 3, 50, 71))).float()
+        fake = Fake()
+        whole = s4mim.probabilities(fake, x, tiny(), machine)
+        self.assertEqual(fake.sizes, [(50, 71)])
+        torch.testing.assert_close(whole, Fake()(x).softmax(1))
+        found = s4mim.probabilities(fake, x, tiny(window="slide"), machine)
+        total, times = np.zeros((3, 50, 71)), np.zeros((50, 71))
+        for top in 0, 18:                   # two thirds of 32 apart, the last flush
+            for left in 0, 21, 39:
+                part = Fake()(x[..., top:top + 32, left:left + 32]).softmax(1)[0].numpy()
+                total[:, top:top + 32, left:left + 32] += part
+                times[top:top + 32, left:left + 32] += 1
+        self.assertEqual(set(np.unique(times)), {1, 2, 4})
+        np.testing.assert_allclose(found[0], total / times, atol=1e-6)
+        np.testing.assert_allclose(found.sum(1), np.ones((1, 50, 71)), atol=1e-5)
+        # windows of a picture that is smaller than one
+        little = s4mim.probabilities(fake, x[..., :9, :40], tiny(window="slide"), machine)
+        self.assertEqual((fake.sizes[-2:], little.shape[2:]), ([(9, 32), (9, 32)], (9, 40)))
+
+    def test_probabilities_of_shrunken_pictures(self):
+        x = torch.from_numpy(self.rng.standard_normal((1, 3, 48, 80))).float()
+        fake, machine = Fake(), common.Machine(tiny())
+        found = s4mim.probabilities(fake, x, tiny(zoom=0.5), machine)
+        self.assertEqual(fake.sizes, [(24, 40)])
+        half = np.stack([Image.fromarray(plane.numpy()).resize((40, 24), Image.BILINEAR)
+                         for plane in x[0]])[None]
+        p = Fake()(torch.from_numpy(half)).softmax(1)
+        torch.testing.assert_close(found, stretched(p, (48, 80)), rtol=1e-4, atol=1e-5)
+
+    def test_evaluation_against_a_loop_over_pictures(self):
+        root = self.folder(6, classes=3, size=(40, 52))
+        self.folder(5, classes=3, size=(33, 32), sub="val")
+        save(root / "val/images/p009.png", self.noise(20, 45, 3))       # of another size
+        save(root / "val/masks/p009.png", self.noise(20, 45) % 2)
+        for path in (root / "val/masks").iterdir():                     # void as well
+            mask = np.array(Image.open(path))
+            mask[:3] = 255
+            save(path, mask)
+        model, machine = small(4), common.Machine(tiny())
+        info = data.Info("own", tuple("abcd"), ((0, 0, 0),) * 4, (0, 1, 2, 3))
+        for data_of in root, root / "val":                              # one size, or two
+            cfg = tiny(data=str(data_of))
+            split = "val" if data_of == root else "train"
+            loader = s4mim.eval_loader(cfg, split, machine)
+            found = s4mim.evaluate(model, loader, cfg, machine, info)
+            inter, union, pixels = np.zeros(4), np.zeros(4), np.zeros(4)
+            loss = n = 0
+            for item in data.list_items(str(data_of), "", split):
+                image = np.array(Image.open(item.image)) / 255.0
+                truth = np.array(Image.open(item.mask))
+                x = (image - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+                with torch.no_grad():
+                    p = model(torch.from_numpy(x).permute(2, 0, 1)[None].float())[0]
+                p = p.double().softmax(0).numpy()
+                answer = p.argmax(0)
+                for c in range(4):
+                    right, is_c = (truth == c) & (answer == c), truth == c
+                    inter[c] += right.sum()
+                    union[c] += (is_c | ((answer == c) & (truth != 255))).sum()
+                    pixels[c] += is_c.sum()
+                    loss -= np.log(p[c][is_c]).sum()
+                    n += is_c.sum()
+            np.testing.assert_allclose(found["class_iou"], 100 * inter / union, rtol=1e-6)
+            self.assertAlmostEqual(found["miou"], 100 * np.mean(inter / union), places=4)
+            self.assertAlmostEqual(found["loss"], loss / n, places=4)
+            # the best constant answer is the most frequent class: its share, over three classes
+            self.assertAlmostEqual(found["constant"], 100 * pixels.max() / n / 3, places=3)
 
 
 if __name__ == "__main__":
