@@ -3585,10 +3585,9 @@ class S4mimPretrained(Case):
     def test_every_weight_of_the_encoder_comes_from_the_file(self):
         for name, prefix in ("resnet18", ""), ("resnet50", "module.backbone."):
             theirs = self.release(name, 4, prefix)
-            before, after, text = self.load(self.tmp / f"{name}.pth", backbone=name)
+            _, after, text = self.load(self.tmp / f"{name}.pth", backbone=name)
             for key, value in after.items():
                 self.assertTrue(torch.equal(value, theirs[prefix + key]), key)
-                self.assertFalse(key.endswith("conv1.weight") and torch.equal(value, before[key]))
             self.assertIn(f"{len(after)} of E's {len(after)} tensors; not used: fc.bias, fc.weight",
                           text)
             self.assertNotIn("not in the file", text)
@@ -3815,6 +3814,332 @@ class S4mimEvaluation(Case):
             self.assertAlmostEqual(found["loss"], loss / n, places=4)
             # the best constant answer is the most frequent class: its share, over three classes
             self.assertAlmostEqual(found["constant"], 100 * pixels.max() / n / 3, places=3)
+
+
+def here(*argv):
+    """Run s4mim.py in this process, which saves the start of another; what it prints."""
+    text, ctrl_c = io.StringIO(), signal.getsignal(signal.SIGINT)
+    try:
+        with mock.patch("sys.argv", ["s4mim.py", *map(str, argv)]), \
+                contextlib.redirect_stdout(text):
+            s4mim.main()
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+    return text.getvalue()
+
+
+def two_processes(file, *argv):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", file, *map(str, argv)],
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(MAIN)})
+
+
+class S4mimRuns(Case):
+    def setUp(self):
+        """One thread, here and in other processes: on a busy machine two that wait for each other
+        take ten times as long for tensors as small as these."""
+        super().setUp()
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
+        environment = mock.patch.dict(os.environ, OMP_NUM_THREADS="1")
+        environment.start()
+        self.addCleanup(environment.stop)
+
+    def same_state(self, a, b):
+        """Whether two checkpoints hold the same bits, whatever took them there."""
+        self.assertEqual(a["step"], b["step"])
+        for part in "model", "prototypes":
+            self.assertEqual(a[part].keys(), b[part].keys())
+            for name, value in a[part].items():
+                self.assertTrue(torch.equal(value, b[part][name]), name)
+        states = [end["optimizer"]["state"] for end in (a, b)]
+        self.assertEqual(states[0].keys(), states[1].keys())
+        for n, state in states[0].items():
+            for name, value in state.items():
+                self.assertTrue(torch.equal(value, states[1][n][name]), name)
+
+    def own(self, n=24, size=(40, 44), labels=None, **kwargs):
+        """A folder of n training and 4 validation pictures of four classes, and flags for it."""
+        root = self.folder(n, 4, size, **kwargs)
+        self.folder(4, 4, size, sub="val", **kwargs)
+        (root / "classes.txt").write_text("a\nb\nc\nd\n")
+        return root, [*S4MIM, "--data", root, "--backbone", "resnet18", "--pretrained", "none",
+                      "--psi", 0.3, "--lr", 0.01]
+
+    def test_a_run_from_the_command_line_its_baseline_and_their_evaluation(self):
+        out = self.tmp / "run"
+        flags = [*S4MIM, "--labeled", 6, "--baseline", "suponly", "--max-steps", 3]
+        done = script("s4mim.py", *flags, "--out", out)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
+                 "metrics.json", "labeled.txt"}
+        self.assertEqual({p.name for p in out.iterdir()}, files | {"step.png", "suponly"})
+        self.assertEqual({p.name for p in (out / "suponly").iterdir()}, files)
+        full, base = (json.loads((run / "metrics.json").read_text())
+                      for run in (out, out / "suponly"))
+        self.assertEqual(list(full), [
+            "miou", "class_iou", "constant", "epoch", "steps", "seconds", "params", "method",
+            "labeled", "labeled_hash"])
+        expected = s4mim.S4MIM(6, "resnet18", "standard", 4)
+        for scores, method in (full, "s4mim"), (base, "suponly"):
+            self.assertEqual((scores["steps"], scores["labeled"], scores["method"]),
+                             (3, 6, method))
+            self.assertEqual(scores["params"], s4mim.parameters(expected.E, expected.SeD))
+            self.assertAlmostEqual(scores["miou"], np.mean(
+                [v for v in scores["class_iou"] if v is not None]), places=3)
+        self.assertEqual(done.stdout.splitlines()[-1],
+                         f"with the same labels and steps: --method suponly {base['miou']:.2f}, "
+                         f"--method s4mim {full['miou']:.2f}")
+
+        rows = [list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+                for run in (out, out / "suponly")]
+        self.assertEqual([len(r) for r in rows], [1, 1])
+        (row,), (plain,) = rows
+        terms = {k: float(v) for k, v in row.items()}
+        self.assertAlmostEqual(terms["loss"], (
+            terms["loss_s"] + terms["loss_u"] / 2 + terms["loss_pi"] / 3
+            + 0.05 * terms["loss_fea"] + 0.1 / 3 * terms["loss_se"]) / 3.25, places=4)
+        self.assertAlmostEqual(terms["lr"], 0.02 * (1 - 2 / (20 * 126)) ** 0.9, places=6)
+        self.assertEqual(plain["loss"], plain["loss_s"])
+        self.assertEqual([float(plain[f"loss_{k}"]) for k in ("u", "pi", "fea", "se")], [0] * 4)
+        labels = [i.stem for i in data.labeled_split("shapes", "", str(out / "labeled.txt"))[0]]
+        self.assertEqual(len(labels), 6)
+        self.assertEqual(full["labeled_hash"], hashlib.sha256(
+            "\n".join(sorted(labels)).encode()).hexdigest()[:12])
+        self.assertEqual(base["labeled_hash"], full["labeled_hash"])
+        sizes = {name: Image.open(out / f"{name}.png").size
+                 for name in ("samples", "step", "curves")}
+        # tiles of 160 and 4 between them; 5 rows of pictures, and 8 of what a step sees
+        self.assertEqual((sizes["samples"][1], sizes["step"][1]), (4 + 5 * 164, 4 + 8 * 164))
+        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
+        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 120)
+        self.assertEqual(sizes["curves"], (960, 340))
+
+        text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
+                    self.tmp / "eval")
+        for name, scores in ("run-last", full), ("suponly-best", base):
+            again = json.loads((self.tmp / f"eval/{name}/metrics.json").read_text())
+            self.assertEqual({k: again[k] for k in ("class_iou", "constant", "method")},
+                             {k: scores[k] for k in ("class_iou", "constant", "method")})
+            self.assertTrue((self.tmp / f"eval/{name}/samples.png").exists())
+            self.assertIn(f"mIoU {scores['miou']:.2f}", text)
+        here("--eval", out / "last.pt", "--window", "slide", "--zoom", 1.5, "--out",
+             self.tmp / "zoomed")                               # may be given, and change it
+        again = json.loads((self.tmp / "zoomed/metrics.json").read_text())
+        self.assertNotEqual(again["class_iou"], full["class_iou"])
+
+        for argv, words in (
+                ([*flags, "--out", out], ["already holds a run"]),
+                ([*flags, "--out", out, "--resume", "--lr", 0.5], ["lr was 0.02, now 0.5"]),
+                ([*flags, "--init", self.tmp / "no.pt"], ["no.pt"]),
+                ([*flags, "--labeled", 5000], ["--labeled 5000", "512"]),
+                (["--modle", "x"], ["--modle"]), (["--method", "fixmacth"], ["fixmatch"]),
+                (["--size", 30], ["--size 30"]), (["--data", "gone"], ["--data gone"]),
+                (["--predict", self.tmp], ["--ckpt"]), (["--to", "x"], ["--predict"]),
+                (["--eval", out / "last.pt", "--out", out], ["holds a training run"]),
+                (["--eval", out / "last.pt", out / "last.pt"], ["run-last", "rename"]),
+                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "settled"]),
+                (["--eval", out / "last.pt", "--size", 64], ["--size", "settled"]),
+                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "settled"]),
+                (["--eval", out / "log.csv"], ["log.csv", "not a whole checkpoint"]),
+                (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
+                  "--size", 64], ["--size", "settled"])):
+            with self.subTest(argv), self.fails(*words):
+                here(*argv)
+        self.assertFalse((self.tmp / "to").exists())
+        done = script("s4mim.py", "--size", 30)
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+
+    def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
+        _, flags = self.own()
+        flags += ["--epochs", 4]
+        whole, broken = self.tmp / "whole", self.tmp / "broken"
+        self.assertEqual(killed("s4mim.py", flags, broken, "last.pt"), -9)
+        here(*flags, "--out", whole)
+        for more in ["--max-steps", 10], []:                    # in the middle of an epoch
+            here(*flags, "--out", broken, "--resume", *more)
+        a, b = (torch.load(out / "last.pt") for out in (whole, broken))
+        self.assertEqual(a["step"], 4 * (16 // 4))
+        self.same_state(a, b)
+        self.assertTrue(a["prototypes"]["v"].any())
+        rows = [{r["step"]: (r["miou"], r["val_loss"]) for r in end["history"]} for end in (a, b)]
+        self.assertTrue(rows[0].items() <= rows[1].items(), rows)       # and one row at step 10
+        self.assertEqual((broken / "labeled.txt").read_text(), (whole / "labeled.txt").read_text())
+        # the list it has written is a list it reads
+        again = [f if f != "8" or flags[n - 1] != "--labeled" else whole / "labeled.txt"
+                 for n, f in enumerate(flags)]
+        here(*again, "--out", self.tmp / "again", "--max-steps", 4)
+        self.assertEqual((self.tmp / "again/labeled.txt").read_text(),
+                         (whole / "labeled.txt").read_text())
+        self.assertEqual(torch.load(self.tmp / "again/last.pt")["history"][0]["loss"],
+                         a["history"][0]["loss"])
+
+    def test_a_kill_while_the_baseline_is_trained(self):
+        _, flags = self.own()
+        flags += ["--baseline", "suponly", "--epochs", 3]
+        out = self.tmp / "run"
+        self.assertEqual(killed("s4mim.py", flags, out, "suponly/last.pt"), -9)
+        self.assertIn("with the same labels", here(*flags, "--out", out, "--resume"))
+        self.assertEqual([torch.load(run / "last.pt")["step"] for run in (out, out / "suponly")],
+                         [12, 12])
+
+    def test_masks_of_unlabelled_pictures_change_nothing(self):
+        root, flags = self.own(14)
+        labels = self.tmp / "labels.txt"
+        labels.write_text("".join(f"images/p{i:03d}.png masks/p{i:03d}.png\n" for i in (1, 4, 7)))
+        flags = [*flags, "--labeled", labels, "--max-steps", 4]
+        for method in "s4mim", "fixmatch":
+            ends = []
+            for attempt in "before", "after":
+                out = self.tmp / f"{method}-{attempt}"
+                here(*flags, "--method", method, "--out", out)
+                ends.append(torch.load(out / "last.pt"))
+                for i in set(range(14)) - {1, 4, 7}:            # noise, voids, other sizes
+                    save(root / f"masks/p{i:03d}.png", self.noise(40, 44) % 5)
+            self.same_state(*ends)
+            self.assertEqual([end["history"][0]["loss"] for end in ends],
+                             [ends[0]["history"][0]["loss"]] * 2)
+        save(root / "masks/p004.png", self.noise(40, 44) % 4)           # and a labelled one's do
+        here(*flags, "--out", self.tmp / "other")
+        other = torch.load(self.tmp / "other/last.pt")
+        self.assertNotEqual(other["history"][0]["loss"], torch.load(
+            self.tmp / "s4mim-after/last.pt")["history"][0]["loss"])
+
+    def test_very_few_pictures(self):
+        """One labelled picture of two, fewer than a batch of either kind, a class that no label
+        has; pictures without masks beside them."""
+        root, flags = self.own(2)
+        for path in (root / "masks").iterdir():
+            save(path, np.array(Image.open(path)) % 2)          # classes 2 and 3 are in val only
+        for n, labeled in enumerate(("1", "2")):
+            out = self.tmp / f"run{n}"
+            text = here(*flags, "--labeled", labeled, "--max-steps", 3, "--out", out)
+            self.assertIn(f"{labeled} labelled", text)
+            # where all are labelled, all of them are unlabelled as well
+            self.assertIn(f"and {labeled} unlabelled pictures", text)
+            end = torch.load(out / "last.pt")
+            self.assertEqual(end["step"], 3)
+            self.assertTrue(all(t.isfinite().all() for t in end["model"].values()))
+            self.assertTrue(all(np.isfinite(v) for v in end["history"][0].values()))
+            self.assertEqual(len(end["scores"]["class_iou"]), 4)
+        for i in range(5):
+            save(root / f"images/new{i}.png", self.noise(50, 36, 3))
+        text = here(*flags, "--labeled", "2/2", "--max-steps", 1, "--out", self.tmp / "more")
+        self.assertIn("2 labelled", text)
+        self.assertIn("and 5 unlabelled pictures", text)
+
+    def test_every_method_starts_from_a_checkpoint_of_its_kind(self):
+        _, flags = self.own(10)
+        flags += ["--max-steps", 1]
+        for method, more, expected in (
+                ("mim", [], {"loss_s", "loss_u", "loss_pi"}),
+                ("fixmatch", [], {"loss_s", "loss_u"}), ("suponly", [], {"loss_s"}),
+                ("s4mim", ["--no-pi", "--no-fea"], {"loss_s", "loss_u", "loss_se"}),
+                ("s4mim", ["--no-dic", "--no-conf", "--semantic", "mse", "--ohem"],
+                 {"loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se"})):
+            out = self.tmp / "-".join([method, *more])
+            here(*flags, "--method", method, *more, "--out", out)
+            end = torch.load(out / "last.pt")
+            terms = {k for k, v in end["history"][0].items() if k.startswith("loss_") and v}
+            self.assertEqual(terms, expected)
+            self.assertEqual(any(k.startswith("PiD") for k in end["model"]),
+                             "loss_pi" in expected)
+        fine = self.tmp / "fine"
+        here(*flags, "--method", "fixmatch", "--init", self.tmp / "suponly/best.pt", "--lr",
+             1e-12, "--out", fine)
+        start, end = (torch.load(run / "last.pt")["model"]
+                      for run in (self.tmp / "suponly", fine))
+        for name, value in start.items():
+            if "running" not in name and "num_batches" not in name:
+                torch.testing.assert_close(end[name], value, rtol=0, atol=1e-8)
+        with self.fails("does not fit"):
+            here(*flags, "--init", self.tmp / "suponly/best.pt", "--out", self.tmp / "no")
+        self.assertFalse((self.tmp / "no").exists())
+
+    def test_four_pictures_are_learned_by_heart(self):
+        """Of four quarters each, whose colours say nothing of their classes; full method."""
+        def batch(first):
+            image = self.noise(4, 3, 2, 2).repeat(16, 2).repeat(16, 3) * 0.7
+            image = (image + 0.3 * self.noise(4, 3, 32, 32)).astype(np.uint8)
+            label = np.stack([self.rng.permutation(4).reshape(2, 2) for _ in range(4)])
+            label = label.repeat(16, 1).repeat(16, 2).astype(np.uint8)
+            return torch.from_numpy(image), torch.from_numpy(label), torch.arange(first, first + 4)
+
+        four, others = batch(0), batch(4)
+        torch.manual_seed(0)
+        cfg = tiny(width=8, lr=0.1, decoder_lr=1.0, batch_size=8)
+        machine, model = common.Machine(cfg), s4mim.build(cfg, 4).train()
+        prototypes, optimizer = s4mim.Prototypes(4, 32), s4mim.make_optimizer(model, cfg)
+        losses = []
+        for step in range(100):
+            for group in optimizer.param_groups:
+                group["lr"] = s4mim.rate(step, 100, group)
+            v = s4mim.make_views(four, others, cfg, model.E.channels,
+                                 range(4 * step, 4 * step + 4), "cpu")
+            losses.append(s4mim.train_step(model, prototypes, optimizer, machine.scaler(),
+                                           machine, cfg, v))
+        with torch.no_grad():
+            answer = model.eval()(v.x_l).argmax(1)
+        self.assertGreater(common.miou(common.confusion(answer, four[1], 4)), 90)
+        first, last = (dict(zip(s4mim.TERMS, t.tolist())) for t in (losses[0], losses[-1]))
+        for name, share in ("loss_s", 0.1), ("loss_pi", 0.5), ("loss_se", 0.9):
+            self.assertLess(last[name], share * first[name], name)
+
+    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
+        text = here("--data", "voc", "--root", self.tmp, "--bench", 0, "--stem", "deep",
+                    "--pretrained", "none")
+        last = json.loads(text.splitlines()[-1])
+        self.assertEqual((last["params"], last["params_E"]), (59_468_085, 42_623_936))
+        self.assertIn("59,468,085", text)
+        text = here(*S4MIM, "--bench", 1, "--batch-size", 4)
+        self.assertEqual(list(json.loads(text.splitlines()[-1])),
+                         ["params", "params_E", "params_PiD", "gmacs", "ms_per_step", "img_per_s",
+                          "peak_mb"])
+        for name in "suponly", "fixmatch", "mim", "s4mim", "class-wise heads", "6 convolutions":
+            self.assertIn(f"\n{name} ", text)
+
+    def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
+        """Without what looks at a process's own batch: norms over each picture in place of
+        BatchNorm, and no boxes out of another."""
+        _, flags = self.own(26)
+        flags += ["--batch-size", 8, "--max-steps", 3]
+        (self.tmp / "alone.py").write_text(
+            "import torch\n"
+            "import common, data, s4mim\n"
+            "torch.nn.BatchNorm2d = lambda n: torch.nn.GroupNorm(1, n)\n"
+            "data.cutmix_boxes = lambda noise, S: torch.zeros(len(noise), S, S).bool()\n"
+            "if __name__ == '__main__':\n    common.run(s4mim.main)\n")
+        done = two_processes(self.tmp / "alone.py", *flags, "--out", self.tmp / "two")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        with mock.patch("torch.nn.BatchNorm2d", lambda n: torch.nn.GroupNorm(1, n)), \
+                mock.patch("data.cutmix_boxes",
+                           lambda noise, S: torch.zeros(len(noise), S, S).bool()):
+            here(*flags, "--out", self.tmp / "one")
+        one, two = (torch.load(self.tmp / name / "last.pt") for name in ("one", "two"))
+        for key in *s4mim.TERMS, "val_loss":
+            self.assertAlmostEqual(one["history"][0][key], two["history"][0][key], delta=1e-4,
+                                   msg=key)
+        for part in "model", "prototypes":
+            for name, value in one[part].items():
+                torch.testing.assert_close(value, two[part][name], atol=1e-4, rtol=1e-3)
+
+    def test_two_processes_save_once_resume_and_score_what_one_scores(self):
+        root, flags = self.own()
+        two = self.tmp / "two"
+        done = two_processes(MAIN / "s4mim.py", *flags, "--out", two, "--max-steps", 2)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("-> "), 1)
+        done = two_processes(MAIN / "s4mim.py", *flags, "--out", two, "--resume", "--max-steps",
+                             3)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("steps 2 to 3", done.stdout)
+        metrics = json.loads((two / "metrics.json").read_text())
+        self.assertEqual(metrics["steps"], 3)
+        here("--eval", two / "last.pt", "--out", self.tmp / "one")
+        again = json.loads((self.tmp / "one/metrics.json").read_text())
+        self.assertEqual(again["class_iou"], metrics["class_iou"])
 
 
 if __name__ == "__main__":
