@@ -2786,7 +2786,8 @@ def encoded(w, x, depths, deep, bottleneck):
                 x = convolved(w, f"{key}.downsample.0", f"{key}.downsample.1", x, stride,
                               relu=False)
             x = (x + y).clamp(min=0)
-        c1 = x if stage == 1 else c1
+        if stage == 1:
+            c1 = x
     return c1, x
 
 
@@ -2803,7 +2804,20 @@ def fused(w, c1, c4):
     return convolved(w, "fuse.1.0", "fuse.1.1", y)
 
 
-class S4mimModel(Case):
+class S4mimCase(Case):
+    def setUp(self):
+        """One thread, here and in other processes: on a busy machine two that wait for each other
+        take ten times as long for tensors as small as these."""
+        super().setUp()
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
+        environment = mock.patch.dict(os.environ, OMP_NUM_THREADS="1")
+        environment.start()
+        self.addCleanup(environment.stop)
+
+
+class S4mimModel(S4mimCase):
     def test_parameters_are_those_published(self):
         with torch.device("meta"):
             model = s4mim.S4MIM(21, "resnet101", "deep")
@@ -2881,7 +2895,7 @@ class S4mimModel(Case):
         self.assertEqual(len(at), 25)
 
 
-class S4mimHeads(Case):
+class S4mimHeads(S4mimCase):
     """The class-wise heads, Eq. 6-7, which are not computed as they are written."""
 
     def plain(self, fea, label, weight):
@@ -2968,7 +2982,7 @@ class S4mimHeads(Case):
                                    stretched(every, size))
 
 
-class S4mimMasking(Case):
+class S4mimMasking(S4mimCase):
     def test_patches_that_are_removed_against_a_loop(self):
         for size, patch, ratio in (48, 6, 0.4), (32, 6, 0.4), (33, 8, 0.75), (37, 5, 0.1):
             n = -(-size // patch)
@@ -3019,7 +3033,7 @@ class S4mimMasking(Case):
             self.assertTrue(torch.equal(s4mim.mix(x, partner, box), expected))
 
 
-class S4mimViews(Case):
+class S4mimViews(S4mimCase):
     def batches(self, B=4, S=32):
         def batch(first):
             label = torch.from_numpy(self.rng.integers(0, 4, (B, S, S), dtype=np.uint8))
@@ -3111,7 +3125,7 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum())
 
 
-class S4mimLoss(Case):
+class S4mimLoss(S4mimCase):
     def logits(self, N, C, S=5):
         return torch.from_numpy(self.rng.standard_normal((N, C, S, S)))
 
@@ -3339,7 +3353,7 @@ def ce(p, y):
     return -p.log_softmax(1).gather(1, y.long()[:, None])[:, 0]
 
 
-class S4mimPhases(Case):
+class S4mimPhases(S4mimCase):
     """The two phases of Fig. 2. BatchNorm has given statistics: passes then do not interact."""
     C, B, S = 4, 2, 32
 
@@ -3562,7 +3576,7 @@ class S4mimPhases(Case):
         torch.testing.assert_close(*found, rtol=0.05, atol=0.01)
 
 
-class S4mimPretrained(Case):
+class S4mimPretrained(S4mimCase):
     def release(self, name, width=64, prefix=""):
         """A file with names and shapes of torchvision's release, written out independently."""
         made = torch.Generator().manual_seed(0)
@@ -3588,8 +3602,8 @@ class S4mimPretrained(Case):
             _, after, text = self.load(self.tmp / f"{name}.pth", backbone=name)
             for key, value in after.items():
                 self.assertTrue(torch.equal(value, theirs[prefix + key]), key)
-            self.assertIn(f"{len(after)} of E's {len(after)} tensors; not used: fc.bias, fc.weight",
-                          text)
+            self.assertIn(f"{len(after)} of E's {len(after)} tensors; not used: fc.bias, "
+                          "fc.weight\n", text)
             self.assertNotIn("not in the file", text)
 
     def test_a_deep_stem_keeps_its_own_and_says_which(self):
@@ -3635,7 +3649,7 @@ class S4mimPretrained(Case):
             self.assertTrue(asked.call_args.kwargs["weights_only"])
 
 
-class S4mimTraining(Case):
+class S4mimTraining(S4mimCase):
     def test_the_papers_recipes(self):
         """Section IV-A and Eq. 14, typed in; psi and the decoders' rate are UniMatch's."""
         paper = dict(backbone="resnet101", batch_size=16, size=321, lr=0.001, weight_decay=1e-4,
@@ -3729,7 +3743,7 @@ class Fake:
         return x + torch.stack([rows + 0 * x[0, 0], -rows * x[0, 0], x[0, 2]])
 
 
-class S4mimEvaluation(Case):
+class S4mimEvaluation(S4mimCase):
     def test_windows_cover_every_pixel(self):
         for length in range(1, 120):
             for window in 1, 2, 7, 32, 200:
@@ -3835,18 +3849,7 @@ def two_processes(file, *argv):
                           env={**os.environ, "PYTHONPATH": str(MAIN)})
 
 
-class S4mimRuns(Case):
-    def setUp(self):
-        """One thread, here and in other processes: on a busy machine two that wait for each other
-        take ten times as long for tensors as small as these."""
-        super().setUp()
-        threads = torch.get_num_threads()
-        self.addCleanup(torch.set_num_threads, threads)
-        torch.set_num_threads(1)
-        environment = mock.patch.dict(os.environ, OMP_NUM_THREADS="1")
-        environment.start()
-        self.addCleanup(environment.stop)
-
+class S4mimRuns(S4mimCase):
     def same_state(self, a, b):
         """Whether two checkpoints hold the same bits, whatever took them there."""
         self.assertEqual(a["step"], b["step"])
@@ -4140,6 +4143,116 @@ class S4mimRuns(Case):
         here("--eval", two / "last.pt", "--out", self.tmp / "one")
         again = json.loads((self.tmp / "one/metrics.json").read_text())
         self.assertEqual(again["class_iou"], metrics["class_iou"])
+
+
+class S4mimPredict(S4mimCase):
+    def setUp(self):
+        super().setUp()
+        self.cfg, self.model = tiny(), small(3)
+        self.info = data.Info("own", ("a", "b", "c"), ((1, 2, 3), (200, 0, 0), (0, 200, 0)),
+                              (0, 1, 2))
+        common.save_checkpoint(self.tmp / "c.pt", {
+            "method": "s4mim", "config": dataclasses.asdict(self.cfg),
+            "info": dataclasses.asdict(self.info), "model": self.model.state_dict()})
+
+    def predict(self, source, *more, to="to"):
+        """The exit status, and the lines of what is complained of."""
+        complaints = io.StringIO()
+        with self.assertRaises(SystemExit) as done, contextlib.redirect_stderr(complaints):
+            here("--predict", source, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / to,
+                 "--device", "cpu", *more)
+        return done.exception.code, complaints.getvalue().splitlines()
+
+    def answer(self, image):
+        """The classes of a picture uint8 (H, W, 3), whole, step by step."""
+        x = (image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+        with torch.no_grad():
+            return self.model(torch.from_numpy(x).permute(2, 0, 1)[None].float())[0].argmax(0)
+
+    def test_every_kind_of_picture_at_its_own_size(self):
+        folder = self.tmp / "in"
+        rgb, grey, alpha = self.noise(40, 50, 3), self.noise(33, 32), self.noise(20, 70, 4)
+        turned, ink = self.noise(40, 90, 3), np.full((48, 64, 3), (255, 0, 0), np.uint8)
+        for name, pixels in ("rgb", rgb), ("grey", grey), ("alpha", alpha), ("tiny", rgb[:1, :1]):
+            save(folder / f"{name}.png", pixels)
+        Image.new("CMYK", (64, 48), (0, 255, 255, 0)).save(folder / "ink.tif")
+        exif = Image.Exif()
+        exif[0x0112] = 6                                      # the camera was held upright
+        Image.fromarray(turned).save(folder / "turned.png", exif=exif)
+        before = {p: p.read_bytes() for p in folder.iterdir()}
+        self.assertEqual(self.predict(folder), (0, []))
+        twins = {"rgb": rgb, "grey": np.stack([grey] * 3, 2), "alpha": alpha[..., :3],
+                 "tiny": rgb[:1, :1], "ink": ink, "turned": np.rot90(turned, -1)}
+        colors, seen = np.array(self.info.colors), set()
+        for name, twin in twins.items():
+            with Image.open(self.tmp / f"to/{name}.png") as index, \
+                    Image.open(self.tmp / f"to/overlay/{name}.png") as overlay:
+                self.assertEqual((index.size, index.mode), (twin.shape[1::-1], "P"), name)
+                self.assertEqual(index.getpalette()[:9], colors.ravel().tolist())
+                index, overlay = np.array(index), np.array(overlay)
+            self.assertGreater((index == self.answer(twin).numpy()).mean(), 0.999, name)
+            np.testing.assert_allclose(overlay, 0.45 * twin + 0.55 * colors[index], atol=1)
+            seen |= set(index.flat)
+        self.assertEqual(seen, {0, 1, 2})
+        self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
+        with self.fails("--to", "not an empty folder"):
+            here("--predict", folder, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / "to")
+
+    def test_broken_files_are_named_and_skipped(self):
+        whole = save(self.tmp / "in/whole.png", self.noise(30, 30, 3))
+        save(self.tmp / "in/whole.jpg", self.noise(30, 30, 3))          # whole names are kept
+        (self.tmp / "in/cut.png").write_bytes(whole.read_bytes()[:900])
+        (self.tmp / "in/empty.jpg").write_bytes(b"")
+        code, lines = self.predict(self.tmp / "in")
+        self.assertEqual((code, len(lines)), (1, 2), lines)
+        self.assertTrue("cut.png" in lines[0] and "empty.jpg" in lines[1], lines)
+        self.assertEqual({p.name for p in (self.tmp / "to").iterdir()},
+                         {"whole.png.png", "whole.jpg.png", "overlay"})
+
+    def test_one_picture_by_windows_and_no_picture(self):
+        image = self.noise(40, 61, 3)
+        path = save(self.tmp / "a.png", image)
+        self.assertEqual(self.predict(path), (0, []))
+        self.assertEqual(self.predict(path, "--window", "slide", to="slid"), (0, []))
+        whole, slid = (np.array(Image.open(self.tmp / to / "a.png")) for to in ("to", "slid"))
+        np.testing.assert_array_equal(whole, self.answer(image))
+        self.assertGreater((whole != slid).sum(), 0)
+        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no picture"]),
+                                    (path, "no.pt", ["no.pt"])):
+            with self.fails(*words):
+                here("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / "new")
+        self.assertFalse((self.tmp / "new").exists())
+
+    def test_a_picture_beyond_2048_pixels(self):
+        """A copy of 2048 is segmented, by windows, and the answer enlarged."""
+        image = self.noise(8, 50, 3).repeat(5, 0).repeat(50, 1)         # 40 x 2500
+        cfg = dataclasses.replace(self.cfg, size=200)
+        found = s4mim.segment(self.model, image, cfg, common.Machine(cfg))
+        self.assertEqual((found.shape, found.dtype), ((40, 2500), np.uint8))
+        copy = [Image.fromarray(plane).resize((2048, 33), Image.BILINEAR)
+                for plane in (image / np.float32(255)).transpose(2, 0, 1)]
+        x = (np.stack(copy, 2) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+        x = torch.from_numpy(x).permute(2, 0, 1)[None].float()
+        total, times = 0, torch.zeros(2048)
+        for left in *range(0, 1848, 133), 1848:
+            with torch.no_grad():
+                p = self.model(x[..., left:left + 200]).softmax(1)
+            total = total + F.pad(p, (left, 1848 - left))
+            times[left:left + 200] += 1
+        answer = (total / times)[0].argmax(0).numpy()
+        expected = answer[np.arange(40) * 33 // 40][:, np.arange(2500) * 2048 // 2500]
+        self.assertGreater((found == expected).mean(), 0.999)
+
+    def test_a_checkpoint_of_another_kind_or_version(self):
+        state = torch.load(self.tmp / "c.pt")
+        for change, words in (({"method": "lmae"}, ["of lmae", "not of s4mim"]),
+                              ({"config": {"colour": 1}}, ["another version"]),
+                              ({"info": {}}, ["another version"])):
+            torch.save(state | change, self.tmp / "d.pt")
+            with self.fails("d.pt", *words):
+                s4mim.load(self.tmp / "d.pt")
+        cfg, info, model, _ = s4mim.load(self.tmp / "c.pt")
+        self.assertEqual((cfg, info, model.training), (self.cfg, self.info, False))
 
 
 if __name__ == "__main__":
