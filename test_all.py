@@ -2877,7 +2877,12 @@ class S4mimModel(S4mimCase):
                              fused(w, c1, c4)) + w["classifier.bias"][:, None, None]
             torch.testing.assert_close(model(x), stretched(y, (63, 81)))
             self.assertGreater(y.std().item(), 0.01)
-            torch.testing.assert_close(model.PiD(c1, c4), fused(model.PiD.state_dict(), c1, c4))
+        # where even the kernel whose taps are 18 apart has all nine inside
+        c1, c4 = (torch.from_numpy(self.rng.standard_normal((1, *shape)))
+                  for shape in ((16, 70, 80), (128, 39, 41)))
+        for trunk, found in ((model.PiD, model.PiD(c1, c4)),
+                             (model.SeD, super(s4mim.SeD, model.SeD).forward(c1, c4))):
+            torch.testing.assert_close(found, fused(trunk.state_dict(), c1, c4))
 
     def test_the_last_stage_looks_through_holes(self):
         """One pixel of its input moves outputs at even distances only: the first block has no
@@ -3037,8 +3042,8 @@ class S4mimViews(S4mimCase):
     def batches(self, B=4, S=32):
         def batch(first):
             label = torch.from_numpy(self.rng.integers(0, 4, (B, S, S), dtype=np.uint8))
-            label[:, :3] = 255
-            label[0, :, 20:] = 255
+            for one in label:                                   # padding, each at its own border
+                one[:, :self.rng.integers(1, S)] = 255
             return torch.from_numpy(self.noise(B, 3, S, S)), label, torch.arange(first, first + B)
         return batch(0), batch(10)
 
@@ -4102,6 +4107,34 @@ class S4mimRuns(S4mimCase):
                           "peak_mb"])
         for name in "suponly", "fixmatch", "mim", "s4mim", "class-wise heads", "6 convolutions":
             self.assertIn(f"\n{name} ", text)
+
+    @needs("cityscapes-sample")
+    def test_real_pictures_by_windows(self):
+        source = SHARED / "cityscapes-sample"
+        for path in source.rglob("*.png"):                      # an eighth of 2048 x 1024
+            with Image.open(path) as picture:
+                save(self.tmp / path.relative_to(source), picture.reduce(8) if
+                     "leftImg8bit" in path.name else picture.resize((256, 128), Image.NEAREST))
+        out, root = self.tmp / "run", ["--root", self.tmp]
+        text = here("--data", "cityscapes", *root, "--labeled", "1/2", "--zoom", 0.5, "--size",
+                    48, "--width", 4, "--backbone", "resnet18", "--pretrained", "none",
+                    "--batch-size", 4, "--max-steps", 2, "--device", "cpu", "--out", out)
+        self.assertIn("2 labelled", text)
+        self.assertIn("and 2 unlabelled pictures, 2 val pictures", text)
+        end = torch.load(out / "last.pt")
+        self.assertEqual((end["config"]["window"], end["config"]["ohem"]), ("slide", True))
+        self.assertEqual(len(end["scores"]["class_iou"]), 19)
+        lines = (out / "labeled.txt").read_text().splitlines()
+        for line in lines:
+            image, mask = (self.tmp / part for part in line.split())
+            self.assertTrue(image.exists() and mask.exists(), line)
+        self.assertEqual(
+            {i.image for i in data.labeled_split("cityscapes", self.tmp,
+                                                 str(out / "labeled.txt"))[0]},
+            {self.tmp / line.split()[0] for line in lines})
+        here("--eval", out / "last.pt", *root, "--out", self.tmp / "eval")
+        again = json.loads((self.tmp / "eval/metrics.json").read_text())
+        self.assertAlmostEqual(again["miou"], end["scores"]["miou"], places=3)
 
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
         """Without what looks at a process's own batch: norms over each picture in place of
