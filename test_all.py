@@ -11,6 +11,7 @@ import http.server
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import threading
 import time
 import unittest
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -32,6 +34,7 @@ import common
 import data
 import lmae
 import masksup
+import s4mim
 from common import UserError
 from data import Item
 
@@ -2494,11 +2497,11 @@ def shuffled(f, seed=0):
     return f
 
 
-def doubling(n):
-    """The matrix (2n, n) that doubles a line of n values linearly, ends on ends."""
-    U = np.zeros((2 * n, n))
-    for i in range(2 * n):
-        at = i * (n - 1) / (2 * n - 1)
+def stretching(n, m):
+    """The matrix (m, n) that resizes a line of n values to m linearly, ends on ends."""
+    U = np.zeros((m, n))
+    for i in range(m):
+        at = i * (n - 1) / max(1, m - 1)
         low = min(int(at), n - 1)
         high = min(low + 1, n - 1)
         U[i, low] += 1 - (at - low)
@@ -2507,7 +2510,7 @@ def doubling(n):
 
 
 def doubled(x):
-    U = doubling(x.shape[-1])
+    U = stretching(x.shape[-1], 2 * x.shape[-1])
     return U @ x @ U.T
 
 
@@ -3177,6 +3180,1599 @@ class MaskSupPredict(Case):
         done = script("masksup.py", "--predict", self.tmp / "gone", "--ckpt", self.tmp / "c.pt",
                       "--to", self.tmp / "other")
         self.assertEqual((done.returncode, "gone" in done.stderr), (2, True))
+
+
+# -------------------------------------------------------------------------------------- s4mim.py
+
+S4MIM = ("--labeled 8 --width 4 --size 32 --batch-size 8 --baseline none --device cpu").split()
+
+
+def tiny(**changes):
+    """A configuration for tests that call the functions themselves."""
+    return s4mim.Config(**{"backbone": "resnet18", "width": 4, "size": 32, "batch_size": 4,
+                           "pretrained": "none", "device": "cpu", **changes})
+
+
+def small(classes=4, seed=0, **changes):
+    """A network for tiny() with statistics that are given, so that passes do not interact, and
+    answers that differ from pixel to pixel."""
+    torch.manual_seed(seed)
+    model = shuffled(s4mim.build(tiny(**changes), classes)).eval()
+    with torch.no_grad():
+        x = torch.randn(4, 3, 32, 32)
+        model.SeD.classifier.weight *= 2 / model(x).std((0, 2, 3))[:, None, None, None]
+        model.SeD.classifier.bias -= model(x).mean((0, 2, 3))
+    return model
+
+
+def stretched(x, size):
+    """The resizing of PiD and SeD: x (B, C, h, w) linearly to `size`, corner on corner."""
+    rows, columns = (stretching(n, m).to(x.dtype) for n, m in zip(x.shape[2:], size))
+    return rows @ x @ columns.T
+
+
+def torchvision(name, width=64):
+    """The weights of torchvision's ResNets without fc, {name: shape}, written down by rule."""
+    shapes = {}
+
+    def layer(conv, bn, i, o, k):
+        shapes[f"{conv}.weight"] = o, i, k, k
+        for part in "weight", "bias", "running_mean", "running_var":
+            shapes[f"{bn}.{part}"] = (o,)
+        shapes[f"{bn}.num_batches_tracked"] = ()
+
+    layer("conv1", "bn1", 3, width, 7)
+    i, wide = width, 1 if name == "resnet18" else 4
+    for stage, depth in enumerate({"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3),
+                                   "resnet101": (3, 4, 23, 3)}[name], 1):
+        w = width * 2 ** (stage - 1)
+        for b in range(depth):
+            key = f"layer{stage}.{b}"
+            kernels = (3, 3) if wide == 1 else (1, 3, 1)
+            sizes = [i, *[w] * (len(kernels) - 1), w * wide]
+            for n, k in enumerate(kernels, 1):
+                layer(f"{key}.conv{n}", f"{key}.bn{n}", sizes[n - 1], sizes[n], k)
+            if b == 0 and (stage > 1 or wide == 4):
+                layer(f"{key}.downsample.0", f"{key}.downsample.1", i, w * wide, 1)
+            i = w * wide
+    return shapes
+
+
+def convolved(w, conv, bn, x, stride=1, dilation=1, relu=True):
+    """Convolution and BatchNorm with the running statistics, out of a dict of weights."""
+    kernel = w[f"{conv}.weight"]
+    y = F.conv2d(x, kernel, None, stride, dilation * (kernel.shape[-1] // 2), dilation)
+    mean, var, gain, bias = (w[f"{bn}.{part}"][:, None, None]
+                             for part in ("running_mean", "running_var", "weight", "bias"))
+    y = (y - mean) / (var + 1e-5).sqrt() * gain + bias
+    return y.clamp(min=0) if relu else y
+
+
+def encoded(w, x, depths, deep, bottleneck):
+    """c1 and c4 of E, from its weights alone."""
+    if deep:
+        x = convolved(w, "conv1.0", "conv1.1", x, 2)
+        x = convolved(w, "conv1.3", "conv1.4", x)
+        x = convolved(w, "conv1.6", "bn1", x)
+    else:
+        x = convolved(w, "conv1", "bn1", x, 2)
+    x = F.pad(x, (1, 1, 1, 1), value=-1).unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))
+    for stage, depth in enumerate(depths, 1):
+        for b in range(depth):
+            key = f"layer{stage}.{b}"
+            stride = 2 if b == 0 and stage in (2, 3) else 1         # not in the last stage
+            holes = 2 if b > 0 and stage == 4 else 1
+            if bottleneck:
+                y = convolved(w, f"{key}.conv1", f"{key}.bn1", x)
+                y = convolved(w, f"{key}.conv2", f"{key}.bn2", y, stride, holes)
+                y = convolved(w, f"{key}.conv3", f"{key}.bn3", y, relu=False)
+            else:
+                y = convolved(w, f"{key}.conv1", f"{key}.bn1", x, stride, holes)
+                y = convolved(w, f"{key}.conv2", f"{key}.bn2", y, 1, holes, relu=False)
+            if f"{key}.downsample.0.weight" in w:
+                x = convolved(w, f"{key}.downsample.0", f"{key}.downsample.1", x, stride,
+                              relu=False)
+            x = (x + y).clamp(min=0)
+        if stage == 1:
+            c1 = x
+    return c1, x
+
+
+def fused(w, c1, c4):
+    """DeepLabv3+ up to its last layer, from its weights alone."""
+    parts = [convolved(w, f"aspp.{n}.0", f"aspp.{n}.1", c4, 1, d)
+             for n, d in enumerate((1, 6, 12, 18))]
+    mean = c4.flatten(2).mean(2)[..., None, None]
+    parts.append(convolved(w, "pool.0", "pool.1", mean).expand_as(parts[0]))
+    y = convolved(w, "project.0", "project.1", torch.cat(parts, 1))
+    low = convolved(w, "reduce.0", "reduce.1", c1)
+    y = torch.cat([low, stretched(y, c1.shape[2:])], 1)
+    y = convolved(w, "fuse.0.0", "fuse.0.1", y)
+    return convolved(w, "fuse.1.0", "fuse.1.1", y)
+
+
+class S4mimCase(Case):
+    def setUp(self):
+        """One thread, here and in other processes: on a busy machine two that wait for each other
+        take ten times as long for tensors as small as these."""
+        super().setUp()
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
+        environment = mock.patch.dict(os.environ, OMP_NUM_THREADS="1")
+        environment.start()
+        self.addCleanup(environment.stop)
+
+
+class S4mimModel(S4mimCase):
+    def test_parameters_are_those_published(self):
+        with torch.device("meta"):
+            model = s4mim.S4MIM(21, "resnet101", "deep")
+            self.assertEqual(s4mim.parameters(model.E, model.SeD), 59_468_085)
+            self.assertEqual(s4mim.parameters(model.E), 42_623_936)
+            # PiD is SeD with C heads 256 -> 3, 3x3 and without bias, in place of a classifier
+            self.assertEqual(s4mim.parameters(model.PiD) - s4mim.parameters(model.SeD),
+                             21 * 256 * 3 * 9 - 21 * 257)
+            for name, expected in (("resnet18", 11_176_512), ("resnet50", 23_508_032),
+                                   ("resnet101", 42_500_160)):
+                self.assertEqual(s4mim.parameters(s4mim.ResNet(name)), expected)
+
+    def test_names_and_shapes_of_the_weights_are_torchvisions(self):
+        self.assertIn("layer2.0.downsample.0.weight", torchvision("resnet18"))
+        with torch.device("meta"):
+            for name in "resnet18", "resnet50", "resnet101":
+                mine = s4mim.ResNet(name).state_dict()
+                self.assertEqual({k: tuple(v.shape) for k, v in mine.items()}, torchvision(name))
+            deep = s4mim.ResNet("resnet50", "deep").state_dict()
+        theirs = {k: v for k, v in torchvision("resnet50").items() if not k.startswith("conv1")}
+        for n in 1, 4:
+            for part in "weight", "bias", "running_mean", "running_var":
+                theirs[f"conv1.{n}.{part}"] = (64,)
+            theirs[f"conv1.{n}.num_batches_tracked"] = ()
+        for n, i, o in (0, 3, 64), (3, 64, 64), (6, 64, 128):
+            theirs[f"conv1.{n}.weight"] = o, i, 3, 3
+        for part in "weight", "bias", "running_mean", "running_var":
+            theirs[f"bn1.{part}"] = (128,)
+        theirs["layer1.0.conv1.weight"] = 64, 128, 1, 1
+        theirs["layer1.0.downsample.0.weight"] = 256, 128, 1, 1
+        self.assertEqual({k: tuple(v.shape) for k, v in deep.items()}, theirs)
+
+    def test_strides_are_4_and_16_and_round_up(self):
+        for name, wide in ("resnet18", 1), ("resnet50", 4):
+            E = s4mim.ResNet(name, width=4).eval()
+            self.assertEqual(E.channels, (4 * wide, 32 * wide))
+            for H, W in (32, 32), (33, 47), (1, 1), (321, 17):
+                c1, c4 = E(torch.zeros(1, 3, H, W))
+                self.assertEqual(c1.shape[1:], (4 * wide, -(-H // 4), -(-W // 4)))
+                self.assertEqual(c4.shape[1:], (32 * wide, -(-H // 16), -(-W // 16)))
+        self.assertEqual([-(-321 // 4), -(-321 // 16)], [81, 21])           # the paper's size
+
+    def test_network_against_its_formula(self):
+        x = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 63, 81)))
+        for name, depths, stem in (("resnet18", (2, 2, 2, 2), "standard"),
+                                   ("resnet50", (3, 4, 6, 3), "deep")):
+            torch.manual_seed(0)
+            model = shuffled(s4mim.S4MIM(3, name, stem, 4).double()).eval()
+            # as it starts, every block of a deep network doubles its input
+            for key, gain in model.E.named_parameters():
+                gain.data *= 0.5 if "bn" in key and "layer" in key else 1
+            c1, c4 = encoded(model.E.state_dict(), x, depths, stem == "deep", name != "resnet18")
+            for found, expected in zip(model.E(x), (c1, c4)):
+                torch.testing.assert_close(found, expected)
+            w = model.SeD.state_dict()
+            y = torch.einsum("nc,bchw->bnhw", w["classifier.weight"][:, :, 0, 0],
+                             fused(w, c1, c4)) + w["classifier.bias"][:, None, None]
+            torch.testing.assert_close(model(x), stretched(y, (63, 81)))
+            self.assertGreater(y.std().item(), 0.01)
+        # where even the kernel whose taps are 18 apart has all nine inside
+        c1, c4 = (torch.from_numpy(self.rng.standard_normal((1, *shape)))
+                  for shape in ((16, 70, 80), (128, 39, 41)))
+        for trunk, found in ((model.PiD, model.PiD(c1, c4)),
+                             (model.SeD, super(s4mim.SeD, model.SeD).forward(c1, c4))):
+            torch.testing.assert_close(found, fused(trunk.state_dict(), c1, c4))
+
+    def test_the_last_stage_looks_through_holes(self):
+        """One pixel of its input moves outputs at even distances only: the first block has no
+        holes, but a kernel of one here; the other's have two pixels between their taps."""
+        stage = shuffled(s4mim.ResNet("resnet18", width=4).double()).eval().layer4
+        with torch.no_grad():
+            for conv in stage[0].conv1, stage[0].conv2:
+                kernel = conv.weight.clone()
+                conv.weight.zero_()[..., 1, 1] = kernel[..., 1, 1]
+        x = torch.zeros(1, 16, 15, 15).double()
+        x[..., 7, 7] = 1
+        moved = (stage(x) - stage(0 * x)).abs().amax((0, 1)) > 0
+        at = moved.nonzero() - 7
+        self.assertEqual((at.abs().max().item(), (at % 2).sum().item()), (4, 0))
+        self.assertEqual(len(at), 25)
+
+
+class S4mimHeads(S4mimCase):
+    """The class-wise heads, Eq. 6-7, which are not computed as they are written."""
+
+    def plain(self, fea, label, weight):
+        return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1)
+                   for c in range(len(weight)))
+
+    def same(self, fea, label, weight, blocks):
+        """r and both gradients within 1e-5 of the plain sum's, in float32."""
+        made = torch.randn(len(fea), weight.shape[1], *fea.shape[2:])
+        results = []
+        for f in self.plain, *(lambda *a, n=n: s4mim.class_heads(*a, n) for n in blocks):
+            inputs = fea.clone().requires_grad_(), weight.clone().requires_grad_()
+            r = f(inputs[0], label, inputs[1])
+            (r * made).sum().backward()
+            results.append((r.detach(), *(t.grad for t in inputs)))
+        for found in results[1:]:
+            for a, b in zip(found, results[0]):
+                self.assertEqual((a.shape, a.dtype), (b.shape, torch.float32))
+                self.assertLessEqual((a - b).abs().max().item(),
+                                     1e-5 * max(1, b.abs().max().item()))
+
+    def case(self, C, H, W, B=2, D=8):
+        torch.manual_seed(C)
+        return torch.randn(B, D, H, W), torch.randn(C, 3, D, 3, 3) / (9 * D) ** 0.5
+
+    def test_equal_to_the_sum_of_convolutions(self):
+        C, H, W = 5, 13, 11
+        fea, weight = self.case(C, H, W)
+        random = torch.from_numpy(self.rng.integers(0, C, (2, H, W)))
+        absent = torch.where(random == 3, 1, random)
+        absent[1, 4, 4] = 3
+        unknown = random.clone()
+        unknown[0, ::3], unknown[1, ::2], unknown[0, 5] = 255, -1, C
+        for label in (random, absent.where(absent != 3, 0), absent, torch.full_like(random, 4),
+                      torch.zeros_like(random), unknown, torch.full_like(random, 255)):
+            self.same(fea, label, weight, (3, 7, 128))
+        self.same(*(t[:1] for t in (fea, random, weight)), (3, 128))
+
+    def test_equal_at_a_middle_size(self):
+        fea, weight = self.case(21, 41, 41, D=64)
+        label = torch.from_numpy(self.rng.integers(0, 21, (2, 6, 6)))
+        self.same(fea, label.repeat_interleave(7, 1).repeat_interleave(7, 2)[:, :41, :41], weight,
+                  (128,))
+
+    def test_more_classes_than_pixels_and_blocks_of_one(self):
+        fea, weight = self.case(30, 4, 5, B=1)
+        label = torch.from_numpy(self.rng.integers(-1, 31, (1, 4, 5)))
+        self.same(fea, label, weight, (1, 3, 128))
+        fea, weight = self.case(3, 9, 9)
+        self.same(fea, torch.from_numpy(self.rng.integers(0, 3, (2, 9, 9))), weight, (1,))
+
+    def test_a_head_learns_from_the_pixels_of_its_class_alone(self):
+        fea, weight = self.case(3, 8, 8, B=1)
+        label = torch.from_numpy(self.rng.integers(0, 2, (1, 8, 8)))    # class 2 is absent
+        made = torch.randn(1, 3, 8, 8)
+
+        def gradient(fea):
+            leaf = weight.clone().requires_grad_()
+            (s4mim.class_heads(fea, label, leaf) * made).sum().backward()
+            return leaf.grad
+
+        y, x = (label[0] == 1).nonzero()[5].tolist()
+        other = fea.clone()
+        other[0, :, y, x] += 1
+        changed = (gradient(other) - gradient(fea)).abs().amax((1, 2, 3, 4))
+        self.assertEqual((changed > 0).tolist(), [False, True, False])
+        self.assertEqual(gradient(fea).abs().amax((1, 2, 3, 4)).bool().tolist(),
+                         [True, True, False])
+
+    def test_paint_and_its_plain_variant(self):
+        C, size = 4, (30, 38)
+        torch.manual_seed(0)
+        pid = s4mim.PiD((4, 32), 4, C)
+        heads = pid.heads.weight.detach().view(C, 3, 16, 3, 3)
+        fea = torch.randn(2, 16, 8, 10)
+        label = torch.from_numpy(self.rng.integers(0, C, (2, *size)))
+        near = torch.tensor([[[label[b, y * 30 // 8, x * 38 // 10] for x in range(10)]
+                              for y in range(8)] for b in range(2)])
+        torch.testing.assert_close(s4mim.nearest(label, (8, 10)), near)
+        torch.testing.assert_close(pid.paint(fea, label, size).detach(),
+                                   stretched(self.plain(fea, near, heads), size))
+        every = sum(F.conv2d(fea, head, padding=1) for head in heads)                   # Eq. 4
+        torch.testing.assert_close(pid.paint(fea, label, size, classwise=False).detach(),
+                                   stretched(every, size))
+
+
+class S4mimMasking(S4mimCase):
+    def test_patches_that_are_removed_against_a_loop(self):
+        for size, patch, ratio in (48, 6, 0.4), (32, 6, 0.4), (33, 8, 0.75), (37, 5, 0.1):
+            n = -(-size // patch)
+            noise = torch.from_numpy(self.rng.random((3, n * n)))
+            m = s4mim.patch_mask(noise, size, patch, ratio)
+            self.assertEqual((m.shape, m.dtype), ((3, 1, size, size), torch.bool))
+            expected = np.ones((3, size, size), bool)                   # 1 keeps
+            for b in range(3):
+                for k in sorted(range(n * n), key=lambda k: noise[b, k])[:int(ratio * n * n)]:
+                    y, x = k // n * patch, k % n * patch
+                    expected[b, y:y + patch, x:x + patch] = False
+            np.testing.assert_array_equal(m[:, 0], expected)
+
+    def test_the_papers_masks(self):
+        """6 x 6 patches, 0.4 of them: of 321 x 321, ceil(321 / 6) = 54, that is 1166 of 2916."""
+        m = s4mim.patch_mask(s4mim.noise_of(range(4), 54 * 54), 321)[:, 0]
+        cells = F.pad(m, (0, 3, 0, 3)).view(4, 54, 6, 54, 6)[:, :53, :, :53].float().mean((2, 4))
+        self.assertEqual(set(cells.unique().tolist()), {0.0, 1.0})
+        removed = (~m[:, ::6, ::6]).sum((1, 2))
+        self.assertEqual(removed.tolist(), [1166] * 4)
+        self.assertFalse(torch.equal(m[0], m[1]))
+
+    def test_each_row_of_noise_is_of_its_own_seed(self):
+        rows = s4mim.noise_of([5, 7, 5], 40)
+        self.assertTrue(torch.equal(rows[0], rows[2]))
+        self.assertFalse(torch.equal(rows[0], rows[1]))
+        self.assertTrue(torch.equal(s4mim.noise_of([7], 40)[0], rows[1]))
+        self.assertTrue(0 <= rows.min() < 0.1 and 0.9 < rows.max() < 1)
+
+    def test_channels_are_dropped_or_doubled(self):
+        noise = s4mim.noise_of(range(40), 100)
+        factors = s4mim.channel_drop(noise)
+        self.assertEqual((factors.shape, factors.dtype), ((40, 100, 1, 1), torch.float32))
+        self.assertEqual(set(factors.unique().tolist()), {0.0, 2.0})
+        self.assertLess(abs(factors.mean().item() - 1), 0.06)           # 4000 draws: 4 sigma
+
+    def test_mix_against_a_loop(self):
+        partner = torch.tensor([2, 0, 1])
+        box = torch.from_numpy(self.rng.random((3, 4, 5)) < 0.5)
+        for shape in (3, 4, 5), (3, 3, 4, 5):
+            x = torch.from_numpy(self.rng.standard_normal(shape))
+            expected = x.clone()
+            for b in range(3):
+                for i in range(4):
+                    for j in range(5):
+                        if box[b, i, j]:
+                            expected[b, ..., i, j] = x[partner[b], ..., i, j]
+            self.assertTrue(torch.equal(s4mim.mix(x, partner, box), expected))
+
+
+class S4mimViews(S4mimCase):
+    def batches(self, B=4, S=32):
+        def batch(first):
+            label = torch.from_numpy(self.rng.integers(0, 4, (B, S, S), dtype=np.uint8))
+            for one in label:                                   # padding, each at its own border
+                one[:, :self.rng.integers(1, S)] = 255
+            return torch.from_numpy(self.noise(B, 3, S, S)), label, torch.arange(first, first + B)
+        return batch(0), batch(10)
+
+    def views(self, labeled, unlabeled, seeds=range(4), **changes):
+        return s4mim.make_views(labeled, unlabeled, tiny(**changes), (4, 32), seeds, "cpu")
+
+    def normalised(self, image):
+        """0..1 as E takes it: with the mean and deviation of ImageNet that torchvision states."""
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        return (np.asarray(image, np.float64) - mean[:, None, None]) / std[:, None, None]
+
+    def test_pictures_are_normalised_and_labels_kept(self):
+        labeled, unlabeled = self.batches()
+        v = self.views(labeled, unlabeled)
+        for x, (image, _, _) in (v.x_l, labeled), (v.x_w, unlabeled):
+            np.testing.assert_allclose(x, self.normalised(image / 255), atol=1e-5)
+        self.assertTrue(torch.equal(v.y_l, labeled[1]))
+        np.testing.assert_array_equal(v.void_w, unlabeled[1] == 255)
+        only = self.views(labeled, None)
+        self.assertTrue(torch.equal(only.x_l, v.x_l) and torch.equal(only.y_l, v.y_l))
+        self.assertEqual(set(only[2:]), {None})
+
+    def test_the_strong_view_has_boxes_of_other_pictures_and_of_their_padding(self):
+        B = 300
+        labeled, unlabeled = self.batches(B)
+        with mock.patch("data.strong_view", side_effect=lambda image, noise: 1 - image):
+            v = self.views(labeled, unlabeled, range(B))
+        self.assertTrue((v.partner != torch.arange(B)).all())
+        strong = self.normalised(1 - unlabeled[0].numpy() / 255)
+        box, partner = v.box.numpy(), v.partner.numpy()
+        expected = np.where(box[:, None], strong[partner], strong)
+        np.testing.assert_allclose(v.x_s, expected, atol=1e-5)
+        void = unlabeled[1].numpy() == 255
+        np.testing.assert_array_equal(v.void_s, np.where(box, void[partner], void))
+        there = box.any((1, 2)).mean()
+        self.assertTrue(0.4 < there < 0.6, there)
+
+    def test_the_same_picture_twice_in_a_batch_is_no_partner_of_itself(self):
+        labeled, (image, void, _) = self.batches()
+        index = torch.tensor([3, 3, 9, 3])
+        v = self.views(labeled, (image, void, index))
+        self.assertEqual(index[v.partner].tolist(), [9, 9, 3, 9])
+        self.assertEqual(self.views(labeled, (image, void, index * 0)).partner.tolist(),
+                         [0, 1, 2, 3])                  # a single picture: there is no other
+
+    def test_noise_that_asks_for_nothing_leaves_the_weak_view(self):
+        labeled, unlabeled = self.batches()
+        with mock.patch("s4mim.noise_of", side_effect=lambda seeds, n: torch.full((4, n), 0.99)):
+            v = self.views(labeled, unlabeled)
+        torch.testing.assert_close(v.x_s, v.x_w)
+        self.assertFalse(v.box.any())
+        self.assertTrue(torch.equal(v.void_s, v.void_w))
+        changed = self.views(labeled, unlabeled, range(100, 104))
+        self.assertGreater((changed.x_s - changed.x_w).abs().mean().item(), 0.05)
+
+    def test_of_an_unlabelled_label_only_the_padding_counts(self):
+        labeled, (image, void, index) = self.batches()
+        poison = torch.from_numpy(self.rng.integers(0, 255, void.shape, dtype=np.uint8))
+        poisoned = torch.where(void == 255, void, poison)
+        self.assertFalse(torch.equal(poisoned, void))
+        a, b = (self.views(labeled, (image, y, index)) for y in (void, poisoned))
+        for name, x, y in zip(a._fields, a, b):
+            for s, t in zip(x, y) if name == "drop" else [(x, y)]:
+                self.assertTrue(torch.equal(s, t), name)
+
+    def test_draws_are_those_of_the_seed_whatever_the_batch(self):
+        labeled, unlabeled = self.batches()
+        v = self.views(labeled, unlabeled, [3, 1, 4, 5])
+        last = [t[2:] for t in unlabeled]
+        w = self.views([t[2:] for t in labeled], last, [4, 5])
+        for name in "box", "m":
+            self.assertTrue(torch.equal(getattr(v, name)[2:], getattr(w, name)), name)
+        for drop, other, channels in zip(v.drop, w.drop, (4, 32)):
+            self.assertEqual(drop.shape, (4, channels, 1, 1))
+            self.assertTrue(torch.equal(drop[2:], other))
+        removed = ~v.m[:, 0, ::6, ::6]
+        self.assertEqual(removed.sum((1, 2)).tolist(), [14] * 4)        # int(0.4 * 36)
+        self.assertEqual(len({tuple(row.flatten().tolist()) for row in removed}), 4)
+
+
+def log_softmax(z):
+    """log p of logits (C,), in numpy."""
+    z = np.asarray(z, np.float64) - np.max(np.asarray(z))
+    return z - np.log(np.exp(z).sum())
+
+
+class S4mimLoss(S4mimCase):
+    def logits(self, N, C, S=5):
+        return torch.from_numpy(self.rng.standard_normal((N, C, S, S)))
+
+    def where(self, N, share=0.3, S=5):
+        return torch.from_numpy(self.rng.random((N, S, S)) < share)
+
+    def pixels(self, N, S=5):
+        return [(b, y, x) for b in range(N) for y in range(S) for x in range(S)]
+
+    def test_equation_1_against_a_loop(self):
+        for C in 2, 6:
+            p_l = self.logits(3, C)
+            y_l = torch.from_numpy(self.rng.integers(0, C, (3, 5, 5), dtype=np.uint8))
+            y_l[1, :2], y_l[2] = 255, 255
+            each = [-log_softmax(p_l[b, :, y, x])[int(y_l[b, y, x])]
+                    for b, y, x in self.pixels(3) if y_l[b, y, x] != 255]
+            self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), np.mean(each), places=5)
+            # few pixels are all among the 200,000 hardest
+            self.assertAlmostEqual(s4mim.supervised(p_l, y_l, ohem=True).item(), np.mean(each),
+                                   places=5)
+
+    def test_hard_examples_by_sorting(self):
+        """OHEM: the pixels below a probability of 0.7, or the 200,000 hardest if these are fewer;
+        500 x 500 pixels of two classes."""
+        score = self.rng.standard_normal((500, 500))
+        for shift, void, rule in ((0.0, 0, "0.7"), (4.0, 0, "200000"), (-2.0, 30, "0.7"),
+                                  (6.0, 30, "200000"), (6.0, 200, "all")):
+            y_l = np.ones((1, 500, 500), np.uint8)
+            y_l[0, :void] = 255
+            p_l = torch.from_numpy(np.stack([0 * score, score + shift])[None]).float()
+            p = np.sort(1 / (1 + np.exp(-(score + shift)[y_l[0] == 1])))
+            kept = {"0.7": p[p < 0.7], "200000": p[:200_000], "all": p}[rule]
+            if rule != "all":
+                self.assertEqual((p < 0.7).sum() > 200_000, rule == "0.7")
+            self.assertAlmostEqual(
+                s4mim.supervised(p_l, torch.from_numpy(y_l), ohem=True).item(),
+                -np.log(kept).mean(), delta=2e-5 * -np.log(kept).mean())
+
+    def test_equation_2_against_a_loop(self):
+        p, void = self.logits(3, 4), self.where(3)
+        y = torch.from_numpy(self.rng.integers(0, 4, (3, 5, 5)))
+        conf = torch.from_numpy(self.rng.random((3, 5, 5)))
+        conf[0, 0, 0], void[0, 0, 0] = 0.6, False                       # just confident enough
+        total = valid = 0
+        for b, i, j in self.pixels(3):
+            if not void[b, i, j]:
+                valid += 1
+                if conf[b, i, j] >= 0.6:
+                    total -= log_softmax(p[b, :, i, j])[y[b, i, j]]
+        found = s4mim.consistency(p, y, conf, void, 0.6)
+        self.assertAlmostEqual(found.item(), total / valid, places=5)
+        everything = np.mean([-log_softmax(p[b, :, i, j])[y[b, i, j]]
+                              for b, i, j in self.pixels(3)])
+        self.assertAlmostEqual(s4mim.consistency(p, y, conf, void & False, 0.0).item(),
+                               everything, places=5)
+
+    def test_pixels_of_three_streams_against_a_loop(self):
+        r, x = (torch.from_numpy(self.rng.standard_normal((6, 3, 5, 5))) for _ in range(2))
+        total = 0.0
+        for stream in range(3):                                                         # Eq. 8
+            K, squares = 2 * 3 * 5 * 5, 0.0
+            for b in 2 * stream, 2 * stream + 1:
+                for c in range(3):
+                    for _, i, j in self.pixels(1):
+                        squares += (r[b, c, i, j] - x[b, c, i, j]).item() ** 2
+            total += squares / K                                                        # Eq. 5
+        self.assertAlmostEqual(s4mim.pixel_loss(r, x).item(), total, places=5)
+
+    def test_equation_13_against_a_loop(self):
+        p_m, p, void = self.logits(6, 4), self.logits(6, 4), self.where(6)
+        void[2:4] = void[2:4] | self.where(2, 0.8)              # each stream has a mean of its own
+        ce = mse = 0.0
+        for stream in range(3):
+            of_ce, of_mse = [], []
+            for b, i, j in self.pixels(6):
+                if b // 2 == stream and not void[b, i, j]:
+                    q, t = log_softmax(p_m[b, :, i, j]), log_softmax(p[b, :, i, j])
+                    of_ce.append(-q[t.argmax()])
+                    of_mse.append(((np.exp(q) - np.exp(t)) ** 2).mean())
+            ce, mse = ce + np.mean(of_ce), mse + np.mean(of_mse)
+        self.assertAlmostEqual(s4mim.semantic_loss(p_m, p, void).item(), ce, places=5)
+        self.assertAlmostEqual(s4mim.semantic_loss(p_m, p, void, "mse").item(), mse, places=5)
+
+    def batch(self, classes, B=2, D=5, S=4):
+        """Features of three streams, their classes, confidence, and what is removed and void."""
+        fea = torch.from_numpy(self.rng.standard_normal((3 * B, D, S, S)) + 0.5)
+        label = torch.from_numpy(self.rng.choice(classes, (3 * B, S, S)))
+        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (3 * B, S, S)))
+        return (fea.float(), label, conf.float(), self.where(3 * B, 0.4, S),
+                self.where(3 * B, 0.2, S))
+
+    def test_equations_9_to_12_over_three_batches_against_loops(self):
+        C, D, B, alpha, tau = 5, 5, 2, 0.9, 10.0
+        for dic in True, False:
+            prototypes = s4mim.Prototypes(C, D, alpha, tau, dic)
+            self.assertEqual(list(prototypes.parameters()), [])
+            v = {c: np.zeros(D) for c in range(C)}                      # the dictionary
+            # class 2 is in the second batch alone, class 3 in none, class 4 never in sight
+            for n, classes in enumerate(((0, 1, 4), (0, 1, 2, 4), (0, 1, 4))):
+                fea, label, conf, removed, void = self.batch(classes)
+                removed |= label == 4
+                removed[0, 0, 0], void[0, 0, 0], label[0, 0, 0] = True, False, 4
+                if n == 1:
+                    removed[:B][label[:B] == 1] = True                  # not in sight this time
+                    removed[0, 1, 1], void[0, 1, 1], label[0, 1, 1] = False, False, 2
+                leaf = fea.clone().requires_grad_()
+                prototypes.update(leaf[:B], label[:B], conf[:B], ~(removed | void)[:B])
+                found = prototypes(leaf, label, conf, removed & ~void)
+                found.backward()
+
+                if not dic:
+                    v = {c: np.zeros(D) for c in range(C)}
+                for c in range(C):                                                      # Eq. 9
+                    top, bottom = np.zeros(D), 0.0
+                    for b, i, j in self.pixels(B, 4):           # the labelled stream
+                        if label[b, i, j] == c and not removed[b, i, j] and not void[b, i, j]:
+                            top += (conf[b, i, j] * fea[b, :, i, j]).double().numpy()
+                            bottom += conf[b, i, j].item()
+                    if bottom:
+                        mean = top / bottom
+                        v[c] = alpha * v[c] + (1 - alpha) * mean if dic else mean
+                np.testing.assert_allclose(prototypes.v, np.stack(list(v.values())), rtol=1e-5,
+                                           atol=1e-7)
+                self.assertEqual(v[2].any(), n == 1 or (dic and n == 2))
+                terms, leaf2 = [], fea.double().requires_grad_()
+                for c in range(C):
+                    top, bottom = 0.0, 0.0
+                    for b, i, j in self.pixels(3 * B, 4):       # of all streams
+                        if label[b, i, j] == c and removed[b, i, j] and not void[b, i, j]:
+                            z, to = leaf2[b, :, i, j], torch.from_numpy(v[c])
+                            if to.any():
+                                cos = z @ to / (z @ z).sqrt() / (to @ to).sqrt()
+                                top = top + conf[b, i, j] * (1 - cos) / tau             # Eq. 10
+                                bottom += conf[b, i, j]
+                    if bottom:
+                        terms.append(top / bottom)                                      # Eq. 11
+                self.assertGreater(len(terms), 1)
+                expected = sum(terms) / len(terms)                                      # Eq. 12
+                expected.backward()
+                self.assertAlmostEqual(found.item(), expected.item(), places=6)
+                torch.testing.assert_close(leaf.grad.double(), leaf2.grad, rtol=1e-4, atol=1e-7)
+
+    def test_the_papers_moving_average_and_temperature_are_the_defaults(self):
+        prototypes = s4mim.Prototypes(2, 3)
+        fea = torch.tensor([[3.0, 0, 4]]).view(1, 3, 1, 1)
+        one, label = torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long()
+        for n in 1, 2:
+            prototypes.update(fea, label, one, one.bool())
+            share = 1 - 0.99 ** n
+            torch.testing.assert_close(prototypes.v, torch.tensor([[3, 0, 4], [0, 0, 0]]) * share)
+        away = torch.tensor([[0.0, 1, 0]]).view(1, 3, 1, 1)
+        self.assertAlmostEqual(prototypes(away, label, one, one.bool()).item(), 1 / 10, places=6)
+        self.assertEqual(prototypes(fea, label, one, one.bool()).abs().item() < 1e-6, True)
+        self.assertEqual(prototypes(away, label + 1, one, one.bool()).item(), 0)  # never seen
+
+    def test_nothing_to_learn_from_gives_zero_and_a_finite_gradient(self):
+        N, C = 3, 4
+        everything = torch.ones(N, 5, 5).bool()
+        y, conf = torch.zeros(N, 5, 5).long(), torch.rand(N, 5, 5)
+        prototypes = s4mim.Prototypes(C, C)
+        for loss in (lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255)),
+                     lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255), True),
+                     lambda p: s4mim.consistency(p, y, conf, everything),
+                     lambda p: s4mim.consistency(p, y, conf, ~everything, 1.1),
+                     lambda p: s4mim.semantic_loss(p, p.detach(), everything),
+                     lambda p: s4mim.semantic_loss(p, p.detach(), everything, "mse"),
+                     lambda p: prototypes(p, y, conf, everything)):
+            p = torch.randn(N, C, 5, 5, requires_grad=True)
+            found = loss(p)
+            found.backward()
+            self.assertEqual((found.item(), p.grad.abs().max().item()), (0, 0))
+        prototypes.update(torch.randn(N, C, 5, 5), y, conf, ~everything)
+        self.assertFalse(prototypes.v.any())
+        prototypes.update(torch.randn(N, C, 5, 5), y, conf, everything)
+        dark = torch.zeros(N, C, 5, 5, requires_grad=True)              # after a ReLU, it happens
+        found = prototypes(dark, y, conf, everything)
+        found.backward()
+        self.assertAlmostEqual(found.item(), 0.1, places=6)
+        self.assertTrue(dark.grad.isfinite().all())
+
+    def test_the_losses_of_two_processes_are_those_of_the_whole_batch(self):
+        B, C, D = 4, 4, 5
+        fea, label, conf, removed, void = self.batch(range(C), B, D)
+        void[0], void[B] = True, True                                   # the halves weigh unevenly
+        p_m, p = self.logits(3 * B, C, 4), self.logits(3 * B, C, 4)
+        r, x = (torch.from_numpy(self.rng.standard_normal((3 * B, 3, 4, 4))) for _ in range(2))
+        y_l = torch.where(void, 255, label)
+
+        def features(at, add):
+            prototypes = s4mim.Prototypes(C, D)
+            mine = at[:len(at) // 3]
+            prototypes.update(fea[mine], label[mine], conf[mine], ~(removed | void)[mine], add)
+            return prototypes(fea[at], label[at], conf[at], (removed & ~void)[at], add)
+
+        for f in (lambda at, add: s4mim.supervised(p[at], y_l[at], add=add),
+                  lambda at, add: s4mim.consistency(p[at], label[at], conf[at], void[at], 0.5,
+                                                    add),
+                  lambda at, add: s4mim.pixel_loss(r[at], x[at], add),
+                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at], void[at], "ce", add),
+                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at], void[at], "mse", add),
+                  features):
+            whole = f(list(range(3 * B)), lambda s: s)
+            barrier, sent = threading.Barrier(2, timeout=60), [None, None]
+
+            def one(rank):
+                def add(sums):
+                    sent[rank] = sums
+                    barrier.wait()
+                    total = sent[0] + sent[1]
+                    barrier.wait()
+                    return total
+                # rank r has every second picture of each stream
+                return f(list(range(rank, 3 * B, 2)), add).item()
+
+            with ThreadPoolExecutor(2) as pool:
+                for found in pool.map(one, range(2)):
+                    self.assertAlmostEqual(found, whole.item(), places=5)
+
+
+def average(values, where):
+    return (values * where).sum() / where.sum()
+
+
+def ce(p, y):
+    return -p.log_softmax(1).gather(1, y.long()[:, None])[:, 0]
+
+
+class S4mimPhases(S4mimCase):
+    """The two phases of Fig. 2. BatchNorm has given statistics: passes then do not interact."""
+    C, B, S = 4, 2, 32
+
+    def views(self):
+        B, S = self.B, self.S
+        picture = lambda: torch.from_numpy(self.rng.standard_normal((B, 3, S, S))).float()
+        where = lambda share: torch.from_numpy(self.rng.random((B, S, S)) < share)
+        y_l = torch.from_numpy(self.rng.integers(0, self.C, (B, S, S), dtype=np.uint8))
+        y_l[:, 28:] = 255
+        box = torch.zeros(B, S, S).bool()
+        box[0, 4:25, 8:], box[1, :9] = True, True
+        drop = [torch.from_numpy(2.0 * (self.rng.random((B, n, 1, 1)) < 0.5)).float()
+                for n in (4, 32)]
+        m = torch.from_numpy(self.rng.random((B, 1, 8, 8)) < 0.6)
+        return s4mim.Views(picture(), y_l, picture(), picture(), where(0.1), where(0.2),
+                           torch.tensor([1, 0]), box,
+                           m.repeat_interleave(4, 2).repeat_interleave(4, 3), tuple(drop))
+
+    def phases(self, model, v, cfg, v_0=None):
+        """What s4mim.py makes of the Views: (L_s, L_u, confident), Seen, (L_pi, L_fea, L_se),
+        prototypes."""
+        machine = common.Machine(cfg)
+        prototypes = s4mim.Prototypes(self.C, 16, cfg.alpha, cfg.tau, cfg.dic)
+        if v_0 is not None:
+            prototypes.v.copy_(v_0)
+        *one, seen = s4mim.phase_one(model, v, cfg, machine)
+        return one, seen, s4mim.phase_two(model, prototypes, v, seen, cfg, machine), prototypes.v
+
+    def literal(self, model, v, psi, alpha=0.99, v_0=None, classwise=True, weighted=True,
+                semantic="ce"):
+        """The same, picture by picture, stream by stream and class by class."""
+        B, C, size = self.B, self.C, (self.S, self.S)
+        E, SeD, PiD = model.E, model.SeD, model.PiD
+        rows = [slice(i, i + 1) for i in range(B)]
+        p_l, p_s, p_w, p_fp, c_fp = [], [], [], [], []
+        for i in rows:                                                          # Phase I
+            p_l.append(SeD(*E(v.x_l[i]), size))
+            p_s.append(SeD(*E(v.x_s[i]), size))
+            c1, c4 = E(v.x_w[i])
+            p_w.append(SeD(c1, c4, size))
+            c_fp.append((c1 * v.drop[0][i], c4 * v.drop[1][i]))
+            p_fp.append(SeD(*c_fp[-1], size))
+        p_l, p_s, p_w, p_fp = map(torch.cat, (p_l, p_s, p_w, p_fp))
+        conf, y_w = p_w.detach().softmax(1).max(1)
+        conf_s, y_s = conf.clone(), y_w.clone()
+        for i in range(B):
+            j = int(v.partner[i])
+            conf_s[i][v.box[i]], y_s[i][v.box[i]] = conf[j][v.box[i]], y_w[j][v.box[i]]
+        L_s = average(ce(p_l, v.y_l.clamp(max=C - 1)), v.y_l != 255)
+        L_u = (average(ce(p_s, y_s) * (conf_s >= psi), ~v.void_s)
+               + average(ce(p_fp, y_w) * (conf >= psi), ~v.void_w))
+        confident = average((conf >= psi).float(), ~v.void_w)
+
+        def painted(fea, y):
+            heads = PiD.heads.weight.view(C, 3, 16, 3, 3)
+            parts = [F.conv2d(fea * (y[:, ::4, ::4] == c)[:, None] if classwise else fea,
+                              heads[c], padding=1) for c in range(C)]
+            return stretched(sum(parts), size)
+
+        L_pi, L_se, feas, confs, ys, visibles, valids = 0, 0, [], [], [], [], []
+        streams = ((v.x_l, p_l, p_l.argmax(1), v.y_l == 255), (v.x_s, p_s, y_s, v.void_s),
+                   (v.x_w, p_fp, y_w, v.void_w))
+        for k, (x, p, y, void) in enumerate(streams):                           # Phase II
+            r, target, p_m = [], [], []
+            for n, i in enumerate(rows):
+                c1, c4 = E(x[i] * v.m[i])
+                if k == 2:
+                    c1, c4 = c1 * v.drop[0][i], c4 * v.drop[1][i]
+                feas.append(PiD(c1, c4))
+                r.append(painted(feas[-1], y[i]))
+                target.append(x[i] if k < 2 else painted(PiD(*c_fp[n]), y[i]).detach())
+                p_m.append(SeD(c1, c4, size))
+            L_pi = L_pi + (torch.cat(r) - torch.cat(target)).square().mean()
+            p, p_m = p.detach(), torch.cat(p_m)
+            each = (ce(p_m, p.argmax(1)) if semantic == "ce" else
+                    (p_m.softmax(1) - p.softmax(1)).square().mean(1))
+            L_se = L_se + average(each, ~void)
+            confs.append(stretched(p.softmax(1).amax(1, keepdim=True), (8, 8))[:, 0])
+            ys.append(y[:, ::4, ::4])
+            visibles.append(v.m[:, 0, ::4, ::4])
+            valids.append(~void[:, ::4, ::4])
+        fea = torch.cat(feas).movedim(1, 3)
+        conf, y, visible, valid = map(torch.cat, (confs, ys, visibles, valids))
+        conf = conf if weighted else torch.ones_like(conf)
+        terms, prototypes = [], torch.zeros(C, 16) if v_0 is None else v_0.clone()
+        labelled = torch.arange(3 * B)[:, None, None] < B
+        for c in range(C):
+            at = (y == c) & visible & valid & labelled
+            if at.any():
+                mean = (conf[at][:, None] * fea.detach()[at]).sum(0) / conf[at].sum()
+                prototypes[c] = alpha * prototypes[c] + (1 - alpha) * mean
+            at = (y == c) & ~visible & valid
+            if at.any() and prototypes[c].any():
+                cos = F.cosine_similarity(fea[at], prototypes[c][None])
+                terms.append((conf[at] * (1 - cos)).sum() / conf[at].sum() / 10)
+        return ((L_s, L_u, confident), (torch.cat([p_l, p_s, p_fp]), torch.cat([
+            p_l.argmax(1), y_s, y_w]), tuple(map(torch.cat, zip(*c_fp)))),
+            (L_pi, sum(terms) / len(terms), L_se), prototypes)
+
+    def gradients(self, loss, model):
+        return dict(zip(dict(model.named_parameters()), torch.autograd.grad(
+            loss, list(model.parameters()), retain_graph=True, allow_unused=True)))
+
+    def test_both_phases_against_a_literal_rendering(self):
+        model, v = small(self.C), self.views()
+        v_0 = torch.randn(self.C, 16)
+        for changes, literally in (({}, {}), ({"method": "mim"}, {"classwise": False}),
+                                   ({"semantic": "mse", "conf": False},
+                                    {"semantic": "mse", "weighted": False})):
+            cfg = tiny(psi=0.5, **changes)
+            ours = self.phases(model, v, cfg, v_0)
+            theirs = self.literal(model, v, 0.5, v_0=v_0, **literally)
+            self.assertTrue(0.1 < theirs[0][2] < 0.9)           # some are confident, some not
+            names = ["L_s", "L_u", "confident", "L_pi", "L_fea", "L_se"]
+            for name, a, b in zip(names, (*ours[0], *ours[2]), (*theirs[0], *theirs[2])):
+                if cfg.method == "mim" and name in ("L_fea", "L_se"):
+                    self.assertEqual(a.item(), 0)
+                    continue
+                self.assertAlmostEqual(a.item(), b.item(), places=4, msg=name)
+                if name != "confident":
+                    found, expected = (self.gradients(t, model) for t in (a, b))
+                    for key, g in expected.items():
+                        if g is None or not g.any():
+                            self.assertTrue(found[key] is None or not found[key].any(), key)
+                        else:
+                            self.assertLess((found[key] - g).abs().max().item(),
+                                            1e-3 * g.abs().max().item() + 1e-6, (name, key))
+            for name, a, b in zip(s4mim.Seen._fields, ours[1], theirs[1]):
+                for s, t in zip(a, b) if name == "c_fp" else [(a, b)]:
+                    torch.testing.assert_close(s, t.detach(), rtol=1e-4, atol=1e-4)
+                    self.assertFalse(s.requires_grad, name)
+            if cfg.method != "mim":
+                torch.testing.assert_close(ours[3], theirs[3], rtol=1e-4, atol=1e-5)
+
+    def test_which_weights_each_loss_reaches(self):
+        """The table of what learns from what; nothing that should learns from nothing."""
+        model, v = small(self.C), self.views()
+        one, seen, two, _ = self.phases(model, v, tiny(psi=0.3), torch.randn(self.C, 16))
+        self.assertEqual(set(seen.y.unique().tolist()), set(range(self.C)))
+        E, SeD, trunk, heads = "E.", "SeD.", "PiD.", "PiD.heads"
+        for name, loss, reached in (("L_s", one[0], (E, SeD)), ("L_u", one[1], (E, SeD)),
+                                    ("L_pi", two[0], (E, trunk, heads)),
+                                    ("L_fea", two[1], (E, trunk)), ("L_se", two[2], (E, SeD))):
+            for key, g in self.gradients(loss, model).items():
+                part = heads if key.startswith(heads) else key[:key.index(".") + 1]
+                if part not in reached:
+                    self.assertIsNone(g, (name, key))
+                    continue
+                self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, key))
+                if part == heads:                               # of every class
+                    self.assertTrue((g.view(self.C, -1).abs().amax(1) > 0).all())
+        self.assertFalse(one[2].requires_grad)
+
+    def test_the_steps_gradient_is_that_of_equation_14(self):
+        """Two backward passes, each with its share, are one step down the whole loss; and the
+        weights are the paper's, typed in."""
+        u, mp, mf, ms = 1 / 2, 1 / 3, 0.05, 0.1 / 3
+        v, start = self.views(), small(self.C).state_dict()
+        for changes, weights, divisor in (
+                ({}, (u, mp, mf, ms), 3.25), ({"pi": False}, (u, 0, mf, ms), 2.25),
+                ({"fea": False}, (u, mp, 0, ms), 3.1), ({"se": False}, (u, mp, mf, 0), 3.15),
+                ({"fea": False, "se": False}, (u, mp, 0, 0), 3.0),
+                ({"pi": False, "fea": False}, (u, 0, 0, ms), 2.1),
+                ({"method": "mim"}, (u, mp, 0, 0), 3.0),
+                ({"method": "fixmatch"}, (u, 0, 0, 0), 2.0),
+                ({"method": "suponly"}, (0, 0, 0, 0), 1.0)):
+            cfg = tiny(psi=0.4, lr=0.01, **changes)
+            machine = common.Machine(cfg)
+            model = s4mim.build(cfg, self.C).eval()
+            self.assertEqual(model.PiD is None, not (weights[1] or weights[2]))
+            model.load_state_dict({k: t for k, t in start.items() if k in model.state_dict()})
+            seen = s4mim.Views(v.x_l, v.y_l) if cfg.method == "suponly" else v
+            L_s, L_u, share, what = s4mim.phase_one(model, seen, cfg, machine)
+            two = [torch.zeros(())] * 3
+            if any(weights[1:]):
+                two = s4mim.phase_two(model, s4mim.Prototypes(self.C, 16), seen, what, cfg,
+                                      machine)
+            terms = [L_u, *two]
+            loss = (L_s + sum(w * t for w, t in zip(weights, terms))) / divisor
+            expected = {}
+            for key, g in self.gradients(loss, model).items():
+                w = model.get_parameter(key).detach()
+                rate = 0.01 if key.startswith("E.") else 0.1            # of the decoders x10
+                expected[key] = w if g is None else w - rate * (g + 1e-4 * w)
+            optimizer = s4mim.make_optimizer(model, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = s4mim.rate(0, 9, group)
+            found = s4mim.train_step(model, s4mim.Prototypes(self.C, 16), optimizer,
+                                     machine.scaler(), machine, cfg, seen)
+            self.assertEqual([t != 0 for t in found[2:6].tolist()], [w != 0 for w in weights])
+            for name, a, b in zip(s4mim.TERMS, found, (loss, L_s, *terms, share)):
+                self.assertAlmostEqual(a.item(), b.item(), places=5, msg=name)
+            for key, w in expected.items():
+                torch.testing.assert_close(model.get_parameter(key).detach(), w, rtol=1e-4,
+                                           atol=1e-6)
+
+    def test_a_batch_without_anything_to_learn_from(self):
+        v, everywhere = self.views(), torch.ones(self.B, self.S, self.S).bool()
+        v = v._replace(y_l=torch.full_like(v.y_l, 255), void_w=everywhere, void_s=everywhere)
+        cfg = tiny()
+        machine, model = common.Machine(cfg), s4mim.build(cfg, self.C).train()
+        prototypes = s4mim.Prototypes(self.C, 16)
+        terms = s4mim.train_step(model, prototypes, s4mim.make_optimizer(model, cfg),
+                                 machine.scaler(), machine, cfg, v)
+        terms = dict(zip(s4mim.TERMS, terms.tolist()))
+        self.assertEqual([terms[k] for k in ("loss_s", "loss_u", "loss_fea", "loss_se")], [0] * 4)
+        self.assertAlmostEqual(terms["loss"], terms["loss_pi"] / 3 / 3.25, places=5)
+        self.assertTrue(all(w.isfinite().all() for w in model.state_dict().values()))
+        self.assertFalse(prototypes.v.any())
+
+    def test_half_precision_is_near(self):
+        v, cfg = self.views(), tiny(psi=0.4)
+        found = []
+        for amp in "off", "bf16":
+            machine, model = common.Machine(tiny(amp=amp)), small(self.C)
+            optimizer = s4mim.make_optimizer(model, cfg)
+            found.append(s4mim.train_step(model, s4mim.Prototypes(self.C, 16), optimizer,
+                                          machine.scaler(), machine, cfg, v))
+            self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
+        torch.testing.assert_close(*found, rtol=0.05, atol=0.01)
+
+
+class S4mimPretrained(S4mimCase):
+    def release(self, name, width=64, prefix=""):
+        """A file with names and shapes of torchvision's release, written out independently."""
+        made = torch.Generator().manual_seed(0)
+        weights = {prefix + k: torch.tensor(7) if shape == () else
+                   torch.rand(shape, generator=made)
+                   for k, shape in torchvision(name, width).items()}
+        head = {"fc.weight": torch.rand(1000, 8), "fc.bias": torch.rand(1000)}
+        torch.save(weights | head, self.tmp / f"{name}.pth")
+        return weights | head
+
+    def load(self, source, **changes):
+        cfg = tiny(pretrained=str(source), **changes)
+        torch.manual_seed(0)
+        E, text = s4mim.ResNet(cfg.backbone, cfg.stem, cfg.width), io.StringIO()
+        before = {k: v.clone() for k, v in E.state_dict().items()}
+        with contextlib.redirect_stdout(text):
+            s4mim.load_encoder(E, cfg)
+        return before, E.state_dict(), text.getvalue()
+
+    def test_every_weight_of_the_encoder_comes_from_the_file(self):
+        for name, prefix in ("resnet18", ""), ("resnet50", "module.backbone."):
+            theirs = self.release(name, 4, prefix)
+            _, after, text = self.load(self.tmp / f"{name}.pth", backbone=name)
+            for key, value in after.items():
+                self.assertTrue(torch.equal(value, theirs[prefix + key]), key)
+            self.assertIn(f"{len(after)} of E's {len(after)} tensors; not used: fc.bias, "
+                          "fc.weight\n", text)
+            self.assertNotIn("not in the file", text)
+
+    def test_a_deep_stem_keeps_its_own_and_says_which(self):
+        theirs = self.release("resnet50", 4)
+        before, after, text = self.load(self.tmp / "resnet50.pth", backbone="resnet50",
+                                        stem="deep")
+        self.assertIn("not in the file: bn1.bias,", text)
+        self.assertIn("conv1.0.weight", text)
+        self.assertIn("not used: bn1.bias,", text)              # of another shape
+        for key, value in after.items():
+            kept = not (key in theirs and theirs[key].shape == value.shape)
+            self.assertTrue(torch.equal(value, before[key] if kept else theirs[key]), key)
+        self.assertTrue(torch.equal(after["layer4.2.conv3.weight"],
+                                    theirs["layer4.2.conv3.weight"]))
+
+    def test_what_cannot_be_loaded_is_one_line(self):
+        (self.tmp / "no.pth").write_bytes(b"nothing")
+        torch.save({"a": torch.ones(1)}, self.tmp / "other.pth")
+        torch.save([1], self.tmp / "list.pth")
+        self.release("resnet18", 4)
+        for source, words in (("gone.pth", ["gone.pth", "cannot be read", "resnet18-f37072fd"]),
+                              ("no.pth", ["no.pth", "cannot be read"]),
+                              ("list.pth", ["list.pth", "cannot be read"]),
+                              ("other.pth", ["other.pth", "0 of its tensors fit", "resnet18"])):
+            with self.fails(*words):
+                self.load(self.tmp / source)
+        with self.fails("resnet50"):                                    # another network's
+            self.load(self.tmp / "resnet18.pth", backbone="resnet50")
+        with self.fails("--width 8"):
+            self.load(self.tmp / "resnet18.pth", width=8)
+        with self.fails("standard stem", "--stem deep"):
+            self.load("imagenet", stem="deep")
+
+    def test_imagenet_is_the_release_checked_by_its_hash(self):
+        for name, digest in (("resnet18", "f37072fd"), ("resnet50", "0676ba61"),
+                             ("resnet101", "63fe2227")):
+            weights = self.release(name, 4)
+            with mock.patch("torch.hub.load_state_dict_from_url", return_value=weights) as asked:
+                self.load("imagenet", backbone=name)
+            self.assertEqual(asked.call_args.args,
+                             (f"https://download.pytorch.org/models/{name}-{digest}.pth",))
+            self.assertTrue(asked.call_args.kwargs["check_hash"])
+            self.assertTrue(asked.call_args.kwargs["weights_only"])
+
+
+class S4mimTraining(S4mimCase):
+    def test_the_papers_recipes(self):
+        """Section IV-A and Eq. 14, typed in; psi and the decoders' rate are UniMatch's."""
+        paper = dict(backbone="resnet101", batch_size=16, size=321, lr=0.001, weight_decay=1e-4,
+                     epochs=80, patch=6, ratio=0.4, alpha=0.99, tau=10, lambda_u=1 / 2,
+                     lambda_mp=1 / 3, lambda_mf=0.05, lambda_ms=0.1 / 3, psi=0.95, decoder_lr=10,
+                     ohem=False, window="whole", method="s4mim", semantic="ce", pi=True, fea=True,
+                     se=True, dic=True, conf=True, pretrained="imagenet", zoom=1)
+        cities = dict(size=801, lr=0.005, epochs=240, ohem=True, window="slide", psi=0,
+                      decoder_lr=1)
+        for name, expected in ("voc", paper), ("cityscapes", paper | cities):
+            cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
+            for key, value in expected.items():
+                self.assertEqual(getattr(cfg, key), value, (name, key))
+            s4mim.check(cfg)
+
+    def test_rates(self):
+        cfg = tiny(lr=0.1, decoder_lr=5.0)
+        model = s4mim.build(cfg, 3)
+        optimizer = s4mim.make_optimizer(model, cfg)
+        for part, group, start in zip((model.E, model.SeD, model.PiD), optimizer.param_groups,
+                                      (0.1, 0.5, 0.5)):
+            self.assertEqual([id(p) for p in group["params"]], [id(p) for p in part.parameters()])
+            self.assertEqual((group["momentum"], group["weight_decay"], group["nesterov"]),
+                             (0.9, 1e-4, False))
+            for step, left in (0, 1.0), (25, 0.75), (90, 0.1):
+                poly = 1 if part is model.PiD else left ** 0.9
+                self.assertAlmostEqual(s4mim.rate(step, 100, group), start * poly)
+        self.assertEqual(len(s4mim.make_optimizer(s4mim.build(tiny(method="fixmatch"), 3),
+                                                  cfg).param_groups), 2)
+
+    def test_flags_that_cannot_be(self):
+        for changes, words in (
+                ({"size": 31}, ["--size 31"]), ({"width": 6}, ["--width 6", "multiple of 4"]),
+                ({"batch_size": 5}, ["--batch-size 5", "multiple of 2"]),
+                ({"batch_size": 2}, ["--batch-size 2", "at least 4"]),
+                ({"ratio": 0.0}, ["--ratio 0.0"]), ({"ratio": 1.0}, ["--ratio 1.0"]),
+                ({"ratio": 0.02}, ["--ratio 0.02", "36 patches", "at least one"]),
+                ({"patch": 99}, ["--patch 99", "1 patches"]), ({"patch": 0}, ["--patch 0"]),
+                ({"epochs": 0}, ["--epochs 0"]), ({"lr": -1.0}, ["--lr -1"]),
+                ({"lr": float("nan")}, ["--lr nan"]), ({"zoom": 0.0}, ["--zoom"]),
+                ({"tau": 0.0}, ["--tau"]), ({"decoder_lr": 0.0}, ["--decoder-lr"]),
+                ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
+                ({"lambda_mf": -0.1}, ["--lambda"]), ({"psi": -0.5}, ["--psi"]),
+                ({"setup": "aug"}, ["--setup aug", "voc"]), ({"eval_every": 0}, ["--eval-every"]),
+                ({"to": "x"}, ["--predict"]), ({"ckpt": "x"}, ["--predict"])):
+            with self.subTest(changes), self.fails(*words):
+                s4mim.check(tiny(**changes))
+        s4mim.check(tiny())
+        with mock.patch.dict(os.environ, WORLD_SIZE="4"):
+            s4mim.check(tiny(batch_size=16))
+            for size in 8, 20:
+                with self.fails(f"--batch-size {size}", "multiple of 8", "at least 16"):
+                    s4mim.check(tiny(batch_size=size))
+
+    def test_both_kinds_are_drawn_apart_and_meet_others_in_each_epoch(self):
+        root = self.folder(n=40, size=(40, 50))
+        cfg = tiny(data=str(root), labeled="6")
+        labeled, unlabeled, digest = s4mim.datasets(cfg)
+        everything = {i.stem for i in data.list_items(str(root), "", "train")}
+        stems = [{i.stem for i in part.items} for part in (labeled, unlabeled)]
+        self.assertEqual((len(stems[0]), stems[0] & stems[1]), (6, set()))
+        self.assertEqual(stems[0] | stems[1], everything)
+        self.assertEqual({i.mask for i in unlabeled.items}, {None})
+        self.assertEqual(digest, hashlib.sha256(
+            "\n".join(sorted(stems[0])).encode()).hexdigest()[:12])
+        for part in labeled, unlabeled:
+            self.assertEqual((part.train, part.flip, part.crop, part.scale),
+                             (True, True, 32, (0.5, 2)))
+        # which labelled picture goes with which unlabelled one, epoch after epoch
+        n, met = len(unlabeled), []
+        loaders = [data.stream_loader(part, 1, seed=common.seed_of(0, kind), stop=3 * n)
+                   for kind, part in enumerate((labeled, unlabeled))]
+        pairs = [(int(a[2]), int(b[2])) for a, b in zip(*loaders)]
+        for epoch in range(3):
+            met.append(dict((b, a) for a, b in pairs[epoch * n:(epoch + 1) * n]))
+            self.assertEqual(set(met[-1]), set(range(n)))               # each of them once
+        for a, b in (0, 1), (1, 2):
+            self.assertLess(sum(met[a][k] == met[b][k] for k in range(n)), n / 2)
+
+
+class Fake:
+    """A network whose answer hangs on where in its input a pixel lies."""
+    SeD = mock.Mock(**{"classifier.out_channels": 3})
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        rows = torch.arange(x.shape[2])[:, None] / 10
+        return x + torch.stack([rows + 0 * x[0, 0], -rows * x[0, 0], x[0, 2]])
+
+
+class S4mimEvaluation(S4mimCase):
+    def test_windows_cover_every_pixel(self):
+        for length in range(1, 120):
+            for window in 1, 2, 7, 32, 200:
+                places = s4mim.places(length, window)
+                covered = {p + i for p in places for i in range(window)}
+                self.assertTrue(covered >= set(range(length)))
+                self.assertEqual(places, sorted(set(places)))
+                self.assertEqual(places[0], 0)
+                self.assertEqual(places[-1], max(0, length - window))
+                steps = np.diff(places)
+                self.assertTrue((steps <= max(1, 2 * window // 3)).all())
+        # Cityscapes, 801: as UniMatch's sliding window does it
+        self.assertEqual(s4mim.places(1024, 801), [0, 223])
+        self.assertEqual(s4mim.places(2048, 801), [0, 534, 1068, 1247])
+
+    def test_probabilities_average_the_windows(self):
+        machine = common.Machine(tiny())
+        x = torch.from_numpy(self.rng.standard_normal((1, 3, 50, 71))).float()
+        fake = Fake()
+        whole = s4mim.probabilities(fake, x, tiny(), machine)
+        self.assertEqual(fake.sizes, [(50, 71)])
+        torch.testing.assert_close(whole, Fake()(x).softmax(1))
+        found = s4mim.probabilities(fake, x, tiny(window="slide"), machine)
+        total, times = np.zeros((3, 50, 71)), np.zeros((50, 71))
+        for top in 0, 18:                   # two thirds of 32 apart, the last flush
+            for left in 0, 21, 39:
+                part = Fake()(x[..., top:top + 32, left:left + 32]).softmax(1)[0].numpy()
+                total[:, top:top + 32, left:left + 32] += part
+                times[top:top + 32, left:left + 32] += 1
+        self.assertEqual(set(np.unique(times)), {1, 2, 4})
+        np.testing.assert_allclose(found[0], total / times, atol=1e-6)
+        np.testing.assert_allclose(found.sum(1), np.ones((1, 50, 71)), atol=1e-5)
+        # windows of a picture that is smaller than one
+        little = s4mim.probabilities(fake, x[..., :9, :40], tiny(window="slide"), machine)
+        self.assertEqual((fake.sizes[-2:], little.shape[2:]), ([(9, 32), (9, 32)], (9, 40)))
+
+    def test_probabilities_of_shrunken_pictures(self):
+        x = torch.from_numpy(self.rng.standard_normal((1, 3, 48, 80))).float()
+        fake, machine = Fake(), common.Machine(tiny())
+        found = s4mim.probabilities(fake, x, tiny(zoom=0.5), machine)
+        self.assertEqual(fake.sizes, [(24, 40)])
+        half = np.stack([Image.fromarray(plane.numpy()).resize((40, 24), Image.BILINEAR)
+                         for plane in x[0]])[None]
+        p = Fake()(torch.from_numpy(half)).softmax(1)
+        torch.testing.assert_close(found, stretched(p, (48, 80)), rtol=1e-4, atol=1e-5)
+
+    def test_evaluation_against_a_loop_over_pictures(self):
+        root = self.folder(6, classes=3, size=(40, 52))
+        self.folder(5, classes=3, size=(33, 32), sub="val")
+        save(root / "val/images/p009.png", self.noise(20, 45, 3))       # of another size
+        save(root / "val/masks/p009.png", self.noise(20, 45) % 2)
+        for path in (root / "val/masks").iterdir():                     # void as well
+            mask = np.array(Image.open(path))
+            mask[:3] = 255
+            save(path, mask)
+        model, machine = small(4), common.Machine(tiny())
+        info = data.Info("own", tuple("abcd"), ((0, 0, 0),) * 4, (0, 1, 2, 3))
+        for data_of in root, root / "val":                              # one size, or two
+            cfg = tiny(data=str(data_of))
+            split = "val" if data_of == root else "train"
+            loader = s4mim.eval_loader(cfg, split, machine)
+            found = s4mim.evaluate(model, loader, cfg, machine, info)
+            inter, union, pixels = np.zeros(4), np.zeros(4), np.zeros(4)
+            loss = n = 0
+            for item in data.list_items(str(data_of), "", split):
+                image = np.array(Image.open(item.image)) / 255.0
+                truth = np.array(Image.open(item.mask))
+                x = (image - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+                with torch.no_grad():
+                    p = model(torch.from_numpy(x).permute(2, 0, 1)[None].float())[0]
+                p = p.double().softmax(0).numpy()
+                answer = p.argmax(0)
+                for c in range(4):
+                    right, is_c = (truth == c) & (answer == c), truth == c
+                    inter[c] += right.sum()
+                    union[c] += (is_c | ((answer == c) & (truth != 255))).sum()
+                    pixels[c] += is_c.sum()
+                    loss -= np.log(p[c][is_c]).sum()
+                    n += is_c.sum()
+            np.testing.assert_allclose(found["class_iou"], 100 * inter / union, rtol=1e-6)
+            self.assertAlmostEqual(found["miou"], 100 * np.mean(inter / union), places=4)
+            self.assertAlmostEqual(found["loss"], loss / n, places=4)
+            # the best constant answer is the most frequent class: its share, over three classes
+            self.assertAlmostEqual(found["constant"], 100 * pixels.max() / n / 3, places=3)
+
+
+def here(*argv):
+    """Run s4mim.py in this process, which saves the start of another; what it prints."""
+    text, ctrl_c = io.StringIO(), signal.getsignal(signal.SIGINT)
+    try:
+        with mock.patch("sys.argv", ["s4mim.py", *map(str, argv)]), \
+                contextlib.redirect_stdout(text):
+            s4mim.main()
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+    return text.getvalue()
+
+
+def two_processes(file, *argv):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", file, *map(str, argv)],
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(MAIN)})
+
+
+class S4mimRuns(S4mimCase):
+    def same_state(self, a, b):
+        """Whether two checkpoints hold the same bits, whatever took them there."""
+        self.assertEqual(a["step"], b["step"])
+        for part in "model", "prototypes":
+            self.assertEqual(a[part].keys(), b[part].keys())
+            for name, value in a[part].items():
+                self.assertTrue(torch.equal(value, b[part][name]), name)
+        states = [end["optimizer"]["state"] for end in (a, b)]
+        self.assertEqual(states[0].keys(), states[1].keys())
+        for n, state in states[0].items():
+            for name, value in state.items():
+                self.assertTrue(torch.equal(value, states[1][n][name]), name)
+
+    def own(self, n=24, size=(40, 44), labels=None, **kwargs):
+        """A folder of n training and 4 validation pictures of four classes, and flags for it."""
+        root = self.folder(n, 4, size, **kwargs)
+        self.folder(4, 4, size, sub="val", **kwargs)
+        (root / "classes.txt").write_text("a\nb\nc\nd\n")
+        return root, [*S4MIM, "--data", root, "--backbone", "resnet18", "--pretrained", "none",
+                      "--psi", 0.3, "--lr", 0.01]
+
+    def test_a_run_from_the_command_line_its_baseline_and_their_evaluation(self):
+        out = self.tmp / "run"
+        flags = [*S4MIM, "--labeled", 6, "--baseline", "suponly", "--max-steps", 3]
+        done = script("s4mim.py", *flags, "--out", out)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
+                 "metrics.json", "labeled.txt"}
+        self.assertEqual({p.name for p in out.iterdir()}, files | {"step.png", "suponly"})
+        self.assertEqual({p.name for p in (out / "suponly").iterdir()}, files)
+        full, base = (json.loads((run / "metrics.json").read_text())
+                      for run in (out, out / "suponly"))
+        self.assertEqual(list(full), [
+            "miou", "class_iou", "constant", "epoch", "steps", "seconds", "params", "method",
+            "labeled", "labeled_hash"])
+        expected = s4mim.S4MIM(6, "resnet18", "standard", 4)
+        for scores, method in (full, "s4mim"), (base, "suponly"):
+            self.assertEqual((scores["steps"], scores["labeled"], scores["method"]),
+                             (3, 6, method))
+            self.assertEqual(scores["params"], s4mim.parameters(expected.E, expected.SeD))
+            self.assertAlmostEqual(scores["miou"], np.mean(
+                [v for v in scores["class_iou"] if v is not None]), places=3)
+        self.assertEqual(done.stdout.splitlines()[-1],
+                         f"with the same labels and steps: --method suponly {base['miou']:.2f}, "
+                         f"--method s4mim {full['miou']:.2f}")
+
+        rows = [list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+                for run in (out, out / "suponly")]
+        self.assertEqual([len(r) for r in rows], [1, 1])
+        (row,), (plain,) = rows
+        terms = {k: float(v) for k, v in row.items()}
+        self.assertAlmostEqual(terms["loss"], (
+            terms["loss_s"] + terms["loss_u"] / 2 + terms["loss_pi"] / 3
+            + 0.05 * terms["loss_fea"] + 0.1 / 3 * terms["loss_se"]) / 3.25, places=4)
+        self.assertAlmostEqual(terms["lr"], 0.02 * (1 - 2 / (20 * 126)) ** 0.9, places=6)
+        self.assertEqual(plain["loss"], plain["loss_s"])
+        self.assertEqual([float(plain[f"loss_{k}"]) for k in ("u", "pi", "fea", "se")], [0] * 4)
+        labels = [i.stem for i in data.labeled_split("shapes", "", str(out / "labeled.txt"))[0]]
+        self.assertEqual(len(labels), 6)
+        self.assertEqual(full["labeled_hash"], hashlib.sha256(
+            "\n".join(sorted(labels)).encode()).hexdigest()[:12])
+        self.assertEqual(base["labeled_hash"], full["labeled_hash"])
+        sizes = {name: Image.open(out / f"{name}.png").size
+                 for name in ("samples", "step", "curves")}
+        # tiles of 160 and 4 between them; 5 rows of pictures, and 8 of what a step sees
+        self.assertEqual((sizes["samples"][1], sizes["step"][1]), (4 + 5 * 164, 4 + 8 * 164))
+        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
+        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 120)
+        self.assertEqual(sizes["curves"], (960, 340))
+
+        text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
+                    self.tmp / "eval")
+        for name, scores in ("run-last", full), ("suponly-best", base):
+            again = json.loads((self.tmp / f"eval/{name}/metrics.json").read_text())
+            self.assertEqual({k: again[k] for k in ("class_iou", "constant", "method")},
+                             {k: scores[k] for k in ("class_iou", "constant", "method")})
+            self.assertTrue((self.tmp / f"eval/{name}/samples.png").exists())
+            self.assertIn(f"mIoU {scores['miou']:.2f}", text)
+        here("--eval", out / "last.pt", "--window", "slide", "--zoom", 1.5, "--out",
+             self.tmp / "zoomed")                               # may be given, and change it
+        again = json.loads((self.tmp / "zoomed/metrics.json").read_text())
+        self.assertNotEqual(again["class_iou"], full["class_iou"])
+
+        for argv, words in (
+                ([*flags, "--out", out], ["already holds a run"]),
+                ([*flags, "--out", out, "--resume", "--lr", 0.5], ["lr was 0.02, now 0.5"]),
+                ([*flags, "--init", self.tmp / "no.pt"], ["no.pt"]),
+                ([*flags, "--labeled", 5000], ["--labeled 5000", "512"]),
+                (["--modle", "x"], ["--modle"]), (["--method", "fixmacth"], ["fixmatch"]),
+                (["--size", 30], ["--size 30"]), (["--data", "gone"], ["--data gone"]),
+                (["--predict", self.tmp], ["--ckpt"]), (["--to", "x"], ["--predict"]),
+                (["--eval", out / "last.pt", "--out", out], ["holds a training run"]),
+                (["--eval", out / "last.pt", out / "last.pt"], ["run-last", "rename"]),
+                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "settled"]),
+                (["--eval", out / "last.pt", "--size", 64], ["--size", "settled"]),
+                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "settled"]),
+                (["--eval", out / "log.csv"], ["log.csv", "not a whole checkpoint"]),
+                (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
+                  "--size", 64], ["--size", "settled"])):
+            with self.subTest(argv), self.fails(*words):
+                here(*argv)
+        self.assertFalse((self.tmp / "to").exists())
+        done = script("s4mim.py", "--size", 30)
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+
+    def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
+        _, flags = self.own()
+        flags += ["--epochs", 4]
+        whole, broken = self.tmp / "whole", self.tmp / "broken"
+        self.assertEqual(killed("s4mim.py", flags, broken, "last.pt"), -9)
+        here(*flags, "--out", whole)
+        for more in ["--max-steps", 10], []:                    # in the middle of an epoch
+            here(*flags, "--out", broken, "--resume", *more)
+        a, b = (torch.load(out / "last.pt") for out in (whole, broken))
+        self.assertEqual(a["step"], 4 * (16 // 4))
+        self.same_state(a, b)
+        self.assertTrue(a["prototypes"]["v"].any())
+        rows = [{r["step"]: (r["miou"], r["val_loss"]) for r in end["history"]} for end in (a, b)]
+        self.assertTrue(rows[0].items() <= rows[1].items(), rows)       # and one row at step 10
+        self.assertEqual((broken / "labeled.txt").read_text(), (whole / "labeled.txt").read_text())
+        # the list it has written is a list it reads
+        again = [f if f != "8" or flags[n - 1] != "--labeled" else whole / "labeled.txt"
+                 for n, f in enumerate(flags)]
+        here(*again, "--out", self.tmp / "again", "--max-steps", 4)
+        self.assertEqual((self.tmp / "again/labeled.txt").read_text(),
+                         (whole / "labeled.txt").read_text())
+        self.assertEqual(torch.load(self.tmp / "again/last.pt")["history"][0]["loss"],
+                         a["history"][0]["loss"])
+
+    def test_a_kill_while_the_baseline_is_trained(self):
+        _, flags = self.own()
+        flags += ["--baseline", "suponly", "--epochs", 3]
+        out = self.tmp / "run"
+        self.assertEqual(killed("s4mim.py", flags, out, "suponly/last.pt"), -9)
+        self.assertIn("with the same labels", here(*flags, "--out", out, "--resume"))
+        self.assertEqual([torch.load(run / "last.pt")["step"] for run in (out, out / "suponly")],
+                         [12, 12])
+
+    def test_masks_of_unlabelled_pictures_change_nothing(self):
+        root, flags = self.own(14)
+        labels = self.tmp / "labels.txt"
+        labels.write_text("".join(f"images/p{i:03d}.png masks/p{i:03d}.png\n" for i in (1, 4, 7)))
+        flags = [*flags, "--labeled", labels, "--max-steps", 4]
+        for method in "s4mim", "fixmatch":
+            ends = []
+            for attempt in "before", "after":
+                out = self.tmp / f"{method}-{attempt}"
+                here(*flags, "--method", method, "--out", out)
+                ends.append(torch.load(out / "last.pt"))
+                for i in set(range(14)) - {1, 4, 7}:            # noise, voids, other sizes
+                    save(root / f"masks/p{i:03d}.png", self.noise(40, 44) % 5)
+            self.same_state(*ends)
+            self.assertEqual([end["history"][0]["loss"] for end in ends],
+                             [ends[0]["history"][0]["loss"]] * 2)
+        save(root / "masks/p004.png", self.noise(40, 44) % 4)           # and a labelled one's do
+        here(*flags, "--out", self.tmp / "other")
+        other = torch.load(self.tmp / "other/last.pt")
+        self.assertNotEqual(other["history"][0]["loss"], torch.load(
+            self.tmp / "s4mim-after/last.pt")["history"][0]["loss"])
+
+    def test_very_few_pictures(self):
+        """One labelled picture of two, fewer than a batch of either kind, a class that no label
+        has; pictures without masks beside them."""
+        root, flags = self.own(2)
+        for path in (root / "masks").iterdir():
+            save(path, np.array(Image.open(path)) % 2)          # classes 2 and 3 are in val only
+        for n, labeled in enumerate(("1", "2")):
+            out = self.tmp / f"run{n}"
+            text = here(*flags, "--labeled", labeled, "--max-steps", 3, "--out", out)
+            self.assertIn(f"{labeled} labelled", text)
+            # where all are labelled, all of them are unlabelled as well
+            self.assertIn(f"and {labeled} unlabelled pictures", text)
+            end = torch.load(out / "last.pt")
+            self.assertEqual(end["step"], 3)
+            self.assertTrue(all(t.isfinite().all() for t in end["model"].values()))
+            self.assertTrue(all(np.isfinite(v) for v in end["history"][0].values()))
+            self.assertEqual(len(end["scores"]["class_iou"]), 4)
+        for i in range(5):
+            save(root / f"images/new{i}.png", self.noise(50, 36, 3))
+        text = here(*flags, "--labeled", "2/2", "--max-steps", 1, "--out", self.tmp / "more")
+        self.assertIn("2 labelled", text)
+        self.assertIn("and 5 unlabelled pictures", text)
+
+    def test_every_method_starts_from_a_checkpoint_of_its_kind(self):
+        _, flags = self.own(10)
+        flags += ["--max-steps", 1]
+        for method, more, expected in (
+                ("mim", [], {"loss_s", "loss_u", "loss_pi"}),
+                ("fixmatch", [], {"loss_s", "loss_u"}), ("suponly", [], {"loss_s"}),
+                ("s4mim", ["--no-pi", "--no-fea"], {"loss_s", "loss_u", "loss_se"}),
+                ("s4mim", ["--no-dic", "--no-conf", "--semantic", "mse", "--ohem"],
+                 {"loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se"})):
+            out = self.tmp / "-".join([method, *more])
+            here(*flags, "--method", method, *more, "--out", out)
+            end = torch.load(out / "last.pt")
+            terms = {k for k, v in end["history"][0].items() if k.startswith("loss_") and v}
+            self.assertEqual(terms, expected)
+            self.assertEqual(any(k.startswith("PiD") for k in end["model"]),
+                             "loss_pi" in expected)
+        fine = self.tmp / "fine"
+        here(*flags, "--method", "fixmatch", "--init", self.tmp / "suponly/best.pt", "--lr",
+             1e-12, "--out", fine)
+        start, end = (torch.load(run / "last.pt")["model"]
+                      for run in (self.tmp / "suponly", fine))
+        for name, value in start.items():
+            if "running" not in name and "num_batches" not in name:
+                torch.testing.assert_close(end[name], value, rtol=0, atol=1e-8)
+        with self.fails("does not fit"):
+            here(*flags, "--init", self.tmp / "suponly/best.pt", "--out", self.tmp / "no")
+        self.assertFalse((self.tmp / "no").exists())
+
+    def test_four_pictures_are_learned_by_heart(self):
+        """Of four quarters each, whose colours say nothing of their classes; full method."""
+        def batch(first):
+            image = self.noise(4, 3, 2, 2).repeat(16, 2).repeat(16, 3) * 0.7
+            image = (image + 0.3 * self.noise(4, 3, 32, 32)).astype(np.uint8)
+            label = np.stack([self.rng.permutation(4).reshape(2, 2) for _ in range(4)])
+            label = label.repeat(16, 1).repeat(16, 2).astype(np.uint8)
+            return torch.from_numpy(image), torch.from_numpy(label), torch.arange(first, first + 4)
+
+        four, others = batch(0), batch(4)
+        torch.manual_seed(0)
+        cfg = tiny(width=8, lr=0.1, decoder_lr=1.0, batch_size=8)
+        machine, model = common.Machine(cfg), s4mim.build(cfg, 4).train()
+        prototypes, optimizer = s4mim.Prototypes(4, 32), s4mim.make_optimizer(model, cfg)
+        losses = []
+        for step in range(100):
+            for group in optimizer.param_groups:
+                group["lr"] = s4mim.rate(step, 100, group)
+            v = s4mim.make_views(four, others, cfg, model.E.channels,
+                                 range(4 * step, 4 * step + 4), "cpu")
+            losses.append(s4mim.train_step(model, prototypes, optimizer, machine.scaler(),
+                                           machine, cfg, v))
+        with torch.no_grad():
+            answer = model.eval()(v.x_l).argmax(1)
+        self.assertGreater(common.miou(common.confusion(answer, four[1], 4)), 90)
+        first, last = (dict(zip(s4mim.TERMS, t.tolist())) for t in (losses[0], losses[-1]))
+        for name, share in ("loss_s", 0.1), ("loss_pi", 0.5), ("loss_se", 0.9):
+            self.assertLess(last[name], share * first[name], name)
+
+    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
+        text = here("--data", "voc", "--root", self.tmp, "--bench", 0, "--stem", "deep",
+                    "--pretrained", "none")
+        last = json.loads(text.splitlines()[-1])
+        self.assertEqual((last["params"], last["params_E"]), (59_468_085, 42_623_936))
+        self.assertIn("59,468,085", text)
+        text = here(*S4MIM, "--bench", 1, "--batch-size", 4)
+        self.assertEqual(list(json.loads(text.splitlines()[-1])),
+                         ["params", "params_E", "params_PiD", "gmacs", "ms_per_step", "img_per_s",
+                          "peak_mb"])
+        for name in "suponly", "fixmatch", "mim", "s4mim", "class-wise heads", "6 convolutions":
+            self.assertIn(f"\n{name} ", text)
+
+    @needs("cityscapes-sample")
+    def test_real_pictures_by_windows(self):
+        source = SHARED / "cityscapes-sample"
+        for path in source.rglob("*.png"):                      # an eighth of 2048 x 1024
+            with Image.open(path) as picture:
+                save(self.tmp / path.relative_to(source), picture.reduce(8) if
+                     "leftImg8bit" in path.name else picture.resize((256, 128), Image.NEAREST))
+        out, root = self.tmp / "run", ["--root", self.tmp]
+        text = here("--data", "cityscapes", *root, "--labeled", "1/2", "--zoom", 0.5, "--size",
+                    48, "--width", 4, "--backbone", "resnet18", "--pretrained", "none",
+                    "--batch-size", 4, "--max-steps", 2, "--device", "cpu", "--out", out)
+        self.assertIn("2 labelled", text)
+        self.assertIn("and 2 unlabelled pictures, 2 val pictures", text)
+        end = torch.load(out / "last.pt")
+        self.assertEqual((end["config"]["window"], end["config"]["ohem"]), ("slide", True))
+        self.assertEqual(len(end["scores"]["class_iou"]), 19)
+        lines = (out / "labeled.txt").read_text().splitlines()
+        for line in lines:
+            image, mask = (self.tmp / part for part in line.split())
+            self.assertTrue(image.exists() and mask.exists(), line)
+        self.assertEqual(
+            {i.image for i in data.labeled_split("cityscapes", self.tmp,
+                                                 str(out / "labeled.txt"))[0]},
+            {self.tmp / line.split()[0] for line in lines})
+        here("--eval", out / "last.pt", *root, "--out", self.tmp / "eval")
+        again = json.loads((self.tmp / "eval/metrics.json").read_text())
+        self.assertAlmostEqual(again["miou"], end["scores"]["miou"], places=3)
+
+    def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
+        """Without what looks at a process's own batch: norms over each picture in place of
+        BatchNorm, and no boxes out of another."""
+        _, flags = self.own(26)
+        flags += ["--batch-size", 8, "--max-steps", 3]
+        (self.tmp / "alone.py").write_text(
+            "import torch\n"
+            "import common, data, s4mim\n"
+            "torch.nn.BatchNorm2d = lambda n: torch.nn.GroupNorm(1, n)\n"
+            "data.cutmix_boxes = lambda noise, S: torch.zeros(len(noise), S, S).bool()\n"
+            "if __name__ == '__main__':\n    common.run(s4mim.main)\n")
+        done = two_processes(self.tmp / "alone.py", *flags, "--out", self.tmp / "two")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        with mock.patch("torch.nn.BatchNorm2d", lambda n: torch.nn.GroupNorm(1, n)), \
+                mock.patch("data.cutmix_boxes",
+                           lambda noise, S: torch.zeros(len(noise), S, S).bool()):
+            here(*flags, "--out", self.tmp / "one")
+        one, two = (torch.load(self.tmp / name / "last.pt") for name in ("one", "two"))
+        for key in *s4mim.TERMS, "val_loss":
+            self.assertAlmostEqual(one["history"][0][key], two["history"][0][key], delta=1e-4,
+                                   msg=key)
+        for part in "model", "prototypes":
+            for name, value in one[part].items():
+                torch.testing.assert_close(value, two[part][name], atol=1e-4, rtol=1e-3)
+
+    def test_two_processes_save_once_resume_and_score_what_one_scores(self):
+        root, flags = self.own()
+        two = self.tmp / "two"
+        done = two_processes(MAIN / "s4mim.py", *flags, "--out", two, "--max-steps", 2)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("-> "), 1)
+        done = two_processes(MAIN / "s4mim.py", *flags, "--out", two, "--resume", "--max-steps",
+                             3)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("steps 2 to 3", done.stdout)
+        metrics = json.loads((two / "metrics.json").read_text())
+        self.assertEqual(metrics["steps"], 3)
+        here("--eval", two / "last.pt", "--out", self.tmp / "one")
+        again = json.loads((self.tmp / "one/metrics.json").read_text())
+        self.assertEqual(again["class_iou"], metrics["class_iou"])
+
+
+class S4mimPredict(S4mimCase):
+    def setUp(self):
+        super().setUp()
+        self.cfg, self.model = tiny(), small(3)
+        self.info = data.Info("own", ("a", "b", "c"), ((1, 2, 3), (200, 0, 0), (0, 200, 0)),
+                              (0, 1, 2))
+        common.save_checkpoint(self.tmp / "c.pt", {
+            "method": "s4mim", "config": dataclasses.asdict(self.cfg),
+            "info": dataclasses.asdict(self.info), "model": self.model.state_dict()})
+
+    def predict(self, source, *more, to="to"):
+        """The exit status, and the lines of what is complained of."""
+        complaints = io.StringIO()
+        with self.assertRaises(SystemExit) as done, contextlib.redirect_stderr(complaints):
+            here("--predict", source, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / to,
+                 "--device", "cpu", *more)
+        return done.exception.code, complaints.getvalue().splitlines()
+
+    def answer(self, image):
+        """The classes of a picture uint8 (H, W, 3), whole, step by step."""
+        x = (image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+        with torch.no_grad():
+            return self.model(torch.from_numpy(x).permute(2, 0, 1)[None].float())[0].argmax(0)
+
+    def test_every_kind_of_picture_at_its_own_size(self):
+        folder = self.tmp / "in"
+        rgb, grey, alpha = self.noise(40, 50, 3), self.noise(33, 32), self.noise(20, 70, 4)
+        turned, ink = self.noise(40, 90, 3), np.full((48, 64, 3), (255, 0, 0), np.uint8)
+        for name, pixels in ("rgb", rgb), ("grey", grey), ("alpha", alpha), ("tiny", rgb[:1, :1]):
+            save(folder / f"{name}.png", pixels)
+        Image.new("CMYK", (64, 48), (0, 255, 255, 0)).save(folder / "ink.tif")
+        exif = Image.Exif()
+        exif[0x0112] = 6                                      # the camera was held upright
+        Image.fromarray(turned).save(folder / "turned.png", exif=exif)
+        before = {p: p.read_bytes() for p in folder.iterdir()}
+        self.assertEqual(self.predict(folder), (0, []))
+        twins = {"rgb": rgb, "grey": np.stack([grey] * 3, 2), "alpha": alpha[..., :3],
+                 "tiny": rgb[:1, :1], "ink": ink, "turned": np.rot90(turned, -1)}
+        colors, seen = np.array(self.info.colors), set()
+        for name, twin in twins.items():
+            with Image.open(self.tmp / f"to/{name}.png") as index, \
+                    Image.open(self.tmp / f"to/overlay/{name}.png") as overlay:
+                self.assertEqual((index.size, index.mode), (twin.shape[1::-1], "P"), name)
+                self.assertEqual(index.getpalette()[:9], colors.ravel().tolist())
+                index, overlay = np.array(index), np.array(overlay)
+            self.assertGreater((index == self.answer(twin).numpy()).mean(), 0.999, name)
+            np.testing.assert_allclose(overlay, 0.45 * twin + 0.55 * colors[index], atol=1)
+            seen |= set(index.flat)
+        self.assertEqual(seen, {0, 1, 2})
+        self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
+        with self.fails("--to", "not an empty folder"):
+            here("--predict", folder, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / "to")
+
+    def test_broken_files_are_named_and_skipped(self):
+        whole = save(self.tmp / "in/whole.png", self.noise(30, 30, 3))
+        save(self.tmp / "in/whole.jpg", self.noise(30, 30, 3))          # whole names are kept
+        (self.tmp / "in/cut.png").write_bytes(whole.read_bytes()[:900])
+        (self.tmp / "in/empty.jpg").write_bytes(b"")
+        code, lines = self.predict(self.tmp / "in")
+        self.assertEqual((code, len(lines)), (1, 2), lines)
+        self.assertTrue("cut.png" in lines[0] and "empty.jpg" in lines[1], lines)
+        self.assertEqual({p.name for p in (self.tmp / "to").iterdir()},
+                         {"whole.png.png", "whole.jpg.png", "overlay"})
+
+    def test_one_picture_by_windows_and_no_picture(self):
+        image = self.noise(40, 61, 3)
+        path = save(self.tmp / "a.png", image)
+        self.assertEqual(self.predict(path), (0, []))
+        self.assertEqual(self.predict(path, "--window", "slide", to="slid"), (0, []))
+        whole, slid = (np.array(Image.open(self.tmp / to / "a.png")) for to in ("to", "slid"))
+        np.testing.assert_array_equal(whole, self.answer(image))
+        self.assertGreater((whole != slid).sum(), 0)
+        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no picture"]),
+                                    (path, "no.pt", ["no.pt"])):
+            with self.fails(*words):
+                here("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / "new")
+        self.assertFalse((self.tmp / "new").exists())
+
+    def test_a_picture_beyond_2048_pixels(self):
+        """A copy of 2048 is segmented, by windows, and the answer enlarged."""
+        image = self.noise(8, 50, 3).repeat(5, 0).repeat(50, 1)         # 40 x 2500
+        cfg = dataclasses.replace(self.cfg, size=200)
+        found = s4mim.segment(self.model, image, cfg, common.Machine(cfg))
+        self.assertEqual((found.shape, found.dtype), ((40, 2500), np.uint8))
+        copy = [Image.fromarray(plane).resize((2048, 33), Image.BILINEAR)
+                for plane in (image / np.float32(255)).transpose(2, 0, 1)]
+        x = (np.stack(copy, 2) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+        x = torch.from_numpy(x).permute(2, 0, 1)[None].float()
+        total, times = 0, torch.zeros(2048)
+        for left in *range(0, 1848, 133), 1848:
+            with torch.no_grad():
+                p = self.model(x[..., left:left + 200]).softmax(1)
+            total = total + F.pad(p, (left, 1848 - left))
+            times[left:left + 200] += 1
+        answer = (total / times)[0].argmax(0).numpy()
+        expected = answer[np.arange(40) * 33 // 40][:, np.arange(2500) * 2048 // 2500]
+        self.assertGreater((found == expected).mean(), 0.999)
+
+    def test_a_checkpoint_of_another_kind_or_version(self):
+        state = torch.load(self.tmp / "c.pt")
+        for change, words in (({"method": "lmae"}, ["of lmae", "not of s4mim"]),
+                              ({"config": {"colour": 1}}, ["another version"]),
+                              ({"info": {}}, ["another version"])):
+            torch.save(state | change, self.tmp / "d.pt")
+            with self.fails("d.pt", *words):
+                s4mim.load(self.tmp / "d.pt")
+        cfg, info, model, _ = s4mim.load(self.tmp / "c.pt")
+        self.assertEqual((cfg, info, model.training), (self.cfg, self.info, False))
 
 
 if __name__ == "__main__":
