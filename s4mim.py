@@ -605,18 +605,20 @@ def load_encoder(E, cfg):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
                         f"file from {RELEASE[cfg.backbone]}, or none") from None
-    mine = {k: v for k, v in E.state_dict().items()     # counters that old files do not have
-            if not k.endswith("num_batches_tracked")}
+    mine = E.state_dict()
     fits = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape}
-    if len(fits) < 0.9 * len(mine):
-        raise UserError(f"--pretrained {cfg.pretrained}: {len(fits)} of its tensors fit the "
-                        f"{len(mine)} of {cfg.backbone} with --width {cfg.width}: give its own, "
-                        "or none")
     E.load_state_dict(fits, strict=False)
+
+    def names(of, without):     # but for BatchNorm's counters, which old files do not have
+        return sorted(k for k in of if k not in without and not k.endswith("batches_tracked"))
+
+    found, fresh, unused = names(fits, ()), names(mine, fits), names(theirs, fits)
+    if len(found) < 0.9 * len(found + fresh):
+        raise UserError(f"--pretrained {cfg.pretrained}: {len(found)} of its tensors fit the "
+                        f"{len(found + fresh)} of {cfg.backbone} with --width {cfg.width}: give "
+                        "its own, or none")
     if os.environ.get("RANK", "0") == "0":
-        fresh = sorted(mine.keys() - fits.keys())
-        unused = sorted(k for k in theirs if k not in fits and "num_batches" not in k)
-        print(f"pretrained: {len(fits)} of E's {len(mine)} tensors"
+        print(f"pretrained: {len(found)} of E's {len(found + fresh)} tensors"
               + (f"; not in the file: {', '.join(fresh)}" if fresh else "")
               + (f"; not used: {', '.join(unused)}" if unused else ""))
 
