@@ -4554,8 +4554,13 @@ class S4mimRuns(S4mimCase):
         for name, value in start.items():
             if "running" not in name and "num_batches" not in name:
                 torch.testing.assert_close(end[name], value, rtol=0, atol=1e-8)
+        whole = self.tmp / "whole"                      # PiD is in one of the two only
+        here(*flags, "--init", self.tmp / "suponly/best.pt", "--lr", 1e-12, "--out", whole)
+        end = torch.load(whole / "last.pt")["model"]
+        torch.testing.assert_close(end["E.conv1.weight"], start["E.conv1.weight"])
+        here(*flags, "--method", "suponly", "--init", whole / "best.pt", "--out", self.tmp / "re")
         with self.fails("does not fit"):
-            here(*flags, "--init", self.tmp / "suponly/best.pt", "--out", self.tmp / "no")
+            here(*flags, "--init", whole / "best.pt", "--stem", "deep", "--out", self.tmp / "no")
         self.assertFalse((self.tmp / "no").exists())
 
     def test_four_pictures_are_learned_by_heart(self):
@@ -4630,9 +4635,9 @@ class S4mimRuns(S4mimCase):
             here("--eval", out / "last.pt", *root, "--out", self.tmp / "eval")
         again = json.loads((self.tmp / "eval/metrics.json").read_text())
         self.assertAlmostEqual(again["miou"], end["scores"]["miou"], places=3)
-        # of 128 x 64, 4 x 2 windows: both pictures at once for the score, and two views of each
+        # of 128 x 64, 4 x 2 windows: of each picture once for the score, and of two views of it
         # for samples.png
-        self.assertEqual(shapes, [(48, 48)] * 8 * 5)
+        self.assertEqual(shapes, [(48, 48)] * 8 * 2 * 3)
 
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
         """Without what looks at a process's own batch: norms over each picture in place of
@@ -4776,7 +4781,9 @@ class S4mimPredict(S4mimCase):
             total = total + F.pad(p, (left, 1848 - left))
             times[left:left + 200] += 1
         answer = (total / times)[0].argmax(0).numpy()
-        expected = answer[np.arange(40) * 33 // 40][:, np.arange(2500) * 2048 // 2500]
+        rows, columns = ((np.arange(n) * 2 + 1) * of // (2 * n) for n, of in ((40, 33),
+                                                                              (2500, 2048)))
+        expected = answer[rows][:, columns]
         self.assertGreater((found == expected).mean(), 0.999)
 
     def test_a_checkpoint_of_another_kind_or_version(self):
