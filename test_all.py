@@ -4485,6 +4485,17 @@ class S4mimRuns(S4mimCase):
         self.assertEqual([torch.load(run / "last.pt")["step"] for run in (out, out / "suponly")],
                          [12, 12])
 
+    def test_a_folder_that_holds_a_run_is_left_as_it_is(self):
+        _, flags = self.own(8)
+        out = self.tmp / "run"
+        here(*flags, "--max-steps", 1, "--out", out)
+        before = {p: p.read_bytes() for p in out.iterdir()}
+        for more in [], ["--baseline", "suponly"]:
+            with self.fails("already holds a run"):
+                here(*flags, *more, "--max-steps", 1, "--out", out)
+            self.assertEqual({p for p in out.iterdir()}, set(before))   # nor a baseline trained
+        self.assertEqual({p: p.read_bytes() for p in out.iterdir()}, before)
+
     def test_masks_of_unlabelled_pictures_change_nothing(self):
         root, flags = self.own(14)
         labels = self.tmp / "labels.txt"
