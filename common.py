@@ -382,6 +382,13 @@ RUN_FILES = ("config.json", "last.pt", "best.pt", "log.csv", "curves.png", "samp
 MAY_DIFFER = {"root", "out", "workers", "device", "compile", "resume", "max_steps"}
 
 
+def refuse_run(out):
+    """Raises UserError if the folder holds a run: none is ever overwritten."""
+    if any((Path(out) / name).exists() for name in RUN_FILES):
+        raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts "
+                        "another")
+
+
 def open_run(cfg, method, machine, may_differ=()):
     """Make the run folder OUT, or with --resume go on in it: returns the state in OUT/last.pt.
 
@@ -392,9 +399,7 @@ def open_run(cfg, method, machine, may_differ=()):
     mine = dataclasses.asdict(cfg)
     if not cfg.resume:
         if machine.main:
-            if any((config.parent / name).exists() for name in RUN_FILES):
-                raise UserError(f"{cfg.out} already holds a run: --resume goes on with it, "
-                                "--out DIR starts another")
+            refuse_run(cfg.out)
             write(config, json.dumps(mine, indent=1) + "\n")
         return None
     if not config.exists():

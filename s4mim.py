@@ -1235,6 +1235,8 @@ def main():
         return bench(cfg)
     machine = common.Machine(cfg)
     if cfg.baseline != "none":
+        if not cfg.resume:
+            common.refuse_run(cfg.out)
         base = train(replace(cfg, method="suponly", out=str(Path(cfg.out) / "suponly")), machine)
         # if that was broken off, there is nothing yet that the second run could resume
         cfg.resume = cfg.resume and (Path(cfg.out) / "config.json").exists()
