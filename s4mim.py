@@ -118,9 +118,9 @@ class Config:
 
 
 RECIPES = {                        # what differs from the defaults above, the paper's for voc
+    # under two minutes on two CPU cores, suponly included: a narrow network, from scratch
     "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
-                   epochs=20, batch_size=16, lr=0.02, decoder_lr=1.0, baseline="suponly",
-                   eval_every=5),
+                   epochs=12, lr=0.05, decoder_lr=1.0, baseline="suponly", eval_every=2),
     "cityscapes": dict(size=801, epochs=240, lr=0.005, decoder_lr=1.0, psi=0.0, ohem=True,
                        window="slide"),
 }

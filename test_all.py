@@ -3372,6 +3372,21 @@ class S4mimModel(S4mimCase):
                              (model.SeD, super(s4mim.SeD, model.SeD).forward(c1, c4))):
             torch.testing.assert_close(found, fused(trunk.state_dict(), c1, c4))
 
+    def test_labels_are_those_of_the_pixels_that_features_are_centred_on(self):
+        """Where the gradient of a feature has its centre, at_features() takes its pixel from."""
+        torch.manual_seed(0)
+        E, S = s4mim.ResNet("resnet18", width=8).double().eval(), 81
+        place = torch.arange(S)[None, None].expand(1, S, S)
+        for i in 6, 11, 14:
+            x = torch.randn(8, 3, S, S).double().requires_grad_()
+            E(x)[0][:, :, i, i].square().sum().backward()
+            weight = x.grad.abs().sum((0, 1, 2))
+            centre = (weight * torch.arange(S)).sum() / weight.sum()
+            self.assertLess((centre - s4mim.at_features(place)[0, i, i]).abs().item(), 0.5)
+        for size in 321, 322, 323, 324:
+            c1 = s4mim.ResNet("resnet18", width=4)(torch.zeros(1, 3, size, 16))[0]
+            self.assertEqual(s4mim.at_features(torch.zeros(1, size, 16)).shape[1:], c1.shape[2:])
+
     def test_the_last_stage_looks_through_holes(self):
         """One pixel of its input moves outputs at even distances only: the first block has no
         holes, but a kernel of one here; the other's have two pixels between their taps."""
