@@ -17,7 +17,7 @@ Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semanti
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
 
     python s4mim.py                                         # embedded dataset, CPU, two minutes
-    python s4mim.py --data voc --labeled 1/16               # the paper's recipe, 92 labels
+    python s4mim.py --data voc                              # the paper's recipe, 92 labels
     python s4mim.py --data voc --method fixmatch            # without Phase II; or suponly, or mim
     python s4mim.py --data voc --no-fea --no-se             # rows of Table IV
     python s4mim.py --data my/folder --labeled list.txt     # pictures without masks are used too
@@ -66,7 +66,7 @@ class Config:
     data: str = "shapes"           # a dataset that data.py lists, or your own folder
     root: str = "data"             # where datasets live
     out: str = ""                  # run folder; empty: out/s4mim-DATA
-    labeled: str = "1/16"          # labelled pictures: a number, a share, or a file listing them
+    labeled: str = "1/1"           # labelled pictures: a number, a share of the masks, or a list
     split_seed: int = 0            # of the draw of these, so that runs of several --seed share it
     setup: Literal["ori", "aug"] = "ori"  # voc: labels from its own 1464, or from SBD's 10582
     method: Literal["s4mim", "mim", "fixmatch", "suponly"] = "s4mim"  # mim: plain MIM of Table V
@@ -121,8 +121,10 @@ RECIPES = {                        # what differs from the defaults above, the p
     # under two minutes on two CPU cores, suponly included: a narrow network, from scratch
     "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
                    epochs=12, lr=0.05, decoder_lr=1.0, baseline="suponly", eval_every=2),
-    "cityscapes": dict(size=801, epochs=240, lr=0.005, decoder_lr=1.0, psi=0.0, ohem=True,
-                       window="slide"),
+    "voc": dict(labeled="1/16"),   # 92
+    "camvid": dict(labeled="1/8"),
+    "cityscapes": dict(labeled="1/16", size=801, epochs=240, lr=0.005, decoder_lr=1.0, psi=0.0,
+                       ohem=True, window="slide"),
 }
 
 
