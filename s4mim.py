@@ -25,7 +25,10 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
     torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
 
-RESULTS
+Reduced runs on GlaS with 11 of its 85 pictures labelled (ResNet-18 of width 16 from scratch, 1440
+steps, two CPU cores, torch 2.13.0) end at a test mIoU of 52.1 (suponly), 56.0 (fixmatch), 58.2
+(with L_mimse) and 55.3 (all terms), means of three seeds. Commands, CamVid, and why the terms
+differ so little there, are in README.md. The paper's setting has not been run here.
 
 Departures from the paper, and what it leaves open:
 - The stem is torchvision's, whose weights are public (Table VIII has it better by 0.5); the
