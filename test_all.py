@@ -4382,7 +4382,8 @@ class S4mimRuns(S4mimCase):
 
     def test_a_run_from_the_command_line_its_baseline_and_their_evaluation(self):
         out = self.tmp / "run"
-        flags = [*S4MIM, "--labeled", 6, "--baseline", "suponly", "--max-steps", 3]
+        flags = [*S4MIM, "--labeled", 6, "--baseline", "suponly", "--max-steps", 3, "--lr", 0.02,
+                 "--epochs", 20]
         done = script("s4mim.py", *flags, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
         files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
