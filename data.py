@@ -1033,20 +1033,13 @@ class Steps(torch.utils.data.Sampler):
             yield [(epoch, index) for index in batch[self.rank::self.world]]
 
 
-class Stream(torch.utils.data.Sampler):
+class Stream(Steps):
     """As Steps, but one permutation after another without end: no picture is dropped, and every
     batch is full, even of fewer pictures than it holds: one then comes again, an epoch later.
 
     Position p of the sequence is (epoch p // n, picture p % n of that epoch's permutation); step s
     has the positions s * batch * world .. of it, and rank r every world-th of them, from the r-th.
     """
-
-    def __init__(self, n, batch, seed, start, stop, rank, world):
-        self.n, self.batch, self.seed, self.steps = n, batch * world, seed, range(start, stop)
-        self.rank, self.world = rank, world
-
-    def __len__(self):
-        return len(self.steps)
 
     def __iter__(self):
         order, of_epoch = None, None
