@@ -360,10 +360,11 @@ def load_checkpoint(path, method, device="cpu"):
     return state
 
 
-def load_weights(model, path, method, may_lack="/"):
+def load_weights(model, path, method, may_lack=()):
     """Copy a checkpoint's weights into the model. Raises UserError if they do not fit it.
 
-    may_lack: what begins with this may be in one of the two only, and is then left as it is.
+    may_lack: what begins with this may be in one of the two only, and is then left as it is; ():
+    nothing may.
     """
     mine, theirs = model.state_dict(), load_checkpoint(path, method)["model"]
     theirs = {k: v for k, v in theirs.items() if k in mine or not k.startswith(may_lack)}

@@ -528,6 +528,12 @@ def build(cfg, classes):
     return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, pixel=mp + mf > 0)
 
 
+def compile_parts(model):
+    """--compile: E, SeD and PiD in place, so that the names of the weights stay."""
+    for part in filter(None, (model.E, model.SeD, model.PiD)):
+        part.compile()
+
+
 def parameters(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
@@ -764,7 +770,7 @@ def probabilities(model, x, cfg, machine):
             part = ..., slice(top, top + S), slice(left, left + S)
             with machine.autocast():
                 logits = model(x[part])
-            p[part] += logits.float().softmax(1)
+            p[part] += logits.softmax(1)
             times[part] += 1
     p /= times
     return resize(p, (H, W)) if (h, w) != (H, W) else p
@@ -828,9 +834,8 @@ def train(cfg, machine):
                             cfg.dic).to(device)
     optimizer, scaler = make_optimizer(model, cfg), machine.scaler()
     parts = dict(model=model, prototypes=prototypes, optimizer=optimizer, scaler=scaler)
-    if cfg.compile:                                         # in place: the names stay
-        for part in filter(None, (model.E, model.SeD, model.PiD)):
-            part.compile()
+    if cfg.compile:
+        compile_parts(model)
 
     start, history, best, spent = 0, [], -1.0, 0.0
     interrupt = common.Interrupt(machine)
@@ -981,7 +986,7 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
     with machine.autocast():
-        conf, y_w = model(v.x_w).float().softmax(1).max(1)
+        conf, y_w = model(v.x_w).softmax(1).max(1)
         c = model.E(v.x_s * v.m)
         y_s, conf_s = mix(y_w, v.partner, v.box), mix(conf, v.partner, v.box)
         rows = {"x_w": shown(v.x_w), "y_w": painted(y_w.masked_fill(conf < cfg.psi, 255), info),
@@ -1149,8 +1154,7 @@ def bench(cfg):
             model = build(this, C).to(device, memory_format=torch.channels_last).train()
             prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
             if cfg.compile:
-                for part in filter(None, (model.E, model.SeD, model.PiD)):
-                    part.compile()
+                compile_parts(model)
             optimizer, scaler = make_optimizer(model, this), machine.scaler()
 
             def step(i):
