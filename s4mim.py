@@ -327,7 +327,9 @@ def class_heads(fea, label, weight, block=128):
     taps = weight.flip(3, 4).permute(0, 2, 1, 3, 4).reshape(C, D, O * 9)
     taps = torch.cat([taps, taps.new_zeros(1, D, O * 9)])
     of = torch.searchsorted(ends, torch.arange(n, device=y.device), right=True).clamp(max=C)
-    painted = (x @ taps[of]).flatten(0, 1)[slot]    # of: the class of a block; (B H W, 9 O)
+    # of: the class of a block. index_select, for the gradient of taps[of] is summed on a CPU in
+    # whatever order the threads come: runs would differ
+    painted = (x @ taps.index_select(0, of)).flatten(0, 1)[slot]        # (B H W, 9 O)
     return F.fold(painted.view(B, H * W, O * 9).mT.float(), (H, W), 3, padding=1)
 
 
