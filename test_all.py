@@ -3473,6 +3473,18 @@ class S4mimHeads(S4mimCase):
         self.assertEqual(gradient(fea).abs().amax((1, 2, 3, 4)).bool().tolist(),
                          [True, True, False])
 
+    def test_threads_do_not_change_the_gradient(self):
+        torch.set_num_threads(2)                        # set back after the test, see setUp()
+        fea, weight = self.case(6, 17, 17, B=8, D=64)
+        label = torch.from_numpy(self.rng.integers(0, 6, (8, 17, 17)))
+        fea, weight = fea.requires_grad_(), weight.requires_grad_()
+        first = None
+        for _ in range(60):
+            r = s4mim.class_heads(fea, label, weight, 16)
+            again = torch.autograd.grad((r * r.detach()).sum(), (fea, weight))
+            first = first or again
+            self.assertTrue(all(torch.equal(a, b) for a, b in zip(first, again)))
+
     def test_paint_and_its_plain_variant(self):
         C, size = 4, (30, 38)
         torch.manual_seed(0)
