@@ -17,7 +17,7 @@ import sys
 import time
 import typing
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 
+LOOK = 20        # steps from one look at the losses to the next: each waits for the device
 VOID = 255       # the label of a pixel that is not counted and not learned from
 
 
@@ -36,7 +37,10 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(): a UserError is one line on stderr and status 2, other faults a traceback."""
+    """Call main(): what a person can mend is one line on stderr and status 2: a UserError, a file
+    or folder that the system refuses, a full graphics card. Other faults are a traceback."""
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")       # names that no terminal can show
     try:
         main()
         if dist.is_initialized():
@@ -47,12 +51,23 @@ def run(main):
             os._exit(0)
     except UserError as error:
         # a loader's worker wraps the message in its own traceback: the last line is ours
-        line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(2)
+        give_up(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+    except torch.cuda.OutOfMemoryError as error:
+        give_up(f"{str(error).splitlines()[0][:150]}; lower --batch-size or --size")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        give_up(f"{error.filename}: {error.strerror}; mend that and run this again")
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def give_up(line):
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def nearest_name(name, names):
@@ -328,11 +343,14 @@ def write(path, content):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "surrogateescape")       # as names of files are
+                       if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)        # the room it takes may be what the others lack
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room or write "
                         "elsewhere") from None
 
@@ -390,11 +408,12 @@ def refuse_run(out):
                         "another")
 
 
-def open_run(cfg, method, machine, may_differ=()):
+def open_run(cfg, method, machine, info, pictures, may_differ=()):
     """Make the run folder OUT, or with --resume go on in it: returns the state in OUT/last.pt.
 
     None if there is none yet. A folder that holds a run is never overwritten, and no run goes on
-    under another configuration. Raises UserError with the difference.
+    under another configuration, other classes, or other training pictures (a hash of their names).
+    Raises UserError with the difference.
     """
     last, config = Path(cfg.out) / "last.pt", Path(cfg.out) / "config.json"
     mine = dataclasses.asdict(cfg)
@@ -406,17 +425,41 @@ def open_run(cfg, method, machine, may_differ=()):
     if not config.exists():
         raise UserError(f"--resume: no run in {cfg.out}; leave --resume away to start one, or "
                         "name the run by --out")
-    theirs = json.loads(config.read_text())
+    try:
+        theirs = json.loads(config.read_text("utf-8"))
+        if theirs.keys() != mine.keys():
+            raise ValueError("its fields are others")
+    except ValueError as error:                         # what json and utf-8 raise are ValueErrors
+        raise UserError(f"--resume: {config} is not of a run of this {method}.py ({error}); "
+                        "give another --out") from None
     differ = [f"{k} was {theirs.get(k)}, now {v}" for k, v in json.loads(json.dumps(mine)).items()
               if k not in MAY_DIFFER | set(may_differ) and theirs.get(k) != v]
     if differ:
         raise UserError(f"--resume: {cfg.out} holds another configuration ({'; '.join(differ)}); "
                         "give the flags it was started with, or another --out")
-    return load_checkpoint(last, method) if last.exists() else None
+    if not last.exists():
+        return None
+    state = load_checkpoint(last, method)
+    for what, was, now in (("classes", tuple(state["info"]["classes"]), info.classes),
+                           ("training pictures", state["pictures"], pictures)):
+        if was != now:
+            raise UserError(f"--resume: {cfg.data} has other {what} than {cfg.out} was begun with "
+                            f"({was}, now {now}); bring them back, or give another --out")
+    return state
+
+
+def refuse_past(cfg, start, stop, history):
+    """Raises UserError if a run that goes on has nothing to do, and no scores of where it is."""
+    if start >= stop and (not history or history[-1]["step"] < start):
+        raise UserError(f"--max-steps {cfg.max_steps}: {cfg.out} is at step {start} already; "
+                        "give more, or none")
 
 
 def write_history(out, history):
-    """log.csv and curves.png, whole, out of the rows (dicts) that the checkpoint carries."""
+    """log.csv and curves.png, whole, out of the rows (dicts) that the checkpoint carries: if there
+    are any, that is, if the run has got to an evaluation."""
+    if not history:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
@@ -459,20 +502,80 @@ class Progress:
             print(("\r\033[K" if self.live else "") + line, flush=True)
 
 
-class Interrupt:
-    """Turns the first Ctrl-C into a flag to read between steps: what is saved is a whole step.
+class Losses:
+    """The loss terms of the steps since the last evaluation, on the device until looked at.
 
-    Not under torchrun, where the processes would see it at different steps.
+    Looking waits for the device, so it is done every LOOK steps and before anything is saved: no
+    checkpoint is written after a loss or a weight that is not finite.
     """
 
-    def __init__(self, machine):
-        self.set = False
-        if machine.world == 1:
-            signal.signal(signal.SIGINT, self.catch)
+    def __init__(self, out, terms=()):
+        self.out, self.terms, self.last = out, list(terms), math.nan
+        self.unseen, self.drawn = [], {}        # the losses not looked at; by step, its batches
 
-    def catch(self, *_):
-        self.set = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # a second one ends it at once
+    def add(self, step, terms, *batches):
+        """terms: float (n,), the whole loss first. batches: pairs (Dataset, indices (B,)), whose
+        files are named if that loss is not finite."""
+        self.terms.append(terms)
+        self.unseen.append(terms[0])
+        self.drawn[step + 1] = batches
+
+    def look(self, *modules):
+        """The last loss, a float. Raises UserError, with the step and the files of its batch, if
+        one added since the last look is not finite, or a weight of the modules is not."""
+        if self.unseen:
+            steps, losses = list(self.drawn), torch.stack(self.unseen).tolist()
+            for step, self.last in zip(steps[-len(losses):], losses):
+                if not math.isfinite(self.last):
+                    self.fail(step, f"the loss is {self.last}")
+            self.drawn, self.unseen = {steps[-1]: self.drawn[steps[-1]]}, []
+        weights = [p.detach().isfinite().all() for m in modules for p in m.parameters()]
+        if weights and not torch.stack(weights).all():
+            self.fail(max(self.drawn), "weights that are not finite are left")
+        return self.last
+
+    def mean(self):
+        """The mean of each term since the last call, n floats."""
+        terms, self.terms = torch.stack(self.terms).mean(0).tolist(), []
+        return terms
+
+    def fail(self, step, what):
+        files = [name for dataset, index in self.drawn[step] for name in dataset.files(index)]
+        raise UserError(f"step {step}: {what}, after the batch {', '.join(files)}; {self.out} is "
+                        "as it was saved before: look at these files, or start another run, "
+                        "perhaps by --init, with a lower --lr or --amp off")
+
+
+class Interrupt:
+    """Turns the first Ctrl-C, or a polite kill, into a question to ask between steps: what is
+    saved is a whole step. Under torchrun the processes agree on it, every LOOK steps."""
+
+    def __init__(self, machine):
+        self.machine, self.asked = machine, False
+        signal.signal(signal.SIGINT, self.catch)
+        if machine.world == 1:              # torchrun sends it when one process of it has failed
+            signal.signal(signal.SIGTERM, self.catch)
+
+    def catch(self, number, _):
+        self.asked = True
+        if self.machine.world == 1:         # a second one ends it at once
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else
+                          signal.default_int_handler)
+
+    def due(self, step):
+        """Whether to save after this step and to end."""
+        if self.machine.world == 1 or step % LOOK:
+            return self.asked and self.machine.world == 1
+        asked = torch.tensor(float(self.asked), device=self.machine.device)
+        dist.all_reduce(asked)
+        return asked.item() > 0
+
+    def end(self, progress, what):
+        """Say how to go on, and leave, once the first process has saved."""
+        progress.say(f"stopped after {what}: the same command with --resume goes on")
+        if self.machine.world > 1:
+            dist.barrier()
+        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------------- bench

@@ -978,6 +978,11 @@ class Dataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.items)
 
+    def files(self, index):
+        """The names of the pictures that a batch's indices (B,) stand for."""
+        chosen = [self.items[i] for i in index.tolist()]
+        return [item.stem if item.image == DRAWN else str(item.image) for item in chosen]
+
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if self.pixels is None:

@@ -431,7 +431,8 @@ def evaluate(model, loader, cfg, machine, info, weights, strategy="random", near
     common.all_reduce(counts, loss)
     pa, everywhere, pasted, pa_near, near = counts
     scores = {"pa_miou": common.miou(pa), "miou": common.miou(everywhere),
-              "pasted_miou": common.miou(pasted), "loss": (loss[0] / loss[1]).item(),
+              "pasted_miou": common.miou(pasted),
+              "loss": (loss[0] / loss[1].clamp(min=1e-9)).item(),
               "pa_class_iou": common.class_iou(pa).tolist(),
               "class_iou": common.class_iou(everywhere).tolist()}
     if nearest:
@@ -495,16 +496,20 @@ def train(cfg):
     parts = dict(model=model, weights=weights, optimizer=optimizer, scaler=scaler, plateau=plateau)
 
     start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
+    losses, interrupt = common.Losses(out), common.Interrupt(machine)
     # only now, so that a start that fails above leaves no run folder in the way of the next
-    state = common.open_run(cfg, "lmae", machine,
+    pictures = data.labeled_hash(train_set.items)
+    state = common.open_run(cfg, "lmae", machine, info, pictures,
                             may_differ={"epochs"} if cfg.schedule == "plateau" else set())
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start, history, scores = state["step"], state["history"], state["scores"]
         best, spent = state["best"], state["seconds"]
+        losses.terms = [terms.to(device) for terms in state["losses"]]
     total = cfg.epochs * per_epoch
     stop = min(total, cfg.max_steps or total)
+    common.refuse_past(cfg, start, stop, history)
     net = common.parallel(torch.compile(model) if cfg.compile else model, machine)
     progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
     progress.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
@@ -515,7 +520,7 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=start, stop=stop, **shared)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **shared)
-    interrupt, running, began = common.Interrupt(machine), [], time.time()
+    began = time.time()
     for step, (image, label, index) in zip(range(start, stop), loader):
         # 1. the rate: "plateau" has it from the warm-up on, and moves it in part 3
         if step < cfg.warmup or cfg.schedule == "cosine":
@@ -530,34 +535,34 @@ def train(cfg):
                      patches(cfg))
         loss = train_step(net, weights, optimizer, scaler, machine, cfg, background, image, label,
                           noise)
-        running.append(loss)
-        if progress.live and step % 20 == 0:
-            progress.step(step, loss.item())              # waits for the device
+        losses.add(step, loss[None], (train_set, index))
+        if step % common.LOOK == 0:
+            progress.step(step, losses.look())            # waits for the device
 
         # 3. evaluate, log, save
         epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
-        if not (due or step + 1 == stop or interrupt.set):
+        last, asked = step + 1 == stop, interrupt.due(step)
+        if not (due or last or asked):
             continue
-        train_loss = torch.stack(running).mean().item()
-        if not math.isfinite(train_loss):
-            raise UserError(f"the loss is {train_loss} near step {step + 1}; what {out} holds is "
-                            "from before it: start another run, perhaps by --init, with a lower "
-                            "--lr or --amp off")
-        spent, running = spent + time.time() - began, []
-        first = "pa_miou_nearest" not in scores           # it never changes: once is enough
-        scores |= evaluate(model, val_loader, cfg, machine, info, weights, nearest=first)
-        if due and cfg.schedule == "plateau":
-            plateau.step(scores["loss"])
-        history.append({"epoch": round(epoch, 2), "step": step + 1, "train_loss": train_loss,
-                        "val_loss": scores["loss"], **{name: scores[name] for name in SCORES},
-                        "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
-        progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {train_loss:.4f} / "
-                     f"{scores['loss']:.4f}  mIoU {scores['miou']:.1f}  PA-mIoU "
-                     f"{scores['pa_miou']:.1f} (nearest fill {scores['pa_miou_nearest']:.1f})  "
-                     f"{spent:.0f} s")
-        better, best = scores["pa_miou"] > best, max(best, scores["pa_miou"])
-        state = {"method": "lmae", "config": asdict(cfg), "info": asdict(info), "step": step + 1,
-                 "history": history, "scores": scores, "best": best, "seconds": spent,
+        losses.look(model, weights)                       # raises if there is what is not finite
+        spent, better = spent + time.time() - began, False
+        if due or last:
+            [train_loss], first = losses.mean(), "pa_miou_nearest" not in scores
+            # the nearest fill never changes: once is enough
+            scores |= evaluate(model, val_loader, cfg, machine, info, weights, nearest=first)
+            if due and cfg.schedule == "plateau":
+                plateau.step(scores["loss"])
+            history.append({"epoch": round(epoch, 2), "step": step + 1, "train_loss": train_loss,
+                            "val_loss": scores["loss"], **{name: scores[name] for name in SCORES},
+                            "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
+            progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {train_loss:.4f} / "
+                         f"{scores['loss']:.4f}  mIoU {scores['miou']:.1f}  PA-mIoU "
+                         f"{scores['pa_miou']:.1f} (nearest fill {scores['pa_miou_nearest']:.1f})"
+                         f"  {spent:.0f} s")
+            better, best = scores["pa_miou"] > best, max(best, scores["pa_miou"])
+        state = {"method": "lmae", "config": asdict(cfg), "info": asdict(info),
+                 "pictures": pictures, "step": step + 1, "history": history, "scores": scores,
+                 "losses": losses.terms, "best": best, "seconds": spent,
                  **{name: part.state_dict() for name, part in parts.items()}}
         if machine.main:
             if better:                                    # before last.pt, the point of no return
@@ -566,9 +571,8 @@ def train(cfg):
                                                          if k not in whole})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if interrupt.set:
-            progress.say(f"stopped after step {step + 1}: the same command with --resume goes on")
-            sys.exit(130)
+        if asked:
+            interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
     if machine.main:
@@ -617,7 +621,10 @@ def draw_samples(model, val_set, cfg, machine, info, path, strategy="random", n=
 def load(path):
     """(cfg, info, model, state) of a checkpoint, on the CPU and ready to evaluate."""
     state = common.load_checkpoint(path, "lmae")
-    cfg, info = Config(**state["config"]), data.Info(**state["info"])
+    try:
+        cfg, info = Config(**state["config"]), data.Info(**state["info"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: written by another version of lmae.py ({error})") from None
     model = build(cfg, len(info.classes)).eval()
     model.load_state_dict(state["model"])
     return cfg, info, model, state
@@ -650,6 +657,8 @@ def evaluate_only(cfg, origin):
     machine = common.Machine(cfg)
     out = (Path(cfg.out) if origin.get("out") == "flag" else
            Path(cfg.eval).parent / f"eval-{cfg.mask_ratio:g}-{strategy}")
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} holds a training run: give another folder")
     val_set = dataset(cfg, data.eval_split(cfg.data))
     if val_set.info.classes != info.classes:
         raise UserError(f"--data {cfg.data} has other classes than {cfg.eval} was trained for")
@@ -1043,6 +1052,8 @@ def check(cfg):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if cfg.max_steps < 0 or not 0 <= cfg.drop_path < 1:
         raise UserError("--max-steps: at least 0; --drop-path: at least 0 and below 1")
+    if not 0 <= cfg.lr < math.inf:
+        raise UserError(f"--lr {cfg.lr}: expected a number from 0 on")
     if cfg.size % cfg.patch:
         raise UserError(f"--size {cfg.size} is not a multiple of --patch {cfg.patch}")
     for name in ("enc_dim", "dec_dim"):

@@ -693,18 +693,22 @@ def train(cfg):
     optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
     parts = dict(model=f, optimizer=optimizer, scaler=scaler)
 
-    start, history, best, spent = 0, [], -1.0, 0.0
-    interrupt = common.Interrupt(machine)
+    start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
+    losses, interrupt = common.Losses(out), common.Interrupt(machine)
     # only now, so that a start that fails above leaves no run folder in the way of the next
-    state = common.open_run(cfg, "masksup", machine,
+    pictures = data.labeled_hash(train_set.items)
+    state = common.open_run(cfg, "masksup", machine, info, pictures,
                             may_differ={"epochs"} if cfg.schedule == "constant" else set())
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        start, history, best, spent = (state[k] for k in ("step", "history", "best", "seconds"))
+        start, history, scores = state["step"], state["history"], state["scores"]
+        best, spent = state["best"], state["seconds"]
+        losses.terms = [terms.to(device) for terms in state["losses"]]
     elif cfg.pretrain == "mae":
         spent = pretrain(f, train_set, cfg, machine, interrupt)
     stop = min(total, cfg.max_steps or total)
+    common.refuse_past(cfg, start, stop, history)
     net = common.parallel(MaskSup(torch.compile(f) if cfg.compile else f), machine)
     progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
     progress.say(f"{parameters(f) / 1e6:.1f} M parameters, "
@@ -717,7 +721,7 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=start, stop=stop, **shared)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **shared)
-    running, began = [], time.time()
+    began = time.time()
     for step, (image, label, index) in zip(range(start, stop), loader):
         # 1. the rate
         for group in optimizer.param_groups:
@@ -732,35 +736,36 @@ def train(cfg):
             noise = noise_of([common.seed_of(cfg.seed, step // per_epoch, i)
                               for i in index.tolist()])
             holes = pick(bank, noise.to(device, non_blocking=True))
-        running.append(train_step(net, optimizer, scaler, machine, cfg, image, label, holes))
-        if progress.live and step % 20 == 0:
-            progress.step(step, running[-1][0].item())    # waits for the device
+        terms = train_step(net, optimizer, scaler, machine, cfg, image, label, holes)
+        losses.add(step, terms, (train_set, index))
+        if step % common.LOOK == 0:
+            progress.step(step, losses.look())            # waits for the device
 
         # 3. evaluate, log, save
         epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
-        if not (due or step + 1 == stop or interrupt.set):
+        due, asked, better = due or step + 1 == stop, interrupt.due(step), False
+        if not (due or asked):
             continue
-        terms = dict(zip(TERMS, torch.stack(running).mean(0).tolist()))
-        if not math.isfinite(terms["loss"]):
-            raise UserError(f"the loss is {terms['loss']} near step {step + 1}; what {out} holds "
-                            "is from before it: start another run, perhaps by --init, with a "
-                            "lower --lr or --amp off")
-        spent, running = spent + time.time() - began, []
+        losses.look(f)                                    # raises if there is what is not finite
+        spent += time.time() - began
         common.same_buffers(f, machine)
-        scores = evaluate(f, val_loader, cfg, machine, info)
-        history.append({"epoch": round(epoch, 2), "step": step + 1, **terms,
-                        "val_loss": scores["loss"], "miou": scores["miou"],
-                        "paper_iou": scores["paper_iou"],
-                        "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
-        computed = " ".join(f"{name[5:]} {value:.4f}" for name, value in list(terms.items())[1:]
-                            if value)
-        progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {terms['loss']:.4f} "
-                     f"({computed})  mIoU {scores['miou']:.2f}  paper_iou "
-                     f"{scores['paper_iou']:.2f}  {spent:.0f} s")
-        better, best = scores["miou"] > best, max(best, scores["miou"])
+        if due:
+            means = dict(zip(TERMS, losses.mean()))
+            scores = evaluate(f, val_loader, cfg, machine, info)
+            history.append({"epoch": round(epoch, 2), "step": step + 1, **means,
+                            "val_loss": scores["loss"], "miou": scores["miou"],
+                            "paper_iou": scores["paper_iou"],
+                            "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
+            computed = " ".join(f"{name[5:]} {value:.4f}" for name, value in means.items()
+                                if value and name != "loss")
+            progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {means['loss']:.4f} "
+                         f"({computed})  mIoU {scores['miou']:.2f}  paper_iou "
+                         f"{scores['paper_iou']:.2f}  {spent:.0f} s")
+            better, best = scores["miou"] > best, max(best, scores["miou"])
         state = {"method": "masksup", "config": asdict(cfg), "info": asdict(info),
-                 "step": step + 1, "history": history, "scores": scores, "best": best,
-                 "seconds": spent, **{name: part.state_dict() for name, part in parts.items()}}
+                 "pictures": pictures, "step": step + 1, "history": history, "scores": scores,
+                 "losses": losses.terms, "best": best, "seconds": spent,
+                 **{name: part.state_dict() for name, part in parts.items()}}
         if machine.main:
             if better:                                    # before last.pt, the point of no return
                 heavy = {"optimizer", "scaler"}           # two thirds of it, for --resume only
@@ -768,9 +773,8 @@ def train(cfg):
                                                          if k not in heavy})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if interrupt.set:
-            progress.say(f"stopped after step {step + 1}: the same command with --resume goes on")
-            sys.exit(130)
+        if asked:
+            interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
     # what the dataset has beside, e.g. Kvasir-SEG's part of polyp
@@ -855,7 +859,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=start, stop=total, workers=machine.workers,
                                rank=machine.rank, world=machine.world)
-    began = time.time() - spent
+    losses, began = common.Losses(cfg.out), time.time() - spent
     for step, (image, _, index) in zip(range(start, total), loader):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, cfg, per_epoch, total)
@@ -869,24 +873,21 @@ def pretrain(f, train_set, cfg, machine, interrupt):
             painted = net(image * holes)
         loss = painting_loss(painted, image, holes, machine.sum)
         descend(loss, optimizer, scaler)
-        if progress.live and step % 20 == 0:
-            progress.step(step, loss.item())
+        losses.add(step, loss.detach()[None], (train_set, index))
+        if step % common.LOOK == 0:
+            progress.step(step, losses.look())
         due = (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == total
-        if due or interrupt.set:
+        asked = interrupt.due(step)
+        if due or asked:
             progress.say(f"pretraining, epoch {(step + 1) / per_epoch:6.2f}  loss "
-                         f"{loss.item():.4f}  {time.time() - began:.0f} s")
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss of the pretraining is {loss.item()} at step {step + 1}:"
-                                " start another run with a lower --lr or --amp off")
+                         f"{losses.look(autoencoder):.4f}  {time.time() - began:.0f} s")
             common.same_buffers(autoencoder, machine)
             if machine.main:
                 common.save_checkpoint(path, {"method": "masksup pretraining", "step": step + 1,
                                               "seconds": time.time() - began,
                                               **{k: p.state_dict() for k, p in parts.items()}})
-        if interrupt.set:
-            progress.say(f"stopped after step {step + 1} of the pretraining: the same command "
-                         "with --resume goes on")
-            sys.exit(130)
+        if asked:
+            interrupt.end(progress, f"step {step + 1} of the pretraining")
     copy(autoencoder, f)
     return time.time() - began
 

@@ -799,7 +799,8 @@ def evaluate(model, loader, cfg, machine, info):
         sums += torch.stack([ce, (label != common.VOID).sum().float()])
     common.all_reduce(counts, sums)
     return {"miou": common.miou(counts), "class_iou": common.class_iou(counts).tolist(),
-            "constant": common.constant_miou(counts), "loss": (sums[0] / sums[1]).item()}
+            "constant": common.constant_miou(counts),
+            "loss": (sums[0] / sums[1].clamp(min=1)).item()}
 
 
 def make_optimizer(model, cfg):
@@ -839,17 +840,21 @@ def train(cfg, machine):
     if cfg.compile:
         compile_parts(model)
 
-    start, history, best, spent = 0, [], -1.0, 0.0
-    interrupt = common.Interrupt(machine)
+    start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
+    losses, interrupt = common.Losses(out), common.Interrupt(machine)
     # only now, so that a start that fails above leaves no run folder in the way of the next
-    state = common.open_run(cfg, "s4mim", machine)
+    both = f"labelled {digest}, unlabelled {data.labeled_hash(unlabeled.items)}"
+    state = common.open_run(cfg, "s4mim", machine, info, both)
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        start, history, best, spent = (state[k] for k in ("step", "history", "best", "seconds"))
+        start, history, scores = state["step"], state["history"], state["scores"]
+        best, spent = state["best"], state["seconds"]
+        losses.terms = [terms.to(device) for terms in state["losses"]]
     elif machine.main:
         common.write(out / "labeled.txt", data.labeled_lines(labeled.items))
     stop = min(total, cfg.max_steps or total)
+    common.refuse_past(cfg, start, stop, history)
     progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
     progress.say(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} "
                  f"labelled (list {digest}) and {len(unlabeled)} unlabelled pictures, "
@@ -863,7 +868,7 @@ def train(cfg, machine):
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
         loaders[1] = [None] * (stop - start)
-    running, began = [], time.time()
+    began = time.time()
     for step, *batches in zip(range(start, stop), *loaders):
         # 1. the rates
         for group in optimizer.param_groups:
@@ -875,34 +880,35 @@ def train(cfg, machine):
         seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j)
                  for j in range(B)]
         v = make_views(*batches, cfg, model.E.channels, seeds, device)
-        running.append(train_step(model, prototypes, optimizer, scaler, machine, cfg, v))
-        if progress.live and step % 20 == 0:
-            progress.step(step, running[-1][0].item())      # waits for the device
+        terms = train_step(model, prototypes, optimizer, scaler, machine, cfg, v)
+        losses.add(step, terms, *((pictures, batch[2]) for pictures, batch
+                                  in zip((labeled, unlabeled), batches) if batch))
+        if step % common.LOOK == 0:
+            progress.step(step, losses.look())              # waits for the device
 
         # 3. evaluate, log, save
         epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
-        if not (due or step + 1 == stop or interrupt.set):
+        due, asked, better = due or step + 1 == stop, interrupt.due(step), False
+        if not (due or asked):
             continue
-        terms = dict(zip(TERMS, torch.stack(running).mean(0).tolist()))
-        if not math.isfinite(terms["loss"]):
-            raise UserError(f"the loss is {terms['loss']} near step {step + 1}; what {out} holds "
-                            "is from before it: start another run, perhaps by --init, with a "
-                            "lower --lr or --amp off")
-        spent, running = spent + time.time() - began, []
+        losses.look(model)                                  # raises if there is what is not finite
+        spent += time.time() - began
         common.same_buffers(model, machine)
-        scores = evaluate(model, val_loader, cfg, machine, info)
-        history.append({"epoch": round(epoch, 2), "step": step + 1, **terms,
-                        "val_loss": scores["loss"], "miou": scores["miou"],
-                        "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
-        computed = " ".join(f"{name.removeprefix('loss_')} {value:.4f}"
-                            for name, value in list(terms.items())[1:] if value)
-        progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {terms['loss']:.4f} "
-                     f"({computed})  mIoU {scores['miou']:.2f}  {spent:.0f} s")
-        better, best = scores["miou"] > best, max(best, scores["miou"])
-        state = {"method": "s4mim", "config": asdict(cfg), "info": asdict(info),
+        if due:
+            means = dict(zip(TERMS, losses.mean()))
+            scores = evaluate(model, val_loader, cfg, machine, info)
+            history.append({"epoch": round(epoch, 2), "step": step + 1, **means,
+                            "val_loss": scores["loss"], "miou": scores["miou"],
+                            "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
+            computed = " ".join(f"{name.removeprefix('loss_')} {value:.4f}"
+                                for name, value in means.items() if value and name != "loss")
+            progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {means['loss']:.4f} "
+                         f"({computed})  mIoU {scores['miou']:.2f}  {spent:.0f} s")
+            better, best = scores["miou"] > best, max(best, scores["miou"])
+        state = {"method": "s4mim", "config": asdict(cfg), "info": asdict(info), "pictures": both,
                  "labeled": len(labeled), "labeled_hash": digest, "step": step + 1,
-                 "history": history, "scores": scores, "best": best, "seconds": spent,
-                 **{name: part.state_dict() for name, part in parts.items()}}
+                 "history": history, "scores": scores, "losses": losses.terms, "best": best,
+                 "seconds": spent, **{name: part.state_dict() for name, part in parts.items()}}
         if machine.main:
             if better:                                    # before last.pt, the point of no return
                 heavy = {"optimizer", "scaler"}             # half of it, for --resume only
@@ -910,9 +916,8 @@ def train(cfg, machine):
                                                          if k not in heavy})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if interrupt.set:
-            progress.say(f"stopped after step {step + 1}: the same command with --resume goes on")
-            sys.exit(130)
+        if asked:
+            interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
