@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ class UserError(Exception):
 def run(main):
     """Call main(): what a person can mend is one line on stderr and status 2: a UserError, a file
     or folder that the system refuses, a full graphics card. Other faults are a traceback."""
+    warnings.filterwarnings("ignore", module="PIL")     # of files that it reads none the less
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")       # names that no terminal can show
     try:
@@ -369,7 +371,7 @@ def load_checkpoint(path, method, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another path") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).strip() or "it ends too early").splitlines()[0]
         raise UserError(f"{path} is not a whole checkpoint ({reason[:80]}); take another one") \
             from None
     found = state.get("method") if isinstance(state, dict) else None

@@ -120,16 +120,32 @@ class Source(NamedTuple):
 
 # -------------------------------------------------------------------------------- reading one file
 
+def text_lines(path):
+    """The lines of a text file that are not blank. Raises UserError if it is not UTF-8."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no text in UTF-8 ({error.reason} at byte {error.start}): "
+                        "save it as such") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 @contextlib.contextmanager
 def opened(path):
     """Image.open for a with block; whatever goes wrong in it becomes one UserError line."""
     try:
         with Image.open(path) as image:
+            if not all(image.size):
+                raise ValueError("it has no pixels")
             yield image
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: add it, or take it off the list") from None
+    except PermissionError:
+        raise UserError(f"{path}: you may not read it: change its permissions") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {error}: save it smaller, or in parts") from None
     except Exception as error:      # a broken file raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a whole picture ({reason[:90]}): "
@@ -228,8 +244,8 @@ def load_palette(palette):
         raise UserError(f"--palette {palette}: neither a file nor one of {', '.join(VOID_COLORS)}"
                         f"{nearest_name(palette, VOID_COLORS)}")
     classes, meaning = {}, {}
-    for line in filter(str.strip, Path(palette).read_text("utf-8-sig").splitlines()):
-        found = re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\S.*?)\s*", line)
+    for line in text_lines(palette):
+        found = re.fullmatch(r"(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line)
         color, name = (tuple(map(int, found.groups()[:3])), found[4]) if found else ((256,), "")
         if max(color) > 255 or color in meaning or name in classes:
             raise UserError(f"{palette}: `{line}`: expected `R G B name` of 0..255, each "
@@ -354,7 +370,8 @@ def pairs_in(folder, images="images", masks="masks"):
 
 def fingerprint(stem):
     """A number for a name: draws by it are the same everywhere, whatever files are added."""
-    return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big")
+    digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def voc(folder, split, protocol):
@@ -362,8 +379,8 @@ def voc(folder, split, protocol):
     "ori" for semi-supervised training: train as published, and after it, without their masks, the
     pictures that are only in train_aug (if there is such a list)."""
     def listed(name):   # a line is `STEM`, in some aug lists `/JPEGImages/STEM.jpg MASK`
-        lines = (folder / "ImageSets/Segmentation" / f"{name}.txt").read_text().splitlines()
-        return [Path(line.split()[0]).stem for line in lines if line.strip()]
+        lines = text_lines(folder / "ImageSets/Segmentation" / f"{name}.txt")
+        return [Path(line.split()[0]).stem for line in lines]
 
     masks, unlabelled = folder / "SegmentationClass", []
     if protocol == "lmae":
@@ -384,6 +401,9 @@ def voc(folder, split, protocol):
             print("voc: no ImageSets/Segmentation/train_aug.txt (SBD's list of 10582): only the "
                   "1464 of train.txt are used")
     items = [Item(s, folder / "JPEGImages" / f"{s}.jpg", masks / f"{s}.png") for s in stems]
+    for item in items:
+        if not (item.mask.is_file() or item.image.is_file()):
+            raise UserError(f"{item.image}: no such file: add it, or take it off the list")
     return [i if i.mask.is_file() else i._replace(mask=None) for i in items] + unlabelled
 
 
@@ -524,8 +544,8 @@ SOURCES = {
         whole=lambda folder: sum(None not in i for i in pairs_in(folder / "Kvasir-SEG")) == 1000),
 }
 OWN = Source(None, ("train", "val"), own_folder,
-             "images/ and masks/, a picture and its mask with the same stem; or train/ and val/ "
-             "with those two inside")
+             "images/ and masks/, a picture and its mask with the same stem, and several of them, "
+             "as a fifth becomes val; or train/ and val/ with those two inside")
 # What the colour masks of these datasets paint void with: borders, bridges, tunnels, trailers ...
 VOID_COLORS = {
     "voc": [(224, 224, 192)],
@@ -575,6 +595,9 @@ def list_items(name, root, split, protocol="lists"):
         return source.items(folder, split, protocol)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{error.filename}: not there: {name} needs {source.tree}") from None
+    except OSError as error:                            # no permission, a loop of links, ..
+        raise UserError(f"{error.filename}: {error.strerror}: mend that: {name} needs "
+                        f"{source.tree}") from None
 
 
 def info(name, root="data", palette=None):
@@ -603,7 +626,7 @@ def class_names(folder):
     file = folder / "classes.txt"
     if not file.is_file():
         return []
-    names = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    names = text_lines(file)
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
         raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
     return names
@@ -758,13 +781,12 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     Raises UserError for a number or fraction that cannot be, and for a list that is empty or names
     a picture twice, or one that is not there or has no mask.
     """
-    items = [i for i in list_items(name, root, "train", protocol) if i.image]
-    for line in duplicates(items):      # between the two lists no Dataset would see them
+    items = list_items(name, root, "train", protocol)
+    for line in misfits(items):         # between the two lists no Dataset would see them
         raise UserError(line)
     candidates = [i for i in items if i.mask]
     if not candidates:
-        raise UserError(f"{name}: no picture with a mask in the split train: "
-                        f"expected {source_of(name).tree}")
+        raise none_labelled(name, "train", items)
     if found := re.fullmatch(r"\s*(-?\d+)(?:/(\d+))?\s*", labeled):
         n = int(found[1])
         if found[2]:
@@ -794,7 +816,8 @@ def listed_items(file, items, name):
     """
     known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
     found = {}
-    for number, line in enumerate(Path(file).read_text("utf-8-sig", "replace").splitlines(), 1):
+    text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
+    for number, line in enumerate(text.splitlines(), 1):
         if not (line := line.strip()):
             continue
         words = re.split(r"\s", line)
@@ -819,7 +842,8 @@ def listed_items(file, items, name):
 
 def labeled_hash(items):
     """12 hex digits of the stems of Items in any order: to tell two draws apart."""
-    return hashlib.sha256("\n".join(sorted(i.stem for i in items)).encode()).hexdigest()[:12]
+    names = "\n".join(sorted(i.stem for i in items))
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def labeled_lines(items):
@@ -828,7 +852,7 @@ def labeled_lines(items):
     def line(item):
         if item.mask is None or item.image == DRAWN:
             return item.stem
-        base = os.path.commonpath([item.image.parent, item.mask.parent])
+        base = next(p for p in item.image.parents if p in item.mask.parents)
         return " ".join(path.relative_to(base).as_posix() for path in (item.image, item.mask))
 
     return "".join(line(item) + "\n" for item in items)
@@ -846,22 +870,34 @@ def read_pair(item, info, palette, size):
     if item.mask is None:
         return image, np.zeros(image.shape[:2], np.uint8)
     label = read_label(item.mask, info, palette)
-    same_size(item, image, label)
+    same_size(item, image.shape, label.shape)
     return image, label
 
 
-def same_size(item, image, label):
-    if image.shape[:2] != label.shape:
-        raise UserError(f"{item.mask}: {label.shape[1]}x{label.shape[0]}, but its picture "
-                        f"{item.image} is {image.shape[1]}x{image.shape[0]}: make them the same")
+def same_size(item, image, mask):
+    """Compare two shapes (H, W, ..)."""
+    if image[:2] != mask[:2]:
+        raise UserError(f"{item.mask}: {mask[1]}x{mask[0]}, but its picture {item.image} is "
+                        f"{image[1]}x{image[0]}: make them the same")
 
 
-def duplicates(items):
-    """A problem line for each Item whose stem others have as well."""
+def misfits(items):
+    """A problem line for each Item whose stem others have as well, or that is a stray mask."""
     count = Counter(item.stem for item in items)
     return [f"{i.image or i.mask}: {count[i.stem]} files or pairs are called {i.stem} "
             f"({i.mask.name if i.mask else 'no mask'}): rename or remove the others"
-            for i in items if count[i.stem] > 1]
+            for i in items if count[i.stem] > 1] + [
+            f"{i.mask}: a mask with no picture called {i.stem}: add or rename one, or remove the "
+            "mask" for i in items if not i.image]
+
+
+def none_labelled(name, split, items):
+    """The UserError for a split in which no Item has a mask."""
+    tree = f"{name} needs {source_of(name).tree}"
+    if items and items[0].image:
+        return UserError(f"{items[0].image}: no mask belongs to it, nor to any other picture in "
+                         f"the split {split}: add masks: {tree}")
+    return UserError(f"{name}: no picture with a mask in the split {split}: add some: {tree}")
 
 
 def doubt(name, info, pixels=None):
@@ -920,7 +956,8 @@ class Dataset(torch.utils.data.Dataset):
     unlabelled picture: its label is 0 in the picture and 255 in the padding, and no mask is read.
 
     A split of up to 2 GB is decoded here, once, so that every file is read before training starts;
-    a larger one is decoded as it is needed. Raises UserError for anything wrong with the files.
+    a larger one is decoded as it is needed, and only the sizes are compared here. Raises UserError
+    for anything wrong with the files.
     """
 
     def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
@@ -930,23 +967,23 @@ class Dataset(torch.utils.data.Dataset):
         self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
         self.train, self.seed, self.whole = train, seed, whole
         listed = list_items(name, root, split, protocol) if items is None else list(items)
-        for line in duplicates(listed):
+        for line in misfits(listed):
             raise UserError(line)
-        self.items = [i for i in listed if i.image and i.mask] if items is None else listed
-        for what, n in (("pictures without a mask", sum(i.mask is None for i in listed)),
-                        ("masks without a picture", sum(i.image is None for i in listed))):
-            if items is None and n and os.environ.get("RANK", "0") == "0":
-                print(f"{name} {split}: {n} {what} left out")
+        self.items = [i for i in listed if i.mask] if items is None else listed
         if not self.items:
-            raise UserError(
-                f"{name}: no picture with a mask in the split {split}: "
-                f"expected {source_of(name).tree}" if items is None else
-                f"{name}: none of the pictures of the split {split} was chosen: choose some")
+            raise none_labelled(name, split, listed)
+        left_out = len(listed) - len(self.items)
+        if left_out and os.environ.get("RANK", "0") == "0":
+            print(f"{name} {split}: {left_out} pictures without a mask left out")
         self.pixels = None
         with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:   # drawing holds the GIL
             self.shapes = list(pool.map(self.shape, self.items))
             self.starts = np.cumsum([0] + [4 * h * w for h, w in self.shapes])
-            counts = self.decode(pool) if self.starts[-1] <= IN_MEMORY else None
+            if self.starts[-1] <= IN_MEMORY:
+                counts = self.decode(pool)
+            else:
+                counts = None
+                list(pool.map(self.same_shape, self.items, self.shapes))
         # a few chosen pictures may well hold no object, and unlabelled ones tell nothing
         if all(i.mask for i in self.items) and (
                 line := doubt(name, self.info, counts if items is None else None)):
@@ -957,6 +994,12 @@ class Dataset(torch.utils.data.Dataset):
             return self.size, self.size
         with opened(item.image) as image:       # reads the header only
             return image.height, image.width
+
+    def same_shape(self, item, shape):
+        """What can be told of a mask by its header, where not every file is read at the start."""
+        if item.mask and item.mask != DRAWN:
+            with opened(item.mask) as mask:
+                same_size(item, shape, (mask.height, mask.width))
 
     def decode(self, pool):
         """Fill self.pixels, one flat tensor: workers share a tensor, but copy lists of arrays."""
@@ -1217,14 +1260,12 @@ def examine(item, info, palette):
     image = label = None
     if item.image == DRAWN:
         image, label = draw_shapes(item.stem, 96)
-    elif item.image is None:
-        problems.append(f"{item.mask}: a mask with no picture: add it, or remove the mask")
-    else:
+    elif item.image:
         image = attempt(read_image, item.image)
     if item.mask and label is None:
         label = attempt(read_label, item.mask, info, palette)
     if image is not None and label is not None:
-        attempt(same_size, item, image, label)
+        attempt(same_size, item, image.shape, label.shape)
     return (None if image is None else image.shape[1::-1],
             np.bincount([] if label is None else label.ravel(), minlength=256), problems)
 
@@ -1244,11 +1285,11 @@ def check(name, root, palette):
             continue
         with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:
             facts = list(pool.map(lambda item: examine(item, labels, palette), items))
-        problems += duplicates(items) + [line for _, _, lines in facts for line in lines]
+        problems += misfits(items) + [line for _, _, lines in facts for line in lines]
         good[split] = [i for i, fact in zip(items, facts) if i.image and i.mask and not fact[2]]
         pixels[split] = sum((counts for _, counts, _ in facts), np.zeros(256, int))
         if not any(i.image and i.mask for i in items):
-            problems.append(f"{name}: no picture with a mask in the split {split}: add some")
+            problems.append(str(none_labelled(name, split, items)))
         sizes = [size for size, _, _ in facts if size] or [(0, 0)]
         limits = sorted({min(sizes, key=math.prod), max(sizes, key=math.prod)}, key=math.prod)
         print(f"{split}: {sum(i.image is not None for i in items)} pictures, "
