@@ -10,6 +10,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -47,7 +48,8 @@ MAIN = Path(__file__).resolve().parent
 
 SHARED = MAIN.parent / "shared/data"
 
-FUZZ = 24       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
+KILLS = 2       # of each script; python test_all.py --kills 50 Broken
+FUZZ = 40       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
 
 
 def option(flag, default):
@@ -68,6 +70,11 @@ def needs(folder):
 
 def saved(path):
     return torch.load(path, weights_only=True)
+
+
+def contents(folder):
+    """{path: what tells whether the file has changed} of the files in a folder."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def save(path, array, **kwargs):
@@ -4543,12 +4550,12 @@ class S4mimRuns(S4mimCase):
         _, flags = self.own(8)
         out = self.tmp / "run"
         here(*flags, "--max-steps", 1, "--out", out)
-        before = {p: p.read_bytes() for p in out.iterdir()}
+        before = contents(out)
         for more in [], ["--baseline", "suponly"]:
             with self.fails("already holds a run"):
                 here(*flags, *more, "--max-steps", 1, "--out", out)
             self.assertEqual({p for p in out.iterdir()}, set(before))   # nor a baseline trained
-        self.assertEqual({p: p.read_bytes() for p in out.iterdir()}, before)
+        self.assertEqual(contents(out), before)
 
     def test_masks_of_unlabelled_pictures_change_nothing(self):
         root, flags = self.own(14)
@@ -5110,7 +5117,7 @@ class BadData(Case):
             out = self.tmp / f"run {name}"
             argv = [*brief, "--data", root, "--epochs", 2, "--eval-every", 1, "--out", out]
             self.assertEqual(outcome(name, *argv, "--max-steps", 1)[0], 0)
-            before = {path: path.read_bytes() for path in out.iterdir()}
+            before = contents(out)
             size = (out / "last.pt").stat().st_size // 2
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))    # half of it fits
@@ -5119,7 +5126,7 @@ class BadData(Case):
                              "make room")
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            after = {path: path.read_bytes() for path in out.iterdir()}
+            after = contents(out)
             self.assertEqual(after.keys(), before.keys())               # no half of a file
             for file in "last.pt", "log.csv", "config.json":            # best.pt is smaller
                 self.assertEqual(after[out / file], before[out / file])
@@ -5177,6 +5184,254 @@ class BadData(Case):
                 shutil.rmtree(broken)
         self.assertEqual([marker.exists(), (self.tmp / "new").exists(),
                           (self.tmp / "to").exists()], [False] * 3)
+
+
+# Runs a script that kills itself with signal 9 in the n-th file that it writes: when half of it
+# is in the .part, before that is moved to its place, or just after.
+SUICIDE = """
+import os, runpy, signal, sys
+where, n, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import common
+plain, fsync, replace, count = open, os.fsync, os.replace, 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Half:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def write(self, content):
+        self.file.write(bytes(content)[:len(content) // 2])
+        self.file.flush()
+        die()
+
+def opened(path, mode):
+    global count
+    count += 1
+    file = plain(path, mode)
+    return Half(file) if (where, count) == ("half", n) else file
+
+def synced(file):
+    die() if (where, count) == ("part", n) else fsync(file)
+
+def replaced(part, path):
+    replace(part, path)
+    if (where, count) == ("done", n):
+        die()
+
+common.open, os.fsync, os.replace = opened, synced, replaced
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Broken(Case):
+    """Runs that end before their time, and go on."""
+
+    def setUp(self):
+        super().setUp()
+        self.root = self.folder(8, 3, (20, 24), sub="train")
+        self.folder(3, 3, (20, 24), sub="val")
+        (self.root / "classes.txt").write_text("a\nb\nc\n")
+        # eight or more steps with four evaluations, of which each saves
+        self.runs = {name: [*brief, "--data", self.root, "--batch-size", 4, "--epochs", 8,
+                            "--eval-every", 2, "--seed", 5] for name, brief in BRIEF.items()}
+        self.runs["s4mim.py"] += ["--batch-size", 8, "--labeled", "1/2", "--psi", 0.2]
+        self.runs["lmae.py"] += ["--schedule", "plateau", "--warmup", 3]
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)                # as the processes that start() starts
+
+    def start(self, name, out, *more, wrap=()):
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        argv = [*wrap, MAIN / name, *self.runs[name], "--out", out, *resume, *more]
+        return subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def whole(self, name):
+        """An unbroken run, and the seconds that it takes."""
+        out, began = self.tmp / f"whole {name}", time.time()
+        status, _, error = outcome(name, *self.runs[name], "--out", out)
+        self.assertEqual((status, error), (0, ""))
+        return out, time.time() - began
+
+    def equal(self, out, whole):
+        """Whether two finished runs hold the same to the bit, but for seconds and paths."""
+        self.assertEqual({p.name for p in out.iterdir()}, {p.name for p in whole.iterdir()})
+
+        def same(a, b, at=""):
+            self.assertEqual(type(a), type(b), at)
+            if isinstance(a, dict):
+                self.assertEqual(a.keys(), b.keys(), at)
+                for key in set(a) - {"seconds", "out", "resume", "max_steps"}:
+                    same(a[key], b[key], f"{at} {key}")
+            elif isinstance(a, (list, tuple)):
+                self.assertEqual(len(a), len(b), at)
+                for i, pair in enumerate(zip(a, b)):
+                    same(*pair, f"{at} {i}")
+            elif isinstance(a, torch.Tensor):
+                self.assertTrue(torch.equal(a, b), at)
+            else:
+                self.assertTrue(a == b or a != a and b != b, f"{at}: {a} {b}")
+
+        for name in "last.pt", "best.pt":
+            same(saved(out / name), saved(whole / name), name)
+        same(*(json.loads((run / "metrics.json").read_text()) for run in (out, whole)))
+        same(*(list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+               for run in (out, whole)))
+        for name in {p.name for p in out.iterdir()} & {"samples.png", "step.png", "labeled.txt"}:
+            self.assertEqual((out / name).read_bytes(), (whole / name).read_bytes(), name)
+
+    def nothing_is_half(self, out):
+        for file in out.iterdir() if out.exists() else ():
+            if file.suffix == ".pt":
+                saved(file)
+            elif file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix == ".png":
+                with Image.open(file) as picture:
+                    picture.load()
+            elif file.name == "log.csv":
+                self.assertTrue(file.read_text().endswith("\n"))
+
+    def test_killed_at_random_moments(self):
+        """kill -9, again and again, and on with --resume: the end is that of an unbroken run."""
+        for name in SCRIPTS:
+            rng = np.random.default_rng(KILLS)
+            whole, seconds = self.whole(name)
+            out, done, killed = self.tmp / f"0 {name}", 0, Counter()
+            while killed.total() < KILLS or not done:
+                stay = killed.total() >= KILLS          # alive, to the end
+                where = rng.choice(["half", "part", "done"]) if killed.total() % 2 else "any time"
+                wrap = ["-c", SUICIDE, where, rng.integers(1, 9)]
+                with self.subTest(name, killed=dict(killed)):
+                    run = self.start(name, out, wrap=() if stay or where == "any time" else wrap)
+                    if not stay and where == "any time":
+                        if rng.random() < 0.8:          # else while it starts
+                            for line in run.stdout:
+                                if " steps " in line:
+                                    break
+                        time.sleep(rng.random() * seconds)
+                        run.kill()
+                    _, error = run.communicate()
+                    self.assertIn(run.returncode, (0, -9), error)
+                    self.nothing_is_half(out)
+                    if run.returncode:
+                        killed[where] += 1
+                    else:
+                        done += 1
+                        self.equal(out, whole)
+                        out = self.tmp / f"{done} {name}"
+            if KILLS >= 50:
+                print(f"{name}: killed {dict(killed)}, {done} runs ended like the unbroken one")
+
+    def test_ctrl_c_saves_at_once_and_the_run_goes_on(self):
+        for name, sent in zip(SCRIPTS, (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
+            whole, _ = self.whole(name)
+            out = self.tmp / f"out {name}"
+            module, step = SCRIPTS[name], SCRIPTS[name].train_step
+
+            def train_step(*args, at=iter(range(100))):
+                if next(at) == 4:                                       # in the middle of a step
+                    os.kill(os.getpid(), sent)
+                return step(*args)
+
+            argv = [*self.runs[name], "--out", out]
+            with mock.patch.object(module, "train_step", train_step):
+                status, text, error = outcome(name, *argv)
+            self.assertEqual((status, error), (130, ""))
+            self.assertIn("stopped after step 5: the same command with --resume goes on", text)
+            self.assertEqual(saved(out / "last.pt")["step"], 5)
+            self.refused(name, [*argv, "--resume", "--max-steps", 5], "--max-steps 5",
+                         "at step 5 already")
+            status, _, error = outcome(name, *argv, "--resume")
+            self.assertEqual((status, error), (0, ""))
+            self.equal(out, whole)              # log.csv too: no loss was lost
+
+    refused = BadData.refused
+
+    def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(self):
+        for name, module in SCRIPTS.items():
+            whole, _ = self.whole(name)
+            for what, bad in ("loss", 6), ("weights", 8):       # 8: just before an evaluation
+                out, real, at = self.tmp / f"{what} {name}", module.train_step, []
+
+                def train_step(model, *args):
+                    terms = real(model, *args)
+                    at.append(1)
+                    if len(at) == bad and what == "weights":
+                        next(model.parameters()).data[0] = math.inf
+                    return terms * math.nan if len(at) == bad and what == "loss" else terms
+
+                argv = [*self.runs[name], "--out", out]
+                self.assertEqual(outcome(name, *argv, "--max-steps", 4)[0], 0)
+                at[:] = [1] * 4
+                sampled = []
+                plain = data.Dataset.__getitem__
+
+                def item(dataset, key):
+                    if isinstance(key, tuple):                          # not to count classes
+                        sampled.append((id(dataset), str(dataset.items[key[1]].image)))
+                    return plain(dataset, key)
+
+                with mock.patch.object(module, "train_step", train_step), \
+                        mock.patch.object(data.Dataset, "__getitem__", item):
+                    status, _, error = outcome(name, *argv, "--resume")
+                self.assertEqual((status, error.count("\n")), (2, 1), error)
+                self.assertIn({"loss": "step 6: the loss is nan, after the batch ",
+                               "weights": "step 8: weights that are not finite are left"}[what],
+                              error)
+                self.assertIn(f"{out} is as it was saved before", error)
+                # the loaders drew the batches of steps 5, 6, .. in turn: four pictures each
+                streams = {dataset for dataset, _ in sampled}
+                batch = [path for d in streams for path in
+                         [path for dataset, path in sampled if dataset == d][4 * bad - 20:][:4]]
+                self.assertEqual(len(batch), 8 if name == "s4mim.py" else 4)
+                named = error.split("the batch ")[1].split("; ")[0].split(", ")
+                self.assertEqual(sorted(named), sorted(batch))
+                last = saved(out / "last.pt")                           # s4mim.py saves more often
+                self.assertEqual(last["step"], 6 if (name, bad) == ("s4mim.py", 8) else 4)
+                # whoever mends the cause goes on from there
+                self.assertEqual(outcome(name, *argv, "--resume")[0], 0)
+                self.equal(out, whole)
+
+    def test_a_rate_that_is_too_high(self):
+        for name in SCRIPTS:
+            out = self.tmp / f"out {name}"
+            self.refused(name, [*self.runs[name], "--lr", 1e30, "--out", out], "step ", self.root,
+                         "lower --lr")
+            for file in out.glob("*.pt"):
+                self.assertTrue(all(t.isfinite().all() for t in saved(file)["model"].values()))
+
+    def test_what_resume_and_out_refuse(self):
+        names = list(SCRIPTS)
+        for name, other in zip(names, names[1:] + names):
+            out, argv = self.tmp / name, [*self.runs[name], "--max-steps", 1]
+            self.refused(name, [*argv, "--out", out, "--resume"], f"no run in {out}",
+                         "leave --resume away")
+            self.assertEqual(outcome(name, *argv, "--out", out)[0], 0)
+            before = contents(out)
+            self.refused(name, [*argv, "--out", out], out, "already holds a run", "--resume")
+            self.refused(other, [*self.runs[other], "--out", out], out, "already holds a run")
+            self.refused(name, [*argv, "--out", out, "--resume", "--lr", 0.5, "--seed", 6],
+                         out, "seed was 5, now 6", "now 0.5", "another --out")
+            self.refused(other, [*self.runs[other], "--out", out, "--resume"],
+                         out / "config.json", "not of a run of this", "another --out")
+            # the data under it has changed
+            (self.root / "classes.txt").write_text("a\nb\nc\nd\n")
+            self.refused(name, [*argv, "--out", out, "--resume"], self.root, "other classes", out)
+            (self.root / "classes.txt").write_text("a\nb\nc\n")
+            for part in "images", "masks":
+                (self.root / f"train/{part}/p000.png").rename(self.root / f"train/{part}/q.png")
+            self.refused(name, [*argv, "--out", out, "--resume"], self.root,
+                         "other training pictures", out)
+            for part in "images", "masks":
+                (self.root / f"train/{part}/q.png").rename(self.root / f"train/{part}/p000.png")
+            self.refused(name, ["--eval", out / "last.pt", "--out", out], out, "a training run")
+            self.assertEqual(contents(out), before)
+            (out / "config.json").write_text("{")
+            self.refused(name, [*argv, "--out", out, "--resume"], out / "config.json")
 
 
 class Fuzz(Case):
@@ -5264,5 +5519,5 @@ class Fuzz(Case):
 
 
 if __name__ == "__main__":
-    FUZZ = option("--fuzz", FUZZ)
+    KILLS, FUZZ = option("--kills", KILLS), option("--fuzz", FUZZ)
     unittest.main()
