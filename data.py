@@ -6,8 +6,9 @@
     python data.py --data my/folder --palette colors.txt
 
 Run as a script it is the check to make before training: counts, sizes, the share of each class,
-all problems with their files and what to do (exit status 1 if there are any), and a contact sheet
-of pictures and labels, out/check-NAME.png. A dataset is looked for in ROOT/NAME, then in ROOT.
+the score of the best answer that is the same class everywhere, all problems with their files and
+what to do (exit status 1 if there are any), and a contact sheet of pictures and labels,
+out/check-NAME.png. A dataset is looked for in ROOT/NAME, then in ROOT.
 
     name        layout                                                  splits          classes
     shapes      none: drawn at run time                                 train val       6
@@ -54,9 +55,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -73,7 +74,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 
-from common import VOID, UserError, nearest_name, overlay, parse, run, seed_of, sheet
+from common import (VOID, UserError, constant_miou, nearest_name, overlay, parse, run, seed_of,
+                    sheet)
 
 IN_MEMORY = 2 * 2**30       # bytes of decoded pixels up to which a split is kept in memory
 SHOWN = 192                 # side of the pictures on the contact sheet
@@ -717,16 +719,18 @@ def md5_of(path):
 
 
 def unpack(archive, folder, whole=None):
-    """Unpack a tar or zip into folder, by way of a temporary folder in it.
+    """Unpack a tar or zip into folder, by way of folder/.unpacking.
 
     Raises UserError, and leaves nothing behind, if a member has an absolute path, climbs out by
     `..`, or is a link or device; if something is in its way; and if the archive is broken, which
-    the sums in it tell, or not whole(temporary folder).
+    the sums in it tell, or not whole(folder/.unpacking).
     """
+    temp = folder / ".unpacking"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temp, ignore_errors=True)         # of a try that was killed
+        temp.mkdir(parents=True)
         kind = tarfile.open if tarfile.is_tarfile(archive) else zipfile.ZipFile
-        with kind(archive) as bag, tempfile.TemporaryDirectory(dir=folder, prefix=".") as temp:
+        with kind(archive) as bag:
             if kind is tarfile.open:
                 members = [(m.name, m.size, m.isfile() or m.isdir()) for m in bag]
             else:                               # zipfile writes a link as a plain file
@@ -739,16 +743,18 @@ def unpack(archive, folder, whole=None):
             need_room(folder, sum(size for _, size, _ in members))
             safe = kind is tarfile.open and hasattr(tarfile, "data_filter")     # newer Pythons
             bag.extractall(temp, **({"filter": "data"} if safe else {}))
-            if whole and not whole(Path(temp)):
+            if whole and not whole(temp):
                 raise UserError(f"{archive}: not all is in it that should be: "
                                 "remove it and get it again")
-            for top in Path(temp).iterdir():
+            for top in temp.iterdir():
                 if (folder / top.name).exists():
                     raise UserError(f"{folder / top.name}: in the way of {archive}: move it away")
                 os.replace(top, folder / top.name)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}): make room, or "
                         "remove it and get it again") from None
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def download(name, root, home):
@@ -1101,11 +1107,16 @@ class Stream(Steps):
             yield batch
 
 
+def leave_ctrl_c(worker):
+    """To the main process, which has a step to finish first; a terminal tells the workers too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loader(dataset, batches, workers, **kwargs):
     # a generator of its own: a loader else draws from the global one, once more in a resumed run
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(), **kwargs)
+        generator=torch.Generator(), worker_init_fn=leave_ctrl_c, **kwargs)
 
 
 def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
@@ -1248,8 +1259,9 @@ class Config:
 
 
 def examine(item, info, palette):
-    """Of an Item, whatever it lacks: (W, H) or None, pixels by label (256,), problem lines."""
-    problems = []
+    """Of an Item, whatever it lacks: (W, H) or None, pixels by label (256,), problem lines, and
+    what tells two picture files apart."""
+    problems, digest = [], None
 
     def attempt(read, *args):
         try:
@@ -1262,12 +1274,14 @@ def examine(item, info, palette):
         image, label = draw_shapes(item.stem, 96)
     elif item.image:
         image = attempt(read_image, item.image)
+        if image is not None:
+            digest = hashlib.sha256(item.image.read_bytes()).digest()
     if item.mask and label is None:
         label = attempt(read_label, item.mask, info, palette)
     if image is not None and label is not None:
         attempt(same_size, item, image.shape, label.shape)
     return (None if image is None else image.shape[1::-1],
-            np.bincount([] if label is None else label.ravel(), minlength=256), problems)
+            np.bincount([] if label is None else label.ravel(), minlength=256), problems, digest)
 
 
 def check(name, root, palette):
@@ -1276,7 +1290,7 @@ def check(name, root, palette):
     Returns (problem lines, {split: the Items that have none}, Info). Raises UserError only if
     there is no split at all: anything else is a problem line, and the check goes on.
     """
-    labels, problems, good, pixels = info(name, root, palette), [], {}, {}
+    labels, problems, good, pixels, seen = info(name, root, palette), [], {}, {}, {}
     for split in source_of(name).splits:
         try:
             items = list_items(name, root, split)
@@ -1285,12 +1299,17 @@ def check(name, root, palette):
             continue
         with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:
             facts = list(pool.map(lambda item: examine(item, labels, palette), items))
-        problems += misfits(items) + [line for _, _, lines in facts for line in lines]
+        problems += misfits(items) + [line for _, _, lines, _ in facts for line in lines]
+        for item, (*_, digest) in zip(items, facts):
+            other, first = seen.setdefault(digest, (split, item.image))
+            if digest and other != split:
+                problems.append(f"{item.image}: the same picture as {first} in the split {other}: "
+                                f"remove one of them, or {split} tests what was learned by heart")
         good[split] = [i for i, fact in zip(items, facts) if i.image and i.mask and not fact[2]]
-        pixels[split] = sum((counts for _, counts, _ in facts), np.zeros(256, int))
+        pixels[split] = sum((counts for _, counts, *_ in facts), np.zeros(256, int))
         if not any(i.image and i.mask for i in items):
             problems.append(str(none_labelled(name, split, items)))
-        sizes = [size for size, _, _ in facts if size] or [(0, 0)]
+        sizes = [size for size, *_ in facts if size] or [(0, 0)]
         limits = sorted({min(sizes, key=math.prod), max(sizes, key=math.prod)}, key=math.prod)
         print(f"{split}: {sum(i.image is not None for i in items)} pictures, "
               f"{' to '.join(f'{w}x{h}' for w, h in limits)}, "
@@ -1307,6 +1326,10 @@ def check(name, root, palette):
         shares = (f"{100 * n[c] / max(1, n.sum()):8.2f}" for n in pixels.values())
         print(f"{title:>22}{ids[c]:>6}" + "".join(shares)
               + (f"   with {runs(labels.void)}" if c == VOID and labels.void else ""))
+    # what a score has to beat
+    shares = (constant_miou(torch.from_numpy(n[:len(labels.classes)]).diag())
+              for n in pixels.values())
+    print(f"{'constant answer, mIoU':>22}{'':6}" + "".join(f"{share:8.2f}" for share in shares))
     return problems, good, labels
 
 

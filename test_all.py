@@ -1109,6 +1109,24 @@ class Unpack(Case):
         self.assertEqual(self.files(), ["else", "in", "in/top", "in/top/mine.txt"])
 
 
+    def test_killed_while_it_unpacks(self):
+        voc_tree(self.tmp / "made", self.rng)
+        with tarfile.open(self.tmp / "a.tar", "w") as bag:
+            bag.add(self.tmp / "made/VOCdevkit", "VOCdevkit")
+        root, script = self.tmp / "root", (
+            "import os, sys\n"
+            "from pathlib import Path\n"
+            f"sys.path.insert(0, {str(MAIN)!r})\n"
+            "import data\n"
+            "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"         # when all is written
+            "data.unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n")
+        done = subprocess.run([sys.executable, "-c", script, self.tmp / "a.tar", root / "voc"])
+        self.assertEqual((done.returncode, data.find("voc", root)), (-9, None))
+        data.unpack(self.tmp / "a.tar", root / "voc")
+        self.assertEqual(data.find("voc", root), root / "voc/VOCdevkit/VOC2012")
+        self.assertEqual([p.name for p in (root / "voc").iterdir()], ["VOCdevkit"])
+
+
 class OwnFolder(Case):
     def test_a_fixed_fifth_is_val(self):
         root = self.folder(n=200, size=(2, 3))
@@ -1273,10 +1291,21 @@ class Check(Case):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             problems, _, _ = data.check("glas", self.tmp, None)
         self.assertEqual(problems, [])
-        rows = [line.split() for line in out.getvalue().splitlines()[-3:]]
+        rows = [line.split() for line in out.getvalue().splitlines()[-4:]]
         self.assertEqual(rows, [["background", "<=0", "25.00", "25.00"],
                                 ["gland", ">0", "75.00", "75.00"],
-                                ["void", "none", "0.00", "0.00"]])
+                                ["void", "none", "0.00", "0.00"],
+                                ["constant", "answer,", "mIoU", "37.50", "37.50"]])
+
+    def test_the_same_picture_in_two_splits(self):
+        root = self.folder(n=3, sub="train")
+        self.folder(n=2, sub="val")
+        path = root / "val/images/p001.png"
+        path.write_bytes((root / "train/images/p002.png").read_bytes())
+        with contextlib.redirect_stdout(io.StringIO()):
+            (line,), _, _ = data.check(str(root), "", None)
+        for word in path, root / "train/images/p002.png", "split train", "remove one of them":
+            self.assertIn(str(word), line)
 
     def test_exit_status(self):
         clean = self.script("--out", self.tmp / "sheet.png")                          # shapes
@@ -2334,6 +2363,12 @@ class LmaeRuns(Case):
         for part in "model", "weights":
             for name, value in one[part].items():
                 torch.testing.assert_close(value, two[part][name], atol=1e-5, rtol=1e-4)
+        self.assertEqual(done.stdout.count("-> "), 1)                   # saved and said once
+        script("lmae.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "eval")
+        scores = [json.loads((self.tmp / name / "metrics.json").read_text())
+                  for name in ("two", "eval")]
+        for name in "pa_class_iou", "class_iou", "pa_miou_nearest", "pasted_miou":
+            self.assertEqual(scores[0][name], scores[1][name])
 
     def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
         whole, broken = self.tmp / "whole", self.tmp / "broken"
@@ -4201,6 +4236,32 @@ class S4mimPretrained(S4mimCase):
             self.assertTrue(asked.call_args.kwargs["weights_only"])
 
 
+    def test_a_release_that_does_not_arrive_whole_is_never_taken(self):
+        theirs, hub = self.release("resnet18", 4), self.tmp / "hub"
+        content = (self.tmp / "resnet18.pth").read_bytes()
+        digest = hashlib.sha256(content).hexdigest()[:8]
+
+        def load(name):
+            url = server.url.replace("file.tar", name)
+            with mock.patch.dict(s4mim.RELEASE, resnet18=url), \
+                    contextlib.redirect_stderr(io.StringIO()), \
+                    mock.patch.dict(os.environ, TORCH_HOME=str(hub)):
+                return self.load("imagenet", backbone="resnet18")
+
+        with Server() as server:
+            server.content = content
+            for status, cuts, name, word in (
+                    (404, [], digest, "404"), (200, [len(content) // 2], digest, "hash"),
+                    (200, [], "01234567", "hash")):
+                server.status, server.cuts = status, cuts
+                with self.fails("--pretrained imagenet", "cannot be read", word):
+                    load(f"resnet18-{name}.pth")
+                self.assertEqual(list(hub.rglob("*.*")), [])
+            _, after, _ = load(f"resnet18-{digest}.pth")
+            self.assertTrue(torch.equal(after["layer4.0.conv1.weight"],
+                                        theirs["layer4.0.conv1.weight"]))
+
+
 class S4mimTraining(S4mimCase):
     def test_the_papers_recipes(self):
         """Section IV-A and Eq. 14, typed in; psi and the decoders' rate are UniMatch's."""
@@ -5264,7 +5325,7 @@ class Broken(Case):
             self.assertEqual(type(a), type(b), at)
             if isinstance(a, dict):
                 self.assertEqual(a.keys(), b.keys(), at)
-                for key in set(a) - {"seconds", "out", "resume", "max_steps"}:
+                for key in set(a) - {"seconds", "out", "resume", "max_steps", "workers"}:
                     same(a[key], b[key], f"{at} {key}")
             elif isinstance(a, (list, tuple)):
                 self.assertEqual(len(a), len(b), at)
@@ -5303,26 +5364,24 @@ class Broken(Case):
             out, done, killed = self.tmp / f"0 {name}", 0, Counter()
             while killed.total() < KILLS or not done:
                 stay = killed.total() >= KILLS          # alive, to the end
-                where = rng.choice(["half", "part", "done"]) if killed.total() % 2 else "any time"
+                where = str(rng.choice(["half", "part", "done"]))
+                where = where if killed.total() % 2 else "any time"
                 wrap = ["-c", SUICIDE, where, rng.integers(1, 9)]
-                with self.subTest(name, killed=dict(killed)):
-                    run = self.start(name, out, wrap=() if stay or where == "any time" else wrap)
-                    if not stay and where == "any time":
-                        if rng.random() < 0.8:          # else while it starts
-                            for line in run.stdout:
-                                if " steps " in line:
-                                    break
-                        time.sleep(rng.random() * seconds)
-                        run.kill()
-                    _, error = run.communicate()
-                    self.assertIn(run.returncode, (0, -9), error)
-                    self.nothing_is_half(out)
-                    if run.returncode:
-                        killed[where] += 1
-                    else:
-                        done += 1
-                        self.equal(out, whole)
-                        out = self.tmp / f"{done} {name}"
+                run = self.start(name, out, wrap=() if stay or where == "any time" else wrap)
+                if not stay and where == "any time":
+                    if rng.random() < 0.8:              # else while it starts
+                        next((line for line in run.stdout if " steps " in line), None)
+                    time.sleep(rng.random() * seconds)
+                    run.kill()
+                _, error = run.communicate()
+                self.assertIn(run.returncode, (0, -9), f"{name} {killed} {error}")
+                self.nothing_is_half(out)
+                if run.returncode:
+                    killed[where] += 1
+                else:
+                    done += 1
+                    self.equal(out, whole)
+                    out = self.tmp / f"{done} {name}"
             if KILLS >= 50:
                 print(f"{name}: killed {dict(killed)}, {done} runs ended like the unbroken one")
 
@@ -5395,6 +5454,28 @@ class Broken(Case):
                 # whoever mends the cause goes on from there
                 self.assertEqual(outcome(name, *argv, "--resume")[0], 0)
                 self.equal(out, whole)
+
+    def test_workers_and_how_they_start_change_nothing(self):
+        """Forked as on Linux, and spawned as on macOS and Windows, where all must be pickled."""
+        before = torch.multiprocessing.get_start_method()
+        self.addCleanup(torch.multiprocessing.set_start_method, before, force=True)
+        for name in SCRIPTS:
+            whole, _ = self.whole(name)
+            for method, workers in ("fork", 2), ("spawn", 1):
+                torch.multiprocessing.set_start_method(method, force=True)
+                out = self.tmp / f"{method} {name}"
+                status, _, error = outcome(name, *self.runs[name], "--out", out, "--workers",
+                                           workers)
+                self.assertEqual((status, error), (0, ""))
+                self.equal(out, whole)
+
+    @unittest.skipIf(torch.cuda.is_available(), "there is a GPU")
+    def test_no_cuda_call_where_there_is_none(self):
+        for name in SCRIPTS:
+            with mock.patch("torch.cuda._lazy_init", side_effect=AssertionError("a CUDA call")):
+                status, text, error = outcome(name, *self.runs[name], "--device", "auto",
+                                              "--max-steps", 1, "--out", self.tmp / name)
+            self.assertEqual((status, error), (0, ""))
 
     def test_a_rate_that_is_too_high(self):
         for name in SCRIPTS:
