@@ -5311,11 +5311,11 @@ class Broken(Case):
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def whole(self, name):
-        """An unbroken run, and the seconds that it takes."""
-        out, began = self.tmp / f"whole {name}", time.time()
+        """An unbroken run in this process."""
+        out = self.tmp / f"whole {name}"
         status, _, error = outcome(name, *self.runs[name], "--out", out)
         self.assertEqual((status, error), (0, ""))
-        return out, time.time() - began
+        return out
 
     def equal(self, out, whole):
         """Whether two finished runs hold the same to the bit, but for seconds and paths."""
@@ -5360,8 +5360,13 @@ class Broken(Case):
         """kill -9, again and again, and on with --resume: the end is that of an unbroken run."""
         for name in SCRIPTS:
             rng = np.random.default_rng(KILLS)
-            whole, seconds = self.whole(name)
-            out, done, killed = self.tmp / f"0 {name}", 0, Counter()
+            whole, out, done, killed = self.tmp / "whole", self.tmp / "0", 0, Counter()
+            run = self.start(name, whole)
+            next(line for line in run.stdout if " steps " in line)
+            began = time.time()
+            _, error = run.communicate()
+            seconds = time.time() - began
+            self.assertEqual((run.returncode, error), (0, ""))
             while killed.total() < KILLS or not done:
                 stay = killed.total() >= KILLS          # alive, to the end
                 where = str(rng.choice(["half", "part", "done"]))
@@ -5381,13 +5386,15 @@ class Broken(Case):
                 else:
                     done += 1
                     self.equal(out, whole)
-                    out = self.tmp / f"{done} {name}"
+                    out = self.tmp / str(done)
             if KILLS >= 50:
                 print(f"{name}: killed {dict(killed)}, {done} runs ended like the unbroken one")
+            for folder in self.tmp.glob("[0-9w]*"):
+                shutil.rmtree(folder)
 
     def test_ctrl_c_saves_at_once_and_the_run_goes_on(self):
         for name, sent in zip(SCRIPTS, (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
-            whole, _ = self.whole(name)
+            whole = self.whole(name)
             out = self.tmp / f"out {name}"
             module, step = SCRIPTS[name], SCRIPTS[name].train_step
 
@@ -5412,7 +5419,7 @@ class Broken(Case):
 
     def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(self):
         for name, module in SCRIPTS.items():
-            whole, _ = self.whole(name)
+            whole = self.whole(name)
             for what, bad in ("loss", 6), ("weights", 8):       # 8: just before an evaluation
                 out, real, at = self.tmp / f"{what} {name}", module.train_step, []
 
@@ -5460,7 +5467,7 @@ class Broken(Case):
         before = torch.multiprocessing.get_start_method()
         self.addCleanup(torch.multiprocessing.set_start_method, before, force=True)
         for name in SCRIPTS:
-            whole, _ = self.whole(name)
+            whole = self.whole(name)
             for method, workers in ("fork", 2), ("spawn", 1):
                 torch.multiprocessing.set_start_method(method, force=True)
                 out = self.tmp / f"{method} {name}"
