@@ -5,6 +5,7 @@ Nothing in here knows a method, and no method's model, masking or loss imports i
 import csv
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import io
@@ -39,27 +40,41 @@ class UserError(Exception):
 
 def run(main):
     """Call main(): what a person can mend is one line on stderr and status 2: a UserError, a file
-    or folder that the system refuses, a full graphics card. Other faults are a traceback."""
+    or folder that the system refuses, too little memory. Other faults are a traceback."""
     warnings.filterwarnings("ignore", module="PIL")     # of files that it reads none the less
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")       # names that no terminal can show
     try:
-        main()
+        check_processes()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()                          # what is printed may have nowhere to go
         if dist.is_initialized():
             dist.barrier()      # the first process may still be writing
-            sys.stdout.flush()
             # no tearing down: of 48 runs with gloo one ended in "terminate called without an
             # active exception", after everything had been saved
             os._exit(0)
     except UserError as error:
-        # a loader's worker wraps the message in its own traceback: the last line is ours
-        give_up(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
-    except torch.cuda.OutOfMemoryError as error:
-        give_up(f"{str(error).splitlines()[0][:150]}; lower --batch-size or --size")
-    except OSError as error:
-        if error.filename is None:
+        line = str(error)
+        if line.startswith("Caught UserError in"):      # by a loader's worker, with its traceback
+            line = line.rpartition("common.UserError: ")[2].strip()
+        give_up(line)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and (
+                "can't allocate memory" not in str(error)):
             raise
-        give_up(f"{error.filename}: {error.strerror}; mend that and run this again")
+        give_up(f"too little memory ({str(error)[:150]}); lower --batch-size or --size")
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:                  # as `| head` leaves it
+            sys.exit(1)
+        give_up(f"{error.filename or 'standard output'}: {error.strerror}; mend that and run this "
+                "again")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -68,6 +83,9 @@ def run(main):
 
 
 def give_up(line):
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)       # names may hold \n
+    if sys.stdout.isatty():
+        print("\r\033[K", end="", flush=True)           # what Progress has left there
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -120,9 +138,15 @@ def parse(Config, recipes, doc, argv=None):
              for name, value in vars(given).items() if value is not None}
     for field in fields:
         choices, value = typing.get_args(field.type), given.get(field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        if value == "" or isinstance(value, tuple) and "" in value:
+            raise UserError(f"{flag} is given nothing: an empty variable? Give a value, or leave "
+                            "it away")
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:
+            raise UserError(f"{flag} {value}: expected a number, and a smaller one")
         if choices and value is not None and value not in choices:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: expected one of "
-                            f"{', '.join(choices)}{nearest_name(value, choices)}")
+            raise UserError(f"{flag} {value}: expected one of {', '.join(choices)}"
+                            f"{nearest_name(value, choices)}")
     recipe = recipes.get(given.get("data", Config.data), {})
     origin = {**dict.fromkeys(recipe, "recipe"), **dict.fromkeys(given, "flag")}
     return Config(**{**recipe, **given}), origin
@@ -149,6 +173,16 @@ def seed_of(*ints):
     """A 63-bit seed out of any integers: a generator is seeded by what its draws are for."""
     digest = hashlib.blake2b(repr(ints).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def check_processes():
+    """Raises UserError for environment variables that look like torchrun's, and are not."""
+    rank, world = (os.environ.get(name, default) for name, default in (("RANK", "0"),
+                                                                       ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
+            and (world == "1" or "MASTER_ADDR" in os.environ)):
+        raise UserError(f"RANK={rank} WORLD_SIZE={world} in the environment: torchrun sets these; "
+                        "unset them, or use it")
 
 
 class Machine:
@@ -374,7 +408,7 @@ def load_checkpoint(path, method, device="cpu"):
         reason = (str(error).strip() or "it ends too early").splitlines()[0]
         raise UserError(f"{path} is not a whole checkpoint ({reason[:80]}); take another one") \
             from None
-    found = state.get("method") if isinstance(state, dict) else None
+    found = state.get("method") if isinstance(state, dict) and "model" in state else None
     if found != method:
         raise UserError(f"{path} is a checkpoint of {found or 'something else'}, not of {method}")
     return state
@@ -397,17 +431,22 @@ def load_weights(model, path, method, may_lack=()):
                         "with the classes and flags that it was trained with") from None
 
 
-RUN_FILES = ("config.json", "last.pt", "best.pt", "log.csv", "curves.png", "samples.png",
-             "step.png", "labeled.txt", "metrics.json")
+RUN_FILES = ("config.json", "last.pt", "best.pt", "pretrain.pt", "log.csv", "curves.png",
+             "samples.png", "step.png", "labeled.txt", "metrics.json", "robustness.png",
+             "augment.json")
 # fields that may change when a run goes on: where it runs and how far, not what it computes
 MAY_DIFFER = {"root", "out", "workers", "device", "compile", "resume", "max_steps"}
 
 
-def refuse_run(out):
-    """Raises UserError if the folder holds a run: none is ever overwritten."""
-    if any((Path(out) / name).exists() for name in RUN_FILES):
-        raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts "
-                        "another")
+def refuse_run(out, what="a run: --resume goes on with it, --out DIR starts another"):
+    """Raises UserError if the folder holds a run, or what may be one: none is overwritten."""
+    if found := [name for name in RUN_FILES if (Path(out) / name).exists()]:
+        raise UserError(f"{out} already holds {what} ({found[0]} is there)")
+
+
+def refuse_results(out):
+    """The same for the results of an evaluation."""
+    refuse_run(out, "a run, or results: give another folder by --out DIR")
 
 
 def open_run(cfg, method, machine, info, pictures, may_differ=()):
@@ -429,7 +468,7 @@ def open_run(cfg, method, machine, info, pictures, may_differ=()):
                         "name the run by --out")
     try:
         theirs = json.loads(config.read_text("utf-8"))
-        if theirs.keys() != mine.keys():
+        if not isinstance(theirs, dict) or theirs.keys() != mine.keys():
             raise ValueError("its fields are others")
     except ValueError as error:                         # what json and utf-8 raise are ValueErrors
         raise UserError(f"--resume: {config} is not of a run of this {method}.py ({error}); "
@@ -442,19 +481,27 @@ def open_run(cfg, method, machine, info, pictures, may_differ=()):
     if not last.exists():
         return None
     state = load_checkpoint(last, method)
+    if "optimizer" not in state:
+        raise UserError(f"--resume: {last} has weights only, as best.pt: start another run, with "
+                        f"--init {last}")
+    same_data(cfg, state, info, pictures)
+    return state
+
+
+def same_data(cfg, state, info, pictures):
+    """Raises UserError if the state is not of a run on these classes and training pictures."""
     for what, was, now in (("classes", tuple(state["info"]["classes"]), info.classes),
                            ("training pictures", state["pictures"], pictures)):
         if was != now:
             raise UserError(f"--resume: {cfg.data} has other {what} than {cfg.out} was begun with "
                             f"({was}, now {now}); bring them back, or give another --out")
-    return state
 
 
 def refuse_past(cfg, start, stop, history):
     """Raises UserError if a run that goes on has nothing to do, and no scores of where it is."""
     if start >= stop and (not history or history[-1]["step"] < start):
-        raise UserError(f"--max-steps {cfg.max_steps}: {cfg.out} is at step {start} already; "
-                        "give more, or none")
+        raise UserError(f"--resume: {cfg.out} is at step {start} already, beyond --max-steps or "
+                        "--epochs; give more")
 
 
 def write_history(out, history):
@@ -531,7 +578,7 @@ class Losses:
                 if not math.isfinite(self.last):
                     self.fail(step, f"the loss is {self.last}")
             self.drawn, self.unseen = {steps[-1]: self.drawn[steps[-1]]}, []
-        weights = [p.detach().isfinite().all() for m in modules for p in m.parameters()]
+        weights = [t.isfinite().all() for m in modules for t in m.state_dict().values()]
         if weights and not torch.stack(weights).all():
             self.fail(max(self.drawn), "weights that are not finite are left")
         return self.last
@@ -545,7 +592,7 @@ class Losses:
         files = [name for dataset, index in self.drawn[step] for name in dataset.files(index)]
         raise UserError(f"step {step}: {what}, after the batch {', '.join(files)}; {self.out} is "
                         "as it was saved before: look at these files, or start another run, "
-                        "perhaps by --init, with a lower --lr or --amp off")
+                        "with another --out, perhaps by --init, and a lower --lr or --amp off")
 
 
 class Interrupt:

@@ -596,7 +596,10 @@ def list_items(name, root, split, protocol="lists"):
     try:
         return source.items(folder, split, protocol)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{error.filename}: not there: {name} needs {source.tree}") from None
+        known = Path(name).resolve().name
+        hint = (f" (or do you mean --data {known} --root {Path(name).parent}?)"
+                if source is OWN and known in SOURCES else "")
+        raise UserError(f"{error.filename}: not there: {name} needs {source.tree}{hint}") from None
     except OSError as error:                            # no permission, a loop of links, ..
         raise UserError(f"{error.filename}: {error.strerror}: mend that: {name} needs "
                         f"{source.tree}") from None
@@ -823,7 +826,7 @@ def listed_items(file, items, name):
     known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
     found = {}
     text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.strip()):
             continue
         words = re.split(r"\s", line)
@@ -910,9 +913,13 @@ def doubt(name, info, pixels=None):
     """A problem line on the ids of a whole folder, or None. pixels: (256,) by label, if known."""
     if source_of(name) is not OWN:
         return None
-    if len(info.classes) < 2 or pixels is not None and pixels[VOID] and not pixels[1:VOID].any():
-        return (f"{name}: the masks hold nothing but 0 and 255, and 255 is void, not a class: "
-                "give --palette FILE of two lines, `0 0 0 background` and `255 255 255 object`")
+    if len(info.classes) < 2 or pixels is not None and not pixels[1:VOID].any():
+        found = [i for i in (0, VOID) if pixels is None or pixels[i]]
+        if found == [0, VOID]:
+            return (f"{name}: the masks hold nothing but 0 and 255, and 255 is void, not a class: "
+                    "give --palette FILE of two lines, `0 0 0 background` and "
+                    "`255 255 255 object`")
+        return f"{name}: the masks hold nothing but {runs(found)}: label a second class"
     if len(info.classes) > 64 and info.classes[1] == "class 1":
         return (f"{name}: the masks hold ids up to {len(info.classes) - 1}: if these are classes, "
                 "name them in classes.txt; if they are shades of two, save masks without")
@@ -990,9 +997,10 @@ class Dataset(torch.utils.data.Dataset):
             else:
                 counts = None
                 list(pool.map(self.same_shape, self.items, self.shapes))
-        # a few chosen pictures may well hold no object, and unlabelled ones tell nothing
-        if all(i.mask for i in self.items) and (
-                line := doubt(name, self.info, counts if items is None else None)):
+        # those of val, or a few chosen pictures, may well hold no object, if not also with void
+        telling = counts is not None and (items is None or counts[VOID] and len(items) > 1)
+        if split == "train" and all(i.mask for i in self.items) and (
+                line := doubt(name, self.info, counts if telling else None)):
             raise UserError(line)
 
     def shape(self, item):
@@ -1353,6 +1361,8 @@ def show(good, labels, palette, path):
 def main():
     cfg, _ = parse(Config, {}, __doc__)
     palette = cfg.palette or None
+    if cfg.out and Path(cfg.out).exists():
+        raise UserError(f"--out {cfg.out} is there already: give a new name")
     problems, good, labels = check(cfg.data, cfg.root, palette)
     show(good, labels, palette, Path(cfg.out or f"out/check-{labels.name}.png"))
     alike = {}                      # a fault that a thousand files share is told once

@@ -487,7 +487,7 @@ def train(cfg):
 
     torch.manual_seed(common.seed_of(cfg.seed))
     model = build(cfg, len(info.classes)).to(device)
-    if cfg.init:
+    if cfg.init and not (cfg.resume and (out / "last.pt").exists()):
         common.load_weights(model, cfg.init, "lmae")
     weights = ClassWeights(class_share(train_set), cfg.class_weights, info.background).to(device)
     optimizer, scaler = make_optimizer(model, weights, cfg), machine.scaler()
@@ -571,11 +571,12 @@ def train(cfg):
                                                          if k not in whole})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if asked:
+        if asked or interrupt.due(step):                  # then, or in the evaluation
             interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
     if machine.main:
+        common.write_history(out, history)                # a run killed while it wrote them
         draw_samples(model, val_set, cfg, machine, info, out / "samples.png")
         write_metrics(out, state, cfg, "random")
 
@@ -657,8 +658,8 @@ def evaluate_only(cfg, origin):
     machine = common.Machine(cfg)
     out = (Path(cfg.out) if origin.get("out") == "flag" else
            Path(cfg.eval).parent / f"eval-{cfg.mask_ratio:g}-{strategy}")
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} holds a training run: give another folder")
+    if machine.main:
+        common.refuse_results(out)
     val_set = dataset(cfg, data.eval_split(cfg.data))
     if val_set.info.classes != info.classes:
         raise UserError(f"--data {cfg.data} has other classes than {cfg.eval} was trained for")
@@ -807,7 +808,7 @@ def repair(models, image, label, missing, broken, device):
 def by_stem(folder):
     """{stem: path} of the pictures in a folder. Raises UserError for none, or two of one name."""
     if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: there is no folder of this name")
     found = {}
     for path in data.pictures(Path(folder)):
         if path.stem in found:
@@ -875,6 +876,8 @@ def complete(cfg, origin):
     cfg = settled(cfg, origin, cfg.ckpt[0], first,
                   {"complete", "images", "ckpt", "to", "truth", "broken"})
     machine, to = common.Machine(cfg), Path(cfg.to)
+    if machine.world > 1:
+        raise UserError("--complete works in one process: python in place of torchrun")
     models = [(c, model.to(machine.device)) for c, _, model in family]
     for path, (c, i, _) in zip(cfg.ckpt, family):
         if (i, c.crop, c.size, c.patch) != (info, first.crop, first.size, first.patch):
@@ -883,6 +886,7 @@ def complete(cfg, origin):
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {to} is not an empty folder: give a new one")
     folders = [by_stem(f) if f else {} for f in (cfg.complete, cfg.images, cfg.truth)]
+    (to / "confidence").mkdir(parents=True)               # what cannot be done is told before work
     print(f"{len(folders[0])} labels, in windows of {first.crop} pixels resized to {first.size}, "
           f"with mask ratio {', '.join(f'{c.mask_ratio:g}' for c, _ in models)}")
     review, counts, failed = [], 0, 0
@@ -1018,11 +1022,14 @@ def augment(cfg, origin):
     paper's Table 4 compares the completion with the broken labels only. As there, the L-MAE was
     trained on the complete labels of the same pictures: the experiment is kind to it.
     """
-    if not cfg.ckpt:
-        raise UserError("--augment needs --ckpt CKPT, a checkpoint of lmae.py")
+    if len(cfg.ckpt) != 1:
+        raise UserError("--augment needs --ckpt CKPT, one checkpoint of lmae.py")
     theirs, info, model, _ = load(cfg.ckpt[0])
+    if theirs.size < 32:
+        raise UserError(f"--augment: {cfg.ckpt[0]} has --size {theirs.size}, and FCN needs 32")
     cfg = settled(cfg, origin, cfg.ckpt[0], theirs, {"augment", "augment_epochs", "ckpt"})
     out = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.ckpt[0]).parent / "augment")
+    common.refuse_results(out)
     machine = common.Machine(cfg)
     model = model.to(machine.device)
     pairs, val = {}, data.eval_split(cfg.data)
@@ -1052,8 +1059,11 @@ def check(cfg):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if cfg.max_steps < 0 or not 0 <= cfg.drop_path < 1:
         raise UserError("--max-steps: at least 0; --drop-path: at least 0 and below 1")
-    if not 0 <= cfg.lr < math.inf:
-        raise UserError(f"--lr {cfg.lr}: expected a number from 0 on")
+    if min(cfg.lr, cfg.weight_decay, cfg.warmup, cfg.bench + 1) < 0:
+        raise UserError("--lr, --weight-decay, --warmup and --bench: at least 0")
+    if not 0 < cfg.plateau_factor < 1:
+        raise UserError(f"--plateau-factor {cfg.plateau_factor}: expected a number between 0 and "
+                        "1")
     if cfg.size % cfg.patch:
         raise UserError(f"--size {cfg.size} is not a multiple of --patch {cfg.patch}")
     for name in ("enc_dim", "dec_dim"):
@@ -1072,6 +1082,8 @@ def main():
         return complete(cfg, origin)
     if cfg.augment:
         return augment(cfg, origin)
+    if cfg.images or cfg.to or cfg.truth or cfg.ckpt:
+        raise UserError("--images, --ckpt, --to and --truth go with --complete")
     if cfg.eval:
         return evaluate_only(cfg, origin)
     check(cfg)

@@ -582,7 +582,8 @@ def load_levit(levit, cfg):
         raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
                         f"file from {LEVIT_RELEASE[cfg.model]}") from None
     mine = levit.state_dict()
-    fits = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape}
+    fits = {k: v for k, v in theirs.items()
+            if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
     fresh = sorted(mine.keys() - fits.keys())
     if not all(k.endswith("attention_biases") for k in fresh):
         raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model}; give "
@@ -773,7 +774,7 @@ def train(cfg):
                                                          if k not in heavy})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if asked:
+        if asked or interrupt.due(step):                  # then, or in the evaluation
             interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
@@ -851,6 +852,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     parts = dict(model=autoencoder, optimizer=optimizer, scaler=scaler)
     if cfg.resume and path.exists():
         state = common.load_checkpoint(path, "masksup pretraining")
+        common.same_data(cfg, state, train_set.info, data.labeled_hash(train_set.items))
         start, spent = state["step"], state["seconds"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -883,9 +885,11 @@ def pretrain(f, train_set, cfg, machine, interrupt):
                          f"{losses.look(autoencoder):.4f}  {time.time() - began:.0f} s")
             common.same_buffers(autoencoder, machine)
             if machine.main:
-                common.save_checkpoint(path, {"method": "masksup pretraining", "step": step + 1,
-                                              "seconds": time.time() - began,
-                                              **{k: p.state_dict() for k, p in parts.items()}})
+                common.save_checkpoint(path, {
+                    "method": "masksup pretraining", "step": step + 1,
+                    "seconds": time.time() - began, "info": asdict(train_set.info),
+                    "pictures": data.labeled_hash(train_set.items),
+                    **{k: p.state_dict() for k, p in parts.items()}})
         if asked:
             interrupt.end(progress, f"step {step + 1} of the pretraining")
     copy(autoencoder, f)
@@ -945,8 +949,6 @@ def evaluate_only(cfg, origin):
     """
     shares, curves, many = shares_of(cfg.corrupt), {}, len(cfg.eval) > 1
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} holds a training run: give another folder")
     machine = common.Machine(cfg)
     shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
     for path in cfg.eval:
@@ -954,6 +956,10 @@ def evaluate_only(cfg, origin):
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
         if name in curves:
             raise UserError(f"--eval {path}: another one is called {name} too: rename its folder")
+        folder = out / name if many else out
+        if machine.main:
+            common.refuse_results(out)
+            common.refuse_results(folder)
         here = settled(cfg, origin, path, theirs, {"eval", "corrupt", "data", "palette",
                                                    "batch_size"})
         here = replace(here, seed=cfg.seed)                        # of the holes, one for all
@@ -978,8 +984,7 @@ def evaluate_only(cfg, origin):
             more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}
         if machine.main:
-            folder, bank = out / name if many else out, mask_bank(
-                8, here.size, *COVERAGE[here.coverage], common.seed_of(cfg.seed))
+            bank = mask_bank(8, here.size, *COVERAGE[here.coverage], common.seed_of(cfg.seed))
             draw_samples(f, val_set, here, machine, info, bank.to(machine.device),
                          folder / "samples.png")
             write_metrics(folder, {**state, "scores": curve[0.0]}, here, f, more)
@@ -1092,8 +1097,9 @@ def check(cfg):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if min(cfg.bench + 1, cfg.max_steps, cfg.weight_decay, cfg.alpha1, cfg.alpha2,
-           cfg.alpha3) < 0:
-        raise UserError("--bench, --max-steps, --weight-decay and --alpha1, 2, 3: at least 0")
+           cfg.alpha3, cfg.warmup) < 0:
+        raise UserError("--bench, --max-steps, --warmup, --weight-decay and --alpha1, 2, 3: at "
+                        "least 0")
     if not 0 < cfg.lr < math.inf:
         raise UserError(f"--lr {cfg.lr}: expected a number above 0")
     least = 80 if cfg.model.startswith("levit") else 32     # BatchNorm needs more than one value

@@ -42,6 +42,7 @@ Departures from the paper, and what it leaves open:
   of Phase II go through E together. What is painted of the whole x_w, the target of the third
   stream, starts from the features of Phase I: the weights have not changed since.
 """
+import itertools
 import json
 import math
 import os
@@ -619,7 +620,8 @@ def load_encoder(E, cfg):
         raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
                         f"file from {RELEASE[cfg.backbone]}, or none") from None
     mine = E.state_dict()
-    fits = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape}
+    fits = {k: v for k, v in theirs.items()
+            if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
     E.load_state_dict(fits, strict=False)
 
     def names(of, without):     # but for BatchNorm's counters, which old files do not have
@@ -867,7 +869,7 @@ def train(cfg, machine):
     loaders = [data.stream_loader(pictures, B, seed=common.seed_of(cfg.seed, kind), **shared)
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
-        loaders[1] = [None] * (stop - start)
+        loaders[1] = itertools.repeat(None)
     began = time.time()
     for step, *batches in zip(range(start, stop), *loaders):
         # 1. the rates
@@ -891,7 +893,7 @@ def train(cfg, machine):
         due, asked, better = due or step + 1 == stop, interrupt.due(step), False
         if not (due or asked):
             continue
-        losses.look(model)                                  # raises if there is what is not finite
+        losses.look(model, prototypes)                      # raises if a value is not finite
         spent += time.time() - began
         common.same_buffers(model, machine)
         if due:
@@ -916,7 +918,7 @@ def train(cfg, machine):
                                                          if k not in heavy})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if asked:
+        if asked or interrupt.due(step):                  # then, or in the evaluation
             interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
@@ -1050,16 +1052,17 @@ def evaluate_only(cfg, origin):
     several checkpoints in OUT/RUN-CHECKPOINT each."""
     many, machine, names = len(cfg.eval) > 1, None, set()
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} holds a training run: give another folder")
     for path in cfg.eval:
         theirs, info, model, state = load(path)
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
         if name in names:
             raise UserError(f"--eval {path}: another one is called {name} too: rename its folder")
         names.add(name)
+        folder = out / name if many else out
         here = settled(cfg, origin, path, theirs, {"eval", "data", "palette", "batch_size"})
         machine = machine or common.Machine(here)
+        if machine.main:
+            common.refuse_results(folder)
         loader = eval_loader(here, data.eval_split(here.data), machine)
         if loader.dataset.info.classes != info.classes:
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
@@ -1068,7 +1071,6 @@ def evaluate_only(cfg, origin):
         more = {split: evaluate(model, eval_loader(here, split, machine), here, machine, info)
                 for split in splits_beside(here)}
         if machine.main:
-            folder = out / name if many else out
             draw_samples(model, loader.dataset, here, machine, info, folder / "samples.png")
             write_metrics(folder, {**state, "scores": scores}, here, model, more)
 
@@ -1251,11 +1253,15 @@ def main():
         return bench(cfg)
     machine = common.Machine(cfg)
     if cfg.baseline != "none":
+        begun = (Path(cfg.out) / "config.json").exists()
         if not cfg.resume:
             common.refuse_run(cfg.out)
+        elif begun and not (Path(cfg.out) / "suponly").exists():
+            raise UserError(f"--resume: {cfg.out} was begun without --baseline {cfg.baseline}: "
+                            "leave it away, with --baseline none")
         base = train(replace(cfg, method="suponly", out=str(Path(cfg.out) / "suponly")), machine)
         # if that was broken off, there is nothing yet that the second run could resume
-        cfg.resume = cfg.resume and (Path(cfg.out) / "config.json").exists()
+        cfg.resume = cfg.resume and begun
     scores = train(cfg, machine)
     if cfg.baseline != "none" and machine.main:
         print(f"with the same labels and steps: --method suponly {base['miou']:.2f}, "
