@@ -1284,6 +1284,24 @@ class Check(Case):
                 self.assertEqual(row.split()[-2:][list(good).index(split)],
                                  f"{100 * (pixels == i).mean():.2f}")
 
+    def test_out_is_a_new_file(self):
+        path = save(self.tmp / "mine.png", self.noise(3, 3))
+        before = path.read_bytes()
+        done = self.script("--out", path)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1))
+        self.assertIn(f"--out {path} is there already: give a new name", done.stderr)
+        self.assertEqual(path.read_bytes(), before)
+
+    def test_val_may_hold_no_object(self):
+        root = self.folder(n=4, classes=3, sub="train")
+        self.folder(n=2, classes=3, sub="val")
+        for path in (root / "val/masks").iterdir():
+            save(path, self.noise(12, 16) // 128 * np.uint8(255))
+        (root / "classes.txt").write_text("a\nb\nc\n")
+        self.assertEqual(len(data.Dataset(str(root), "", "val", size=8)), 2)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(data.check(str(root), "", None)[0], [])
+
     def test_a_threshold_in_the_table(self):
         for split in "train", "test":
             save(self.tmp / split / "img/a.png", self.noise(4, 4, 3))
@@ -1935,19 +1953,47 @@ class CommandLine(Case):
                             (["--resume", "--out", self.tmp / "no"], ["--resume"]),
                             (["--eval", self.tmp / "no.pt"], ["no.pt"]),
                             (["--complete", self.tmp], ["--images"])):
-            done = script("lmae.py", *argv)
+            done = inside("lmae.py", *argv)
             self.assertEqual(done.returncode, 2, done.stderr)
             self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
             for word in words:
                 self.assertIn(word, done.stderr)
 
     def test_a_start_that_fails_on_its_data_leaves_no_run_folder(self):
-        done = script("lmae.py", "--data", "shape", "--out", self.tmp / "x")
+        done = inside("lmae.py", "--data", "shape", "--out", self.tmp / "x")
         self.assertEqual(done.returncode, 2)
         self.assertFalse((self.tmp / "x").exists())
 
+    def test_values_that_are_none(self):
+        for argv, words in ((["--lr", "nan"], ["--lr nan", "a number"]),
+                            (["--weight-decay", "inf"], ["--weight-decay inf"]),
+                            (["--seed", str(2**63)], ["--seed", "smaller"]),
+                            (["--eval", ""], ["--eval", "an empty variable?"]),
+                            (["--ckpt", "a.pt", ""], ["--ckpt", "an empty variable?"])):
+            with self.fails(*words):
+                self.parse(*argv)
+
+    def test_what_it_prints_has_nowhere_to_go(self):
+        argv = [sys.executable, MAIN / "data.py", "--out", self.tmp / "x.png"]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+            run.stdout.close()                                          # as `| head` does
+            self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
+        (self.tmp / "x.png").unlink(missing_ok=True)
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertEqual(done.stderr, "data.py: standard output: No space left on device; mend "
+                                      "that and run this again\n")
+
+    def test_an_environment_that_is_not_torchrun_s(self):
+        for variables in {"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}:
+            with mock.patch.dict(os.environ, variables), self.fails("torchrun", *variables):
+                common.check_processes()
+        with mock.patch.dict(os.environ, RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost"):
+            common.check_processes()
+
     def test_every_field_has_its_reason_in_the_help(self):
-        text = script("lmae.py", "--help").stdout
+        text = inside("lmae.py", "--help").stdout
         for reason in ("patch = " and "L = (size / patch)^2 tokens", "Adam's own, not decoupled"):
             self.assertIn(reason, " ".join(text.split()))
 
@@ -1992,9 +2038,37 @@ TINY_FLAGS = ("--size 32 --crop 32 --patch 8 --eval-every 1 --enc-blocks 1 --dec
 
 
 def script(name, *argv, **kwargs):
-    """Run one of the scripts as a user would, in the tests' own process environment."""
+    """Run one of the scripts as a user would."""
     return subprocess.run([sys.executable, MAIN / name, *map(str, argv)],
                           capture_output=True, text=True, **kwargs)
+
+
+SCRIPTS = {"lmae.py": lmae, "masksup.py": masksup, "s4mim.py": s4mim}
+
+
+def outcome(name, *argv):
+    """Run a script in this process as a user would: (exit status, what it prints, its stderr).
+    What is no exit, that is, what would be a traceback, goes through."""
+    out, err, ctrl_c = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with mock.patch("sys.argv", [name, *map(str, argv)]), contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)     # as Python's own defaults
+            common.run(SCRIPTS[name].main if name in SCRIPTS else data.main)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGTERM, terminate)
+    return status or 0, out.getvalue(), err.getvalue()
+
+
+def inside(name, *argv):
+    """As script(), in this process: it need not start and import torch, which takes 2 s."""
+    return subprocess.CompletedProcess(argv, *outcome(name, *argv))
 
 
 def killed(name, flags, out, file):
@@ -2288,10 +2362,10 @@ class LmaeRuns(Case):
         self.assertAlmostEqual(found["pa_miou_nearest"], mean_iou(near, holes), places=4)
 
     def test_bench_counts_without_a_dataset_and_ends_in_json(self):
-        done = script("lmae.py", "--data", "cityscapes", "--root", self.tmp, "--bench", 0,
+        done = inside("lmae.py", "--data", "cityscapes", "--root", self.tmp, "--bench", 0,
                       "--size", 224)
         self.assertEqual(list(json.loads(done.stdout.splitlines()[-1])), ["params", "gmacs"])
-        done = script("lmae.py", *TINY_FLAGS, "--bench", 1, "--data", "voc", "--batch-size", 2)
+        done = inside("lmae.py", *TINY_FLAGS, "--bench", 1, "--data", "voc", "--batch-size", 2)
         last = json.loads(done.stdout.splitlines()[-1])
         self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "peak_mb"])
         self.assertAlmostEqual(last["img_per_s"], 2000 / last["ms_per_step"],
@@ -2311,23 +2385,23 @@ class LmaeRuns(Case):
         self.assertEqual(len((out / "log.csv").read_text().splitlines()), 3)
         self.assertAlmostEqual(
             metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
-        done = script("lmae.py", "--eval", out / "last.pt", "--out", self.tmp / "eval")
+        done = inside("lmae.py", "--eval", out / "last.pt", "--out", self.tmp / "eval")
         again = json.loads((self.tmp / "eval/metrics.json").read_text())
         self.assertEqual(again["pa_class_iou"], metrics["pa_class_iou"])
-        done = script("lmae.py", *TINY_FLAGS, "--max-steps", 1, "--out", self.tmp / "fine",
+        done = inside("lmae.py", *TINY_FLAGS, "--max-steps", 1, "--out", self.tmp / "fine",
                       "--init", out / "best.pt", "--lr", 0)
         start = json.loads((self.tmp / "fine/metrics.json").read_text())
         best = saved(out / "best.pt")
         self.assertEqual(start["pa_miou"], round(best["best"], 4))       # it starts where that was
         self.assertNotIn("optimizer", best)
-        done = script("lmae.py", *TINY_FLAGS, "--enc-dim", 64, "--out", self.tmp / "no", "--init",
+        done = inside("lmae.py", *TINY_FLAGS, "--enc-dim", 64, "--out", self.tmp / "no", "--init",
                       out / "best.pt")
         self.assertEqual((done.returncode, "does not fit" in done.stderr), (2, True), done.stderr)
         self.assertFalse((self.tmp / "no").exists())
-        done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
+        done = inside("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
         self.assertEqual(done.returncode, 2)
         self.assertIn("already holds a run", done.stderr)
-        done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out, "--resume", "--lr", 0.5)
+        done = inside("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out, "--resume", "--lr", 0.5)
         self.assertIn("lr was 0.002, now 0.5", done.stderr)
 
     def test_a_dataset_without_val_is_scored_on_test(self):
@@ -2336,23 +2410,23 @@ class LmaeRuns(Case):
                 save(self.tmp / f"glas/{split}/img/{i}.png", self.noise(40, 48, 3))
                 save(self.tmp / f"glas/{split}/labelcol/{i}.png", self.noise(40, 48) % 3)
         out, root = self.tmp / "run", ["--root", self.tmp]
-        done = script("lmae.py", *TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2,
+        done = inside("lmae.py", *TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2,
                       "--max-steps", 1, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("6 training and 3 validation pictures", done.stdout)
         metrics = json.loads((out / "metrics.json").read_text())
-        script("lmae.py", *root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
+        inside("lmae.py", *root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
         again = json.loads((self.tmp / "eval/metrics.json").read_text())
         self.assertEqual((again["pa_class_iou"], len(again["class_iou"])),
                          (metrics["pa_class_iou"], 2))
-        done = script("lmae.py", *root, "--augment", "--ckpt", out / "last.pt",
+        done = inside("lmae.py", *root, "--augment", "--ckpt", out / "last.pt",
                       "--augment-epochs", 1)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("complete", json.loads((out / "augment/augment.json").read_text())["FCN"])
 
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
         flags = [*TINY_FLAGS, "--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
-        self.assertEqual(script("lmae.py", *flags, "--out", self.tmp / "one").returncode, 0)
+        self.assertEqual(inside("lmae.py", *flags, "--out", self.tmp / "one").returncode, 0)
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                                "--nproc_per_node=2", MAIN / "lmae.py", *map(str, flags), "--out",
                                self.tmp / "two"], capture_output=True, text=True,
@@ -2365,28 +2439,11 @@ class LmaeRuns(Case):
             for name, value in one[part].items():
                 torch.testing.assert_close(value, two[part][name], atol=1e-5, rtol=1e-4)
         self.assertEqual(done.stdout.count("-> "), 1)                   # saved and said once
-        script("lmae.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "eval")
+        inside("lmae.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "eval")
         scores = [json.loads((self.tmp / name / "metrics.json").read_text())
                   for name in ("two", "eval")]
         for name in "pa_class_iou", "class_iou", "pa_miou_nearest", "pasted_miou":
             self.assertEqual(scores[0][name], scores[1][name])
-
-    def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
-        whole, broken = self.tmp / "whole", self.tmp / "broken"
-        flags = [*TINY_FLAGS, "--warmup", 3, "--mask-strategy", "mixed"]
-        self.assertEqual(script("lmae.py", *flags, "--out", whole).returncode, 0)
-        self.assertEqual(killed("lmae.py", flags, broken, "last.pt"), -9)
-        self.assertEqual(
-            script("lmae.py", *flags, "--out", broken, "--resume", "--max-steps", 6).returncode, 0)
-        self.assertEqual(script("lmae.py", *flags, "--out", broken, "--resume").returncode, 0)
-        a, b = (saved(out / "last.pt") for out in (whole, broken))
-        self.assertEqual(a["step"], b["step"])
-        for part in "model", "weights":
-            for name, value in a[part].items():
-                self.assertTrue(torch.equal(value, b[part][name]), name)
-        for state in a["optimizer"]["state"]:
-            for name, value in a["optimizer"]["state"][state].items():
-                self.assertTrue(torch.equal(value, b["optimizer"]["state"][state][name]), name)
 
     def test_the_label_sets_of_the_augmentation_experiment(self):
         cfg = lmae.Config(size=32, crop=32, patch=8, device="cpu", batch_size=5)
@@ -3068,8 +3125,8 @@ class MaskSupRuns(Case):
         self.assertAlmostEqual(
             metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
         base = self.tmp / "base"
-        script("masksup.py", *MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
-        done = script("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
+        inside("masksup.py", *MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
+        done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
                       "0.7,0.3,0.3", "--out", self.tmp / "eval")
         self.assertEqual(done.returncode, 0, done.stderr)
         rows = list(csv.DictReader((base / "log.csv").read_text().splitlines()))
@@ -3095,7 +3152,7 @@ class MaskSupRuns(Case):
             with mock.patch("sys.argv", argv), self.fails(word), \
                     contextlib.redirect_stdout(io.StringIO()):
                 masksup.main()
-        done = script("masksup.py", "--size", 50)
+        done = inside("masksup.py", "--size", 50)
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
@@ -3103,8 +3160,8 @@ class MaskSupRuns(Case):
                  "--epochs", 1, "--lr", 1e-3, "--warmup", 0]
         broken, whole = self.tmp / "broken", self.tmp / "whole"
         self.assertEqual(killed("masksup.py", flags, broken, "pretrain.pt"), -9)
-        self.assertEqual(script("masksup.py", *flags, "--out", broken, "--resume").returncode, 0)
-        done = script("masksup.py", *flags, "--out", whole)
+        self.assertEqual(inside("masksup.py", *flags, "--out", broken, "--resume").returncode, 0)
+        done = inside("masksup.py", *flags, "--out", whole)
         losses = [float(line.split("loss")[1].split()[0]) for line in done.stdout.splitlines()
                   if line.startswith("pretraining")]
         self.assertIn("because of --pretrain: method", done.stdout)          # epochs were given
@@ -3119,24 +3176,6 @@ class MaskSupRuns(Case):
             if name.endswith("0.weight"):                # four steps of 1e-3 at most
                 self.assertLess((value - a[name]).abs().max().item(), 5e-3, name)
 
-    def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
-        whole, broken = self.tmp / "whole", self.tmp / "broken"
-        flags = [*MASKSUP, "--warmup", 3]
-        self.assertEqual(script("masksup.py", *flags, "--out", whole).returncode, 0)
-        self.assertEqual(killed("masksup.py", flags, broken, "last.pt"), -9)
-        for more in ["--max-steps", 6], []:
-            self.assertEqual(
-                script("masksup.py", *flags, "--out", broken, "--resume", *more).returncode, 0)
-        a, b = (saved(out / "last.pt") for out in (whole, broken))
-        self.assertEqual(a["step"], b["step"])
-        rows = [{r["step"]: (r["miou"], r["val_loss"]) for r in end["history"]} for end in (a, b)]
-        self.assertTrue(rows[0].items() <= rows[1].items(), rows)        # and one row at step 6
-        for name, value in a["model"].items():
-            self.assertTrue(torch.equal(value, b["model"][name]), name)
-        for state in a["optimizer"]["state"]:
-            for name, value in a["optimizer"]["state"][state].items():
-                self.assertTrue(torch.equal(value, b["optimizer"]["state"][state][name]), name)
-
     def test_two_processes_save_once_and_score_what_one_scores(self):
         flags = [*MASKSUP, "--max-steps", 3, "--batch-size", 30, "--out", self.tmp / "two"]
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -3145,16 +3184,16 @@ class MaskSupRuns(Case):
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stdout.count("-> "), 1)
-        script("masksup.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "one")
+        inside("masksup.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "one")
         one, two = (json.loads((self.tmp / name / "metrics.json").read_text())
                     for name in ("one", "two"))
         self.assertEqual(one["class_iou"], two["class_iou"])
         self.assertAlmostEqual(one["paper_iou"], two["paper_iou"], places=3)
 
     def test_bench_counts_without_a_dataset_and_ends_in_json(self):
-        done = script("masksup.py", "--data", "nyuv2", "--root", self.tmp, "--bench", 0)
+        done = inside("masksup.py", "--data", "nyuv2", "--root", self.tmp, "--bench", 0)
         self.assertEqual(json.loads(done.stdout.splitlines()[-1])["params"], 9_164_616)
-        done = script("masksup.py", *MASKSUP, "--bench", 1, "--batch-size", 2)
+        done = inside("masksup.py", *MASKSUP, "--bench", 1, "--batch-size", 2)
         last = json.loads(done.stdout.splitlines()[-1])
         self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "peak_mb"])
 
@@ -4934,31 +4973,10 @@ class S4mimPredict(S4mimCase):
 
 # --------------------------------------------------------------- all three: bad data, broken runs
 
-SCRIPTS = {"lmae.py": lmae, "masksup.py": masksup, "s4mim.py": s4mim}
 # the smallest run of each that does everything: a step, an evaluation, all files
 BRIEF = {"lmae.py": [*TINY_FLAGS, "--batch-size", 4], "masksup.py": [*MASKSUP, "--batch-size", 4],
          "s4mim.py": [*S4MIM, "--backbone", "resnet18", "--pretrained", "none", "--labeled",
                       "1/1"]}
-
-
-def outcome(name, *argv):
-    """Run a script in this process as a user would: (exit status, what it prints, its stderr).
-    What is no exit, that is, what would be a traceback, goes through."""
-    out, err, ctrl_c = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
-    terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        with mock.patch("sys.argv", [name, *map(str, argv)]), contextlib.redirect_stdout(out), \
-                contextlib.redirect_stderr(err), warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.simplefilter("ignore", DeprecationWarning)     # as Python's own defaults
-            common.run(SCRIPTS[name].main if name in SCRIPTS else data.main)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-        signal.signal(signal.SIGTERM, terminate)
-    return status or 0, out.getvalue(), err.getvalue()
 
 
 @contextlib.contextmanager
@@ -5091,6 +5109,13 @@ class BadData(Case):
             ("an image that is a folder", lambda root: [(root / image()).unlink(),
                                                         (root / image()).mkdir()],
              [image(), "directory", "replace or remove it"]),
+            ("a name of two lines", lambda root: (root / image(1)).rename(
+                root / "train/images/p\n001.png"),
+             ["masks/p001.png", "no picture called p001", "remove the mask"]),
+            ("a broken file with such a name", lambda root: [
+                save(root / f"train/{part}/a\nb.png", np.zeros((5, 6 + i), np.uint8))
+                for i, part in enumerate(("images", "masks"))],
+             ["b.png", "6x5", "make them the same"]),
             ("one name twice", write("classes.txt", b"ground\nground\n"),
              ["classes.txt", "2 names", "all different"]),
             ("names that are no text", write("classes.txt", b"ground\ntr\xe9e\nsky\n"),
@@ -5464,6 +5489,18 @@ class Broken(Case):
                 # whoever mends the cause goes on from there
                 self.assertEqual(outcome(name, *argv, "--resume")[0], 0)
                 self.equal(out, whole)
+
+    def test_the_checkpoint_to_start_from_is_needed_once(self):
+        for name in SCRIPTS:
+            first, out = self.tmp / f"first {name}", self.tmp / f"out {name}"
+            argv = [*self.runs[name], "--max-steps", 1, "--out"]
+            self.assertEqual(outcome(name, *argv, first)[0], 0)
+            argv += [out, "--init", first / "last.pt"]
+            with mock.patch("common.write_history", side_effect=KeyboardInterrupt):
+                self.assertEqual(outcome(name, *argv)[0], 130)          # last.pt is there already
+            shutil.rmtree(first)
+            self.assertEqual(outcome(name, *argv, "--resume")[0], 0)
+            self.assertEqual(len((out / "log.csv").read_text().splitlines()), 2)
 
     def test_workers_and_how_they_start_change_nothing(self):
         """Forked as on Linux, and spawned as on macOS and Windows, where all must be pickled."""
