@@ -554,12 +554,12 @@ class Progress:
 class Losses:
     """The loss terms of the steps since the last evaluation, on the device until looked at.
 
-    Looking waits for the device, so it is done every LOOK steps and before anything is saved: no
-    checkpoint is written after a loss or a weight that is not finite.
+    Looking waits for the device, so it is done every LOOK steps, and before a checkpoint is saved:
+    none is after a loss that is not finite, or with such a weight.
     """
 
-    def __init__(self, out, terms=()):
-        self.out, self.terms, self.last = out, list(terms), math.nan
+    def __init__(self, out):
+        self.out, self.terms, self.last = out, [], math.nan
         self.unseen, self.drawn = [], {}        # the losses not looked at; by step, its batches
 
     def add(self, step, terms, *batches):
@@ -613,8 +613,10 @@ class Interrupt:
 
     def due(self, step):
         """Whether to save after this step and to end."""
-        if self.machine.world == 1 or step % LOOK:
-            return self.asked and self.machine.world == 1
+        if self.machine.world == 1:
+            return self.asked
+        if step % LOOK:
+            return False
         asked = torch.tensor(float(self.asked), device=self.machine.device)
         dist.all_reduce(asked)
         return asked.item() > 0

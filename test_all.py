@@ -1,5 +1,8 @@
 """All tests: python test_all.py, under five minutes on two cores.
 
+Two of them draw at random, and can be had at length: python test_all.py --kills 50 Broken kills
+each script 50 times, python test_all.py --fuzz 300 Fuzz breaks 300 datasets.
+
 Real data is used where ../shared/data is there; where it is not, the test says that it skips.
 """
 import colorsys
@@ -1197,6 +1200,14 @@ class OwnFolder(Case):
         self.assertEqual(dataset.info.classes, ("background", "object"))
         mask = np.asarray(Image.open(dataset.items[0].mask))
         np.testing.assert_array_equal(dataset.stored(0)[1], mask // 255)
+
+    def test_sizes_are_compared_where_files_are_not_all_read(self):
+        root = self.folder(n=6, sub="train")
+        self.folder(n=1, sub="val")
+        (root / "classes.txt").write_text("a\nb\nc\n")
+        save(root / "train/masks/p005.png", np.zeros((12, 15), np.uint8))
+        with mock.patch.object(data, "IN_MEMORY", 0), self.fails("p005.png", "15x12", "16x12"):
+            data.Dataset(str(root), "", "train", size=8)
 
     def test_shades_are_not_classes(self):
         root = self.folder(n=6, classes=100)
@@ -5441,6 +5452,24 @@ class Broken(Case):
             status, _, error = outcome(name, *argv, "--resume")
             self.assertEqual((status, error), (0, ""))
             self.equal(out, whole)              # log.csv too: no loss was lost
+
+    def test_ctrl_c_under_torchrun_saves_in_one_step_of_all(self):
+        out = self.tmp / "out"
+        argv = [*self.runs["masksup.py"], "--epochs", 4000, "--out", out]
+        with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node=2", MAIN / "masksup.py", *map(str, argv)],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"},
+                              start_new_session=True) as run:
+            next(line for line in run.stdout if line.startswith("epoch"))
+            os.killpg(run.pid, signal.SIGINT)
+            said = run.stdout.read()
+        state = saved(out / "last.pt")
+        self.assertIn(f"stopped after step {state['step']}: the same command", said)
+        self.assertEqual(state["step"] % common.LOOK, 1)
+        status, _, error = outcome("masksup.py", *argv, "--resume", "--max-steps",
+                                   state["step"] + 1)
+        self.assertEqual((status, error), (0, ""))
 
     refused = BadData.refused
 
