@@ -49,8 +49,10 @@ def run(main):
         check_processes()
         try:
             main()
-        finally:
-            sys.stdout.flush()                          # what is printed may have nowhere to go
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()      # here, so that a full disk or a closed pipe is caught below
         if dist.is_initialized():
             dist.barrier()      # the first process may still be writing
             # no tearing down: of 48 runs with gloo one ended in "terminate called without an
@@ -69,9 +71,8 @@ def run(main):
     except OSError as error:
         if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.errno == errno.EPIPE:                  # as `| head` leaves it
+            drop_output()
             sys.exit(1)
         give_up(f"{error.filename or 'standard output'}: {error.strerror}; mend that and run this "
                 "again")
@@ -82,10 +83,19 @@ def run(main):
             dist.destroy_process_group()
 
 
+def drop_output():
+    """What is still to be printed has nowhere to go: Python is not to complain of that too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def give_up(line):
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)       # names may hold \n
-    if sys.stdout.isatty():
-        print("\r\033[K", end="", flush=True)           # what Progress has left there
+    try:
+        if sys.stdout.isatty():
+            print("\r\033[K", end="")                   # what Progress has left there
+        sys.stdout.flush()
+    except OSError:
+        drop_output()
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -141,9 +151,9 @@ def parse(Config, recipes, doc, argv=None):
         flag = f"--{field.name.replace('_', '-')}"
         if value == "" or isinstance(value, tuple) and "" in value:
             raise UserError(f"{flag} is given nothing: an empty variable? Give a value, or leave "
-                            "it away")
+                            "it out")
         if isinstance(value, (int, float)) and not abs(value) < 2**63:
-            raise UserError(f"{flag} {value}: expected a number, and a smaller one")
+            raise UserError(f"{flag} {value}: expected a finite number, below 2^63 in size")
         if choices and value is not None and value not in choices:
             raise UserError(f"{flag} {value}: expected one of {', '.join(choices)}"
                             f"{nearest_name(value, choices)}")
@@ -180,7 +190,7 @@ def check_processes():
     rank, world = (os.environ.get(name, default) for name, default in (("RANK", "0"),
                                                                        ("WORLD_SIZE", "1")))
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
-            and (world == "1" or "MASTER_ADDR" in os.environ)):
+            and (world == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys())):
         raise UserError(f"RANK={rank} WORLD_SIZE={world} in the environment: torchrun sets these; "
                         "unset them, or use it")
 
@@ -196,9 +206,9 @@ class Machine:
             name = ("cuda" if torch.cuda.is_available() else
                     "mps" if torch.backends.mps.is_available() else "cpu")
         if name == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no CUDA device here; leave --device away")
+            raise UserError("--device cuda: torch finds no CUDA device here; leave --device out")
         if name == "mps" and not torch.backends.mps.is_available():
-            raise UserError("--device mps: torch finds no Apple GPU here; leave --device away")
+            raise UserError("--device mps: torch finds no Apple GPU here; leave --device out")
         if name == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -406,8 +416,8 @@ def load_checkpoint(path, method, device="cpu"):
         raise UserError(f"no checkpoint {path}; train first, or give another path") from None
     except Exception as error:
         reason = (str(error).strip() or "it ends too early").splitlines()[0]
-        raise UserError(f"{path} is not a whole checkpoint ({reason[:80]}); take another one") \
-            from None
+        raise UserError(f"{path} cannot be read as a whole checkpoint ({reason[:80]}); take "
+                        "another one") from None
     found = state.get("method") if isinstance(state, dict) and "model" in state else None
     if found != method:
         raise UserError(f"{path} is a checkpoint of {found or 'something else'}, not of {method}")
@@ -445,16 +455,35 @@ def refuse_run(out, what="a run: --resume goes on with it, --out DIR starts anot
 
 
 def refuse_results(out):
-    """The same for the results of an evaluation."""
-    refuse_run(out, "a run, or results: give another folder by --out DIR")
+    """Raises UserError if the folder holds a run, or results of an evaluation."""
+    refuse_run(out, "a run, or results: give another folder with --out DIR")
+
+
+def result_folders(paths, out):
+    """{checkpoint: folder for its results}: OUT, or of several OUT/RUN-CHECKPOINT.
+
+    Raises UserError if two are called the same, or if one or OUT holds a run or results.
+    """
+    refuse_results(out)
+    if len(paths) == 1:
+        return {paths[0]: out}
+    folders = {}
+    for path in paths:
+        folder = out / f"{Path(path).resolve().parent.name}-{Path(path).stem}"
+        if folder in folders.values():
+            raise UserError(f"--eval {path}: another one is called {folder.name} too: rename its "
+                            "folder")
+        refuse_results(folder)
+        folders[path] = folder
+    return folders
 
 
 def open_run(cfg, method, machine, info, pictures, may_differ=()):
     """Make the run folder OUT, or with --resume go on in it: returns the state in OUT/last.pt.
 
     None if there is none yet. A folder that holds a run is never overwritten, and no run goes on
-    under another configuration, other classes, or other training pictures (a hash of their names).
-    Raises UserError with the difference.
+    under another configuration (but for the fields may_differ), other classes, or other training
+    pictures (a hash of their names), or from weights alone. Raises UserError with the difference.
     """
     last, config = Path(cfg.out) / "last.pt", Path(cfg.out) / "config.json"
     mine = dataclasses.asdict(cfg)
@@ -464,7 +493,7 @@ def open_run(cfg, method, machine, info, pictures, may_differ=()):
             write(config, json.dumps(mine, indent=1) + "\n")
         return None
     if not config.exists():
-        raise UserError(f"--resume: no run in {cfg.out}; leave --resume away to start one, or "
+        raise UserError(f"--resume: no run in {cfg.out}; leave --resume out to start one, or "
                         "name the run by --out")
     try:
         theirs = json.loads(config.read_text("utf-8"))
@@ -490,6 +519,9 @@ def open_run(cfg, method, machine, info, pictures, may_differ=()):
 
 def same_data(cfg, state, info, pictures):
     """Raises UserError if the state is not of a run on these classes and training pictures."""
+    if "pictures" not in state:
+        raise UserError(f"--resume: {cfg.out} was begun by another version of this script; give "
+                        "another --out")
     for what, was, now in (("classes", tuple(state["info"]["classes"]), info.classes),
                            ("training pictures", state["pictures"], pictures)):
         if was != now:
@@ -555,7 +587,7 @@ class Losses:
     """The loss terms of the steps since the last evaluation, on the device until looked at.
 
     Looking waits for the device, so it is done every LOOK steps, and before a checkpoint is saved:
-    none is after a loss that is not finite, or with such a weight.
+    none is saved after a loss, or with a weight or buffer, that is not finite.
     """
 
     def __init__(self, out):
@@ -571,7 +603,8 @@ class Losses:
 
     def look(self, *modules):
         """The last loss, a float. Raises UserError, with the step and the files of its batch, if
-        one added since the last look is not finite, or a weight of the modules is not."""
+        one added since the last look is not finite, or a weight or buffer of the modules is not.
+        """
         if self.unseen:
             steps, losses = list(self.drawn), torch.stack(self.unseen).tolist()
             for step, self.last in zip(steps[-len(losses):], losses):
@@ -612,7 +645,8 @@ class Interrupt:
                           signal.default_int_handler)
 
     def due(self, step):
-        """Whether to save after this step and to end."""
+        """Whether to save after this step and to end: the same answer in all processes, so under
+        torchrun only every LOOK steps."""
         if self.machine.world == 1:
             return self.asked
         if step % LOOK:

@@ -597,7 +597,7 @@ def list_items(name, root, split, protocol="lists"):
         return source.items(folder, split, protocol)
     except (FileNotFoundError, NotADirectoryError) as error:
         known = Path(name).resolve().name
-        hint = (f" (or do you mean --data {known} --root {Path(name).parent}?)"
+        hint = (f" (or do you mean --data {known} --root {Path(name).resolve().parent}?)"
                 if source is OWN and known in SOURCES else "")
         raise UserError(f"{error.filename}: not there: {name} needs {source.tree}{hint}") from None
     except OSError as error:                            # no permission, a loop of links, ..
@@ -997,11 +997,12 @@ class Dataset(torch.utils.data.Dataset):
             else:
                 counts = None
                 list(pool.map(self.same_shape, self.items, self.shapes))
-        # those of val, or a few chosen pictures, may well hold no object, if not also with void
+        # those of val, or a few chosen pictures, may well hold no object; but 0 and 255 alone in
+        # several of them are a sign
         telling = counts is not None and (items is None or counts[VOID] and len(items) > 1)
         if split == "train" and all(i.mask for i in self.items) and (
                 line := doubt(name, self.info, counts if telling else None)):
-            raise UserError(line)
+            raise UserError(line if items is None else f"{line}; or choose other pictures")
 
     def shape(self, item):
         if item.image == DRAWN:

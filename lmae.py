@@ -544,7 +544,7 @@ def train(cfg):
         last, asked = step + 1 == stop, interrupt.due(step)
         if not (due or last or asked):
             continue
-        losses.look(model, weights)                       # raises if there is what is not finite
+        losses.look(model, weights)                       # raises if a value is not finite
         spent, better = spent + time.time() - began, False
         if due or last:
             [train_loss], first = losses.mean(), "pa_miou_nearest" not in scores
@@ -571,12 +571,12 @@ def train(cfg):
                                                          if k not in whole})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if asked or interrupt.due(step):                  # then, or in the evaluation
+        if asked or interrupt.due(step):                  # before the evaluation, or in it
             interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
     if machine.main:
-        common.write_history(out, history)                # a run killed while it wrote them
+        common.write_history(out, history)                # if a kill came after last.pt
         draw_samples(model, val_set, cfg, machine, info, out / "samples.png")
         write_metrics(out, state, cfg, "random")
 
@@ -907,6 +907,8 @@ def complete(cfg, origin):
         if cfg.truth:
             print(f"mIoU on the rebuilt pixels {common.miou(counts[0]):.2f}, nearest fill "
                   f"{common.miou(counts[1]):.2f}")
+    else:
+        (to / "confidence").rmdir()                       # the same command may be tried again
     print(f"{len(review)} repaired, {failed} failed -> {to}; review.csv: most doubtful first")
     sys.exit(1 if failed else 0)
 

@@ -747,7 +747,7 @@ def train(cfg):
         due, asked, better = due or step + 1 == stop, interrupt.due(step), False
         if not (due or asked):
             continue
-        losses.look(f)                                    # raises if there is what is not finite
+        losses.look(f)                                    # raises if a value is not finite
         spent += time.time() - began
         common.same_buffers(f, machine)
         if due:
@@ -774,7 +774,7 @@ def train(cfg):
                                                          if k not in heavy})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if asked or interrupt.due(step):                  # then, or in the evaluation
+        if asked or interrupt.due(step):                  # before the evaluation, or in it
             interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
@@ -784,7 +784,7 @@ def train(cfg):
     # the paper's number: of the epoch that is best on the very set it is measured on
     more["paper_iou_best_epoch"] = max(row["paper_iou"] for row in history)
     if machine.main:
-        common.write_history(out, history)                # a run killed while it wrote them
+        common.write_history(out, history)                # if a kill came after last.pt
         draw_samples(f, val_set, cfg, machine, info, bank, out / "samples.png")
         write_metrics(out, state, cfg, f, more)
 
@@ -947,19 +947,13 @@ def evaluate_only(cfg, origin):
     All checkpoints of one size see the same holes, whose share is right to one percent of the
     picture. metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each.
     """
-    shares, curves, many = shares_of(cfg.corrupt), {}, len(cfg.eval) > 1
+    shares, curves = shares_of(cfg.corrupt), {}
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
     machine = common.Machine(cfg)
     shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
-    for path in cfg.eval:
+    for path, folder in common.result_folders(cfg.eval, out).items():
         theirs, info, f, state = load(path)
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        if name in curves:
-            raise UserError(f"--eval {path}: another one is called {name} too: rename its folder")
-        folder = out / name if many else out
-        if machine.main:
-            common.refuse_results(out)
-            common.refuse_results(folder)
         here = settled(cfg, origin, path, theirs, {"eval", "corrupt", "data", "palette",
                                                    "batch_size"})
         here = replace(here, seed=cfg.seed)                        # of the holes, one for all

@@ -605,7 +605,7 @@ def load_encoder(E, cfg):
     """
     if cfg.pretrained == "imagenet" and cfg.stem == "deep":
         raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
-                        "leave --stem deep away, or give a file with --pretrained")
+                        "leave --stem deep out, or give a file with --pretrained")
     try:
         if cfg.pretrained == "imagenet":
             theirs = torch.hub.load_state_dict_from_url(
@@ -817,7 +817,7 @@ def rate(step, total, group):
     return group["start"] * (1 - step / total) ** 0.9 if group["poly"] else group["start"]
 
 
-def train(cfg, machine):
+def train(cfg, machine, interrupt):
     """The training run, from top to bottom. Returns the scores at its end."""
     B = cfg.batch_size // 2 // machine.world                # of each kind, in this process
     out, device = Path(cfg.out), machine.device
@@ -843,7 +843,7 @@ def train(cfg, machine):
         compile_parts(model)
 
     start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
-    losses, interrupt = common.Losses(out), common.Interrupt(machine)
+    losses = common.Losses(out)
     # only now, so that a start that fails above leaves no run folder in the way of the next
     both = f"labelled {digest}, unlabelled {data.labeled_hash(unlabeled.items)}"
     state = common.open_run(cfg, "s4mim", machine, info, both)
@@ -918,14 +918,14 @@ def train(cfg, machine):
                                                          if k not in heavy})
             common.save_checkpoint(out / "last.pt", state)
             common.write_history(out, history)
-        if asked or interrupt.due(step):                  # then, or in the evaluation
+        if asked or interrupt.due(step):                  # before the evaluation, or in it
             interrupt.end(progress, f"step {step + 1}")
         began = time.time()
 
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
             for split in splits_beside(cfg)}
     if machine.main:
-        common.write_history(out, history)                  # a run killed while it wrote them
+        common.write_history(out, history)                  # if a kill came after last.pt
         draw_samples(model, val_loader.dataset, cfg, machine, info, out / "samples.png")
         if cfg.method != "suponly":
             draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
@@ -1050,19 +1050,12 @@ def settled(cfg, origin, path, theirs, flags):
 def evaluate_only(cfg, origin):
     """--eval A.pt [B.pt ..]: the scores of each, in OUT/metrics.json and OUT/samples.png, for
     several checkpoints in OUT/RUN-CHECKPOINT each."""
-    many, machine, names = len(cfg.eval) > 1, None, set()
+    machine = None
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
-    for path in cfg.eval:
+    for path, folder in common.result_folders(cfg.eval, out).items():
         theirs, info, model, state = load(path)
-        name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        if name in names:
-            raise UserError(f"--eval {path}: another one is called {name} too: rename its folder")
-        names.add(name)
-        folder = out / name if many else out
         here = settled(cfg, origin, path, theirs, {"eval", "data", "palette", "batch_size"})
         machine = machine or common.Machine(here)
-        if machine.main:
-            common.refuse_results(folder)
         loader = eval_loader(here, data.eval_split(here.data), machine)
         if loader.dataset.info.classes != info.classes:
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
@@ -1252,17 +1245,21 @@ def main():
     if cfg.bench >= 0:
         return bench(cfg)
     machine = common.Machine(cfg)
+    interrupt = common.Interrupt(machine)
     if cfg.baseline != "none":
         begun = (Path(cfg.out) / "config.json").exists()
         if not cfg.resume:
             common.refuse_run(cfg.out)
         elif begun and not (Path(cfg.out) / "suponly").exists():
-            raise UserError(f"--resume: {cfg.out} was begun without --baseline {cfg.baseline}: "
-                            "leave it away, with --baseline none")
-        base = train(replace(cfg, method="suponly", out=str(Path(cfg.out) / "suponly")), machine)
+            raise UserError(f"--resume: {cfg.out} was begun without a baseline: give --baseline "
+                            "none")
+        base = train(replace(cfg, method="suponly", out=str(Path(cfg.out) / "suponly")), machine,
+                     interrupt)
+        if interrupt.due(0):                    # asked for after the last step of the baseline
+            interrupt.end(common.Progress(0, 0, 0, quiet=not machine.main), "the baseline")
         # if that was broken off, there is nothing yet that the second run could resume
         cfg.resume = cfg.resume and begun
-    scores = train(cfg, machine)
+    scores = train(cfg, machine, interrupt)
     if cfg.baseline != "none" and machine.main:
         print(f"with the same labels and steps: --method suponly {base['miou']:.2f}, "
               f"--method {cfg.method} {scores['miou']:.2f}")

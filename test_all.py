@@ -1976,9 +1976,9 @@ class CommandLine(Case):
         self.assertFalse((self.tmp / "x").exists())
 
     def test_values_that_are_none(self):
-        for argv, words in ((["--lr", "nan"], ["--lr nan", "a number"]),
+        for argv, words in ((["--lr", "nan"], ["--lr nan", "a finite number"]),
                             (["--weight-decay", "inf"], ["--weight-decay inf"]),
-                            (["--seed", str(2**63)], ["--seed", "smaller"]),
+                            (["--seed", str(2**63)], ["--seed", "below 2^63"]),
                             (["--eval", ""], ["--eval", "an empty variable?"]),
                             (["--ckpt", "a.pt", ""], ["--ckpt", "an empty variable?"])):
             with self.fails(*words):
@@ -1990,17 +1990,22 @@ class CommandLine(Case):
             run.stdout.close()                                          # as `| head` does
             self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
         (self.tmp / "x.png").unlink(missing_ok=True)
-        with open("/dev/full", "w") as full:
-            done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True)
-        self.assertEqual(done.returncode, 2)
-        self.assertEqual(done.stderr, "data.py: standard output: No space left on device; mend "
-                                      "that and run this again\n")
+        for more, line in (([], "standard output: No space left on device; mend that and run this "
+                                "again"),
+                           (["--data", "camvit"], "--data camvit: neither a dataset (shapes, voc, "
+                            "cityscapes, camvid, nyuv2, glas, polyp) nor a folder (did you mean "
+                            "camvid?)")):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([*argv, *more], stdout=full, stderr=subprocess.PIPE,
+                                      text=True)
+            self.assertEqual((done.returncode, done.stderr), (2, f"data.py: {line}\n"))
 
     def test_an_environment_that_is_not_torchrun_s(self):
         for variables in {"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}:
             with mock.patch.dict(os.environ, variables), self.fails("torchrun", *variables):
                 common.check_processes()
-        with mock.patch.dict(os.environ, RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost"):
+        with mock.patch.dict(os.environ, RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost",
+                             MASTER_PORT="1"):
             common.check_processes()
 
     def test_every_field_has_its_reason_in_the_help(self):
@@ -2498,7 +2503,7 @@ class LmaeComplete(Case):
         return self.tmp / name
 
     def complete(self, *extra):
-        return script("lmae.py", "--complete", self.tmp / "labels",
+        return inside("lmae.py", "--complete", self.tmp / "labels",
                       "--images", self.tmp / "images", "--ckpt", self.ckpt,
                       "--to", self.tmp / "fixed", "--device", "cpu", *extra)
 
@@ -3225,7 +3230,7 @@ class MaskSupPredict(Case):
             "info": dataclasses.asdict(info), "model": self.f.state_dict()})
 
     def predict(self, source):
-        return script("masksup.py", "--predict", source, "--ckpt", self.tmp / "c.pt", "--to",
+        return inside("masksup.py", "--predict", source, "--ckpt", self.tmp / "c.pt", "--to",
                       self.tmp / "to", "--device", "cpu")
 
     def test_every_kind_of_picture_at_its_own_size(self):
@@ -3294,7 +3299,7 @@ class MaskSupPredict(Case):
     def test_one_picture_and_no_picture(self):
         self.assertEqual(self.predict(save(self.tmp / "a.png", self.noise(8, 9))).returncode, 0)
         self.assertTrue((self.tmp / "to/overlay/a.png").exists())
-        done = script("masksup.py", "--predict", self.tmp / "gone", "--ckpt", self.tmp / "c.pt",
+        done = inside("masksup.py", "--predict", self.tmp / "gone", "--ckpt", self.tmp / "c.pt",
                       "--to", self.tmp / "other")
         self.assertEqual((done.returncode, "gone" in done.stderr), (2, True))
 
@@ -4618,7 +4623,7 @@ class S4mimRuns(S4mimCase):
                 (["--eval", out / "last.pt", "--lr", 1], ["--lr", "settled"]),
                 (["--eval", out / "last.pt", "--size", 64], ["--size", "settled"]),
                 (["--eval", out / "last.pt", "--method", "mim"], ["--method", "settled"]),
-                (["--eval", out / "log.csv"], ["log.csv", "not a whole checkpoint"]),
+                (["--eval", out / "log.csv"], ["log.csv", "a whole checkpoint"]),
                 (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
                   "--size", 64], ["--size", "settled"])):
             with self.subTest(argv), self.fails(*words):
@@ -5253,10 +5258,10 @@ class BadData(Case):
             torch.save({**good, "config": {**good["config"], "old": 1}}, self.tmp / "old.pt")
             (self.tmp / "cut.pt").write_bytes((out / "last.pt").read_bytes()[:-5000])
             bad = [(self.tmp / "gone.pt", ["no checkpoint", "train first"]),
-                   (self.tmp / "empty.pt", ["not a whole checkpoint"]),
-                   (self.tmp / "cut.pt", ["not a whole checkpoint", "take another one"]),
-                   (self.tmp / "evil.pt", ["not a whole checkpoint", "take another one"]),
-                   (out / "samples.png", ["not a whole checkpoint"]),
+                   (self.tmp / "empty.pt", ["a whole checkpoint"]),
+                   (self.tmp / "cut.pt", ["a whole checkpoint", "take another one"]),
+                   (self.tmp / "evil.pt", ["a whole checkpoint", "take another one"]),
+                   (out / "samples.png", ["a whole checkpoint"]),
                    (self.tmp / "list.pt", ["something else"]),
                    (runs[other] / "last.pt", [f"a checkpoint of {other[:-3]}, not of"])]
             uses = {"--init": [*brief, "--out", self.tmp / "new"], "--eval": ["--root", "."]}
@@ -5453,6 +5458,24 @@ class Broken(Case):
             self.assertEqual((status, error), (0, ""))
             self.equal(out, whole)              # log.csv too: no loss was lost
 
+    def test_ctrl_c_when_the_baseline_is_all_but_done(self):
+        write, argv = s4mim.write_metrics, [
+            *self.runs["s4mim.py"], "--baseline", "suponly", "--max-steps", 2, "--out",
+            self.tmp / "out"]
+
+        def interrupted(*args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return write(*args)
+
+        with mock.patch.object(s4mim, "write_metrics", interrupted):
+            status, text, error = outcome("s4mim.py", *argv)
+        self.assertEqual((status, error), (130, ""))
+        self.assertIn("stopped after the baseline: the same command with --resume goes on", text)
+        self.assertEqual([p.name for p in (self.tmp / "out").iterdir()], ["suponly"])
+        status, text, error = outcome("s4mim.py", *argv, "--resume")
+        self.assertEqual((status, error), (0, ""))
+        self.assertIn("with the same labels and steps", text)
+
     def test_ctrl_c_under_torchrun_saves_in_one_step_of_all(self):
         out = self.tmp / "out"
         argv = [*self.runs["masksup.py"], "--epochs", 4000, "--out", out]
@@ -5566,7 +5589,7 @@ class Broken(Case):
         for name, other in zip(names, names[1:] + names):
             out, argv = self.tmp / name, [*self.runs[name], "--max-steps", 1]
             self.refused(name, [*argv, "--out", out, "--resume"], f"no run in {out}",
-                         "leave --resume away")
+                         "leave --resume out")
             self.assertEqual(outcome(name, *argv, "--out", out)[0], 0)
             before = contents(out)
             self.refused(name, [*argv, "--out", out], out, "already holds a run", "--resume")
@@ -5595,6 +5618,14 @@ class Broken(Case):
                 status, _, error = outcome(name, "--eval", out / "last.pt", "--out", target)
                 self.assertEqual(status, 0 if not error else 2)
             self.assertIn("already holds a run, or results: give another folder", error)
+            if name != "lmae.py":           # of several at once, all are looked at first
+                self.refused(name, ["--eval", out / "last.pt", out / "best.pt", "--out", out],
+                             "already holds")
+                target = self.tmp / f"both {name}"
+                save(target / f"{name}-best/samples.png", self.noise(2, 2))
+                self.refused(name, ["--eval", out / "last.pt", out / "best.pt", "--out", target],
+                             target / f"{name}-best", "already holds")
+                self.assertEqual(len(list(target.iterdir())), 1)
             # best.pt is for --init, and says so
             shutil.copytree(out, self.tmp / "copy")
             shutil.copy(out / "best.pt", self.tmp / "copy/last.pt")
