@@ -5401,39 +5401,41 @@ class Broken(Case):
 
     def test_killed_at_random_moments(self):
         """kill -9, again and again, and on with --resume: the end is that of an unbroken run."""
-        for name in SCRIPTS:
-            rng = np.random.default_rng(KILLS)
-            whole, out, done, killed = self.tmp / "whole", self.tmp / "0", 0, Counter()
-            run = self.start(name, whole)
-            next(line for line in run.stdout if " steps " in line)
-            began = time.time()
+        with ThreadPoolExecutor(2) as pool:                 # that wait for processes of their own
+            for line in pool.map(self.kill, SCRIPTS):
+                if KILLS >= 50:
+                    print(line)
+
+    def kill(self, name):
+        rng, home = np.random.default_rng(KILLS), self.tmp / f"runs of {name}"
+        whole, out, done, killed = home / "whole", home / "0", 0, Counter()
+        run = self.start(name, whole)
+        next(line for line in run.stdout if " steps " in line)
+        began = time.time()
+        _, error = run.communicate()
+        seconds = time.time() - began
+        self.assertEqual((run.returncode, error), (0, ""))
+        while killed.total() < KILLS or not done:
+            stay = killed.total() >= KILLS                  # alive, to the end
+            n = killed.total()
+            where = ["half", "part", "done"][n // 2 % 3] if n % 2 else "any time"
+            wrap = ["-c", SUICIDE, where, rng.integers(1, 9)]
+            run = self.start(name, out, wrap=() if stay or where == "any time" else wrap)
+            if not stay and where == "any time":
+                if rng.random() < 0.8:                      # else while it starts
+                    next((line for line in run.stdout if " steps " in line), None)
+                time.sleep(rng.random() * seconds)
+                run.kill()
             _, error = run.communicate()
-            seconds = time.time() - began
-            self.assertEqual((run.returncode, error), (0, ""))
-            while killed.total() < KILLS or not done:
-                stay = killed.total() >= KILLS          # alive, to the end
-                n = killed.total()
-                where = ["half", "part", "done"][n // 2 % 3] if n % 2 else "any time"
-                wrap = ["-c", SUICIDE, where, rng.integers(1, 9)]
-                run = self.start(name, out, wrap=() if stay or where == "any time" else wrap)
-                if not stay and where == "any time":
-                    if rng.random() < 0.8:              # else while it starts
-                        next((line for line in run.stdout if " steps " in line), None)
-                    time.sleep(rng.random() * seconds)
-                    run.kill()
-                _, error = run.communicate()
-                self.assertIn(run.returncode, (0, -9), f"{name} {killed} {error}")
-                self.nothing_is_half(out)
-                if run.returncode:
-                    killed[where] += 1
-                else:
-                    done += 1
-                    self.equal(out, whole)
-                    out = self.tmp / str(done)
-            if KILLS >= 50:
-                print(f"{name}: killed {dict(killed)}, {done} runs ended like the unbroken one")
-            for folder in self.tmp.glob("[0-9w]*"):
-                shutil.rmtree(folder)
+            self.assertIn(run.returncode, (0, -9), f"{name} {killed} {error}")
+            self.nothing_is_half(out)
+            if run.returncode:
+                killed[where] += 1
+            else:
+                done += 1
+                self.equal(out, whole)
+                out = home / str(done)
+        return f"{name}: killed {dict(killed)}, {done} runs ended like the unbroken one"
 
     def test_ctrl_c_saves_at_once_and_the_run_goes_on(self):
         for name, sent in zip(SCRIPTS, (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
