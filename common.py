@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import typing
 import warnings
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 LOOK = 20        # steps from one look at the losses to the next: each waits for the device
@@ -162,19 +163,21 @@ def parse(Config, recipes, doc, argv=None):
     return Config(**{**recipe, **given}), origin
 
 
-def show_config(cfg, origin):
-    """Print every value, then where each one that is not the default came from (one process)."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    values = dataclasses.asdict(cfg)
-    width = max(map(len, values))
-    print("\n".join(f"  {name:{width}} {value}" for name, value in values.items()))
+def show_config(cfg, origin, rest="all else is the default: see --help, or config.json"):
+    """Print what is not the default, and where it comes from (one process)."""
     titles = {"recipe": f"from the recipe for {cfg.data}", "pretrain": "because of --pretrain",
               "flag": "from the command line"}
-    for source, title in titles.items():
-        names = [name for name, s in origin.items() if s == source]
-        if names:
-            print(f"{title}: " + ", ".join(names))
+    for source, title in titles.items() if os.environ.get("RANK", "0") == "0" else ():
+        values = ", ".join(f"{n} {getattr(cfg, n)}" for n in origin if origin[n] == source)
+        print(textwrap.fill(f"{title}: {values or 'nothing'}", 100, subsequent_indent="  "))
+    print(rest)
+
+
+def at_least(cfg, least, *names):
+    """Raises UserError for the first of these fields that is smaller."""
+    for name in names:
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least {least}")
 
 
 # ----------------------------------------------------------------------- device, seeds, processes
@@ -187,43 +190,75 @@ def seed_of(*ints):
 
 def check_processes():
     """Raises UserError for environment variables that look like torchrun's, and are not."""
-    rank, world = (os.environ.get(name, default) for name, default in (("RANK", "0"),
-                                                                       ("WORLD_SIZE", "1")))
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
             and (world == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys())):
         raise UserError(f"RANK={rank} WORLD_SIZE={world} in the environment: torchrun sets these; "
                         "unset them, or use it")
 
 
-class Machine:
-    """Where a run runs: .device, .autocast() for forward passes, .rank and .world of torchrun."""
+def idle_processors():
+    """How many of torch's threads find a processor idle now; at least 1.
 
-    def __init__(self, cfg):
+    Threads wait for each other, spinning: beside one busy process two are slower than one (on two
+    processors masksup.py --bench 40 takes 245 ms a step against 96, on quiet ones 62 against 92).
+    """
+    try:        # Linux says how many run at this moment: the median of nine looks, less this one
+        looks = []
+        for _ in range(9):
+            looks.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
+            time.sleep(0.02)
+        busy = sorted(looks)[4] - 1
+    except OSError:     # the load average lags behind: it still counts a run that has just ended
+        busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - busy))
+
+
+class Machine:
+    """Where a run runs: .device, .autocast() for forward passes, .rank and .world of torchrun, and
+    .loading, what data.py's loaders take of it. Sets cfg.threads, if it is 0, to what the run had
+    that cfg resumes (in OUT, or in `first`), or else to idle_processors()."""
+
+    def __init__(self, cfg, first=None):
+        for folder in (first or cfg.out, cfg.out) if cfg.resume else ():
+            with suppress(OSError, ValueError, AttributeError):     # Run says what is wrong there
+                config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+                cfg.threads = cfg.threads or config.get("threads", 0)
+        cfg.threads = cfg.threads or idle_processors()
+        torch.set_num_threads(cfg.threads)      # a result on a CPU hangs on it bit for bit
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         name = cfg.device
         if name == "auto":
             name = ("cuda" if torch.cuda.is_available() else
                     "mps" if torch.backends.mps.is_available() else "cpu")
-        if name == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no CUDA device here; leave --device out")
-        if name == "mps" and not torch.backends.mps.is_available():
-            raise UserError("--device mps: torch finds no Apple GPU here; leave --device out")
+        for wanted, found in ("cuda", torch.cuda), ("mps", torch.backends.mps):
+            if name == wanted and not found.is_available():
+                raise UserError(f"--device {name}: torch finds none here; leave --device out")
         if name == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True       # all crops have one size: try, and keep
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(name)
         self.device = torch.device(name)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         amp = cfg.amp
-        if amp == "auto":       # bf16 needs no loss scaling; on a CPU few chips gain from it
+        if amp == "auto":       # bf16 needs no loss scaling; on a CPU few chips gain from it, and
+            # before 8.0 GPUs emulate it (which is_bf16_supported() counts)
             amp = ("off" if self.device.type != "cuda" else
-                   "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+                   "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        self.workers = cfg.workers if cfg.workers >= 0 else (
-            min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            if self.device.type == "cuda" else 0)
+        # with CUDA one for each processor that this process may use: a worker reads 7 of
+        # Cityscapes' pictures a second, and a GPU takes hundreds
+        usable = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
+                  os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        auto = usable if self.device.type == "cuda" else 0
+        self.loading = dict(workers=cfg.workers if cfg.workers >= 0 else auto, rank=self.rank,
+                            world=self.world)
+        # of torch's optimizers: one kernel for all weights on CUDA, which in fp16 takes the scale
+        # without waiting for the device; elsewhere torch's default
+        self.fused = self.device.type == "cuda" or None
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -234,7 +269,8 @@ class Machine:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def sum(self, tensor):
-        """The sum of a tensor over the processes, which gradients pass."""
+        """The sum over the processes, of the gradient too: each process has the loss of all
+        batches, and parallel() and average_gradients() take the mean."""
         return tensor if self.world == 1 else SumProcesses.apply(tensor)
 
     @property
@@ -243,22 +279,17 @@ class Machine:
 
 
 class SumProcesses(torch.autograd.Function):
-    """all_reduce with its gradient: each process has the loss of all batches, so that the mean of
-    gradients which parallel() and average_gradients() take is that of this loss."""
+    """all_reduce with its gradient."""
 
     @staticmethod
     def forward(ctx, tensor):
-        return SumProcesses.reduce(tensor)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumProcesses.reduce(gradient)
-
-    @staticmethod
-    def reduce(tensor):
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumProcesses.forward(ctx, gradient)
 
 
 def synchronized(model, machine):
@@ -272,7 +303,8 @@ def parallel(model, machine):
     """The model as the loop calls it: wrapped for torchrun if there is more than one process."""
     if machine.world == 1:
         return model
-    return torch.nn.parallel.DistributedDataParallel(synchronized(model, machine))
+    return torch.nn.parallel.DistributedDataParallel(
+        synchronized(model, machine), gradient_as_bucket_view=True)     # gradients are not copied
 
 
 def same_buffers(model, machine):
@@ -330,56 +362,6 @@ def constant_miou(matrix):
     return (100 * pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
 
 
-def picture_iou(prediction, target, classes):
-    """MaskSup's measure, (B,) float in percent; its paper_iou is the mean over the pictures.
-
-    prediction, target: (B, H, W) ints. Two classes: the IoU of class 1, void (255) left out, 100
-    where it is in neither. More: the IoU micro-averaged over the classes, that is pixels right
-    over (pixels right + 2 x pixels wrong), void counted as class 0 as in the released code.
-    """
-    prediction, target = prediction.flatten(1), target.flatten(1)
-    if classes == 2:
-        both = ((prediction == 1) & (target == 1)).sum(1).float()
-        either = (((prediction == 1) | (target == 1)) & (target != VOID)).sum(1)
-        return 100 * torch.where(either > 0, both / either.clamp(min=1), 1.0)
-    right = (prediction == target.masked_fill(target == VOID, 0)).sum(1)
-    return 100 * right / (2 * target.shape[1] - right)
-
-
-def nearest_fill(label, removed):
-    """Give each removed pixel the label of the nearest kept one: what no learning would answer.
-
-    label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
-    Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
-    (of equally near ones, the first found). With no source in a picture the answer is class 0.
-
-    Exact in two passes: the nearest source within each row, then the best row. The second stops as
-    soon as no farther row can win, after some 30 of 224 for patches of 16.
-    """
-    if label.device.type == "mps":                    # has no cummax of integers
-        return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
-    _, H, W = label.shape
-    far = 2 * (H + W)                                 # farther than any pixel
-    source = ~removed & (label != VOID)
-    x = torch.arange(W, device=label.device, dtype=torch.int32)
-    left = torch.where(source, x, -far).cummax(-1).values
-    right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
-    column = torch.where(x - left <= right - x, left, right)
-    row_d2 = (column - x).square().clamp(max=far * far)
-    row_label = label.gather(-1, column.clamp(0, W - 1).long())
-    row_label = row_label.masked_fill(row_d2 >= far * far // 4, 0)
-    best_d2, best = row_d2.clone(), row_label.clone()
-    for k in range(1, H):
-        if not (best_d2[removed] > k * k).any():
-            break
-        for to, frm in (slice(k, None), slice(None, -k)), (slice(None, -k), slice(k, None)):
-            d2 = row_d2[:, frm] + k * k
-            closer = d2 < best_d2[:, to]
-            best_d2[:, to] = torch.where(closer, d2, best_d2[:, to])
-            best[:, to] = torch.where(closer, row_label[:, frm], best[:, to])
-    return torch.where(removed, best, label)
-
-
 # -------------------------------------------------------------------------------------- run folder
 
 def write(path, content):
@@ -408,10 +390,10 @@ def save_checkpoint(path, state):
     write(path, buffer.getbuffer())
 
 
-def load_checkpoint(path, method, device="cpu"):
+def load_checkpoint(path, method):
     """Read a checkpoint of `method`, running no code in it. Raises UserError if it is none."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another path") from None
     except Exception as error:
@@ -422,6 +404,33 @@ def load_checkpoint(path, method, device="cpu"):
     if found != method:
         raise UserError(f"{path} is a checkpoint of {found or 'something else'}, not of {method}")
     return state
+
+
+def load(path, method, Config, Info, build):
+    """(cfg, info, model, state) of a checkpoint, on the CPU and ready to evaluate. build: (cfg,
+    classes) -> model. Raises UserError if it is none of the method, or of another version."""
+    state = load_checkpoint(path, method)
+    try:
+        cfg, info = Config(**state["config"]), Info(**state["info"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: written by another version of {method}.py ({error})") from None
+    model = build(cfg, len(info.classes)).eval()
+    model.load_state_dict(state["model"])
+    return cfg, info, model, state
+
+
+def settled(cfg, origin, path, theirs, check, *flags):
+    """The configuration of a checkpoint, with what the command line may change of it, shown: the
+    flags, and what is of this machine. Raises UserError for others: the checkpoint has the say."""
+    given = {name for name, source in origin.items() if source == "flag"}
+    here = {"root", "workers", "device", "amp", "threads", "in_memory"}
+    if wrong := sorted(given - here - {"out", *flags}):
+        raise UserError(f"--{wrong[0].replace('_', '-')} cannot be given here: the checkpoint "
+                        f"{path} has settled it")
+    cfg = dataclasses.replace(theirs, resume=False, **{k: getattr(cfg, k) for k in given | here})
+    check(cfg)
+    show_config(cfg, dict.fromkeys(given, "flag"), f"all else is as in {path}")
+    return cfg
 
 
 def load_weights(model, path, method, may_lack=()):
@@ -445,7 +454,8 @@ RUN_FILES = ("config.json", "last.pt", "best.pt", "pretrain.pt", "log.csv", "cur
              "samples.png", "step.png", "labeled.txt", "metrics.json", "robustness.png",
              "augment.json")
 # fields that may change when a run goes on: where it runs and how far, not what it computes
-MAY_DIFFER = {"root", "out", "workers", "device", "compile", "resume", "max_steps"}
+MAY_DIFFER = {"root", "out", "workers", "threads", "in_memory", "device", "compile", "resume",
+              "max_steps", "save_every"}
 
 
 def refuse_run(out, what="a run: --resume goes on with it, --out DIR starts another"):
@@ -478,62 +488,207 @@ def result_folders(paths, out):
     return folders
 
 
-def open_run(cfg, method, machine, info, pictures, may_differ=()):
-    """Make the run folder OUT, or with --resume go on in it: returns the state in OUT/last.pt.
+def resuming(cfg):
+    """Whether a run goes on from its last.pt, which has all that it started from."""
+    return cfg.resume and (Path(cfg.out) / "last.pt").exists()
 
-    None if there is none yet. A folder that holds a run is never overwritten, and no run goes on
-    under another configuration (but for the fields may_differ), other classes, or other training
-    pictures (a hash of their names), or from weights alone. Raises UserError with the difference.
+
+class Run:
+    """The run folder OUT, and what a training loop does beside training: begin() before it, note()
+    after each step, log() after an evaluation, save() after a step where something is due.
+
+    A folder that holds a run is never overwritten, and no run goes on under another configuration,
+    other classes or other training pictures: UserError.
     """
-    last, config = Path(cfg.out) / "last.pt", Path(cfg.out) / "config.json"
-    mine = dataclasses.asdict(cfg)
-    if not cfg.resume:
-        if machine.main:
-            refuse_run(cfg.out)
-            write(config, json.dumps(mine, indent=1) + "\n")
-        return None
-    if not config.exists():
-        raise UserError(f"--resume: no run in {cfg.out}; leave --resume out to start one, or "
-                        "name the run by --out")
-    try:
-        theirs = json.loads(config.read_text("utf-8"))
-        if not isinstance(theirs, dict) or theirs.keys() != mine.keys():
-            raise ValueError("its fields are others")
-    except ValueError as error:                         # what json and utf-8 raise are ValueErrors
-        raise UserError(f"--resume: {config} is not of a run of this {method}.py ({error}); "
-                        "give another --out") from None
-    differ = [f"{k} was {theirs.get(k)}, now {v}" for k, v in json.loads(json.dumps(mine)).items()
-              if k not in MAY_DIFFER | set(may_differ) and theirs.get(k) != v]
-    if differ:
-        raise UserError(f"--resume: {cfg.out} holds another configuration ({'; '.join(differ)}); "
-                        "give the flags it was started with, or another --out")
-    if not last.exists():
-        return None
-    state = load_checkpoint(last, method)
-    if "optimizer" not in state:
-        raise UserError(f"--resume: {last} has weights only, as best.pt: start another run, with "
-                        f"--init {last}")
-    same_data(cfg, state, info, pictures)
-    return state
+    KEPT = "step", "history", "scores", "losses", "best", "seconds"
 
+    def __init__(self, cfg, method, machine, info, pictures, parts, terms, stop, per_epoch, *,
+                 may_differ=(), interrupt=None, last="last.pt", **facts):
+        """
+        pictures: a hash of the training pictures' names.  parts: {name: model, optimizer, ..},
+        whose state is kept.  terms: names of the losses.  stop, per_epoch: steps.  may_differ:
+        fields that --resume may change.  facts: more to keep in checkpoints.  interrupt, last: of
+        the run that this one is a part of, and a name for the checkpoints of its own.
 
-def same_data(cfg, state, info, pictures):
-    """Raises UserError if the state is not of a run on these classes and training pictures."""
-    if "pictures" not in state:
-        raise UserError(f"--resume: {cfg.out} was begun by another version of this script; give "
-                        "another --out")
-    for what, was, now in (("classes", tuple(state["info"]["classes"]), info.classes),
-                           ("training pictures", state["pictures"], pictures)):
-        if was != now:
-            raise UserError(f"--resume: {cfg.data} has other {what} than {cfg.out} was begun with "
-                            f"({was}, now {now}); bring them back, or give another --out")
+        Make it last: a start that fails on its data is to leave no folder in the way of the next.
+        """
+        if cfg.batch_size % machine.world:
+            raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of {machine.world} "
+                            "processes")
+        self.cfg, self.machine, self.out, self.last = cfg, machine, Path(cfg.out), last
+        self.parts, self.terms, self.stop, self.per_epoch = parts, terms, stop, per_epoch
+        self.modules = [p for p in parts.values() if isinstance(p, torch.nn.Module)]
+        self.facts = {"method": method, "config": dataclasses.asdict(cfg),
+                      "info": dataclasses.asdict(info), "pictures": pictures, **facts}
+        self.interrupt, self.saved = interrupt or Interrupt(machine), time.time()
+        self.step, self.history, self.scores, self.best, self.seconds = 0, [], {}, -1.0, 0.0
+        self.losses, self.drawn = [], {}    # since the last evaluation, and the last look
+        self.better = None                  # what best.pt is to hold, until it is written
+        self.live = sys.stdout.isatty() and machine.main
+        if last == "last.pt":
+            self.open(may_differ)
+        if cfg.resume and (self.out / last).exists():
+            self.take_up(load_checkpoint(self.out / last, method))
+        self.start = self.step
+        if self.start >= stop and last == "last.pt" and not (
+                self.history and self.history[-1]["step"] == self.start):
+            raise UserError(f"--resume: {cfg.out} is at step {self.start} already, beyond "
+                            "--max-steps or --epochs; give more")
 
+    def open(self, may_differ):
+        """Make OUT with its config.json, or for --resume compare the configurations."""
+        config, now = self.out / "config.json", self.facts["config"]
+        if not self.cfg.resume:
+            if self.machine.main:
+                refuse_run(self.out)
+                write(config, json.dumps(now, indent=1) + "\n")
+            return
+        try:
+            was, now = json.loads(config.read_text("utf-8")), json.loads(json.dumps(now))
+            if not isinstance(was, dict) or was.keys() != now.keys():
+                raise ValueError("its fields are others")
+        except FileNotFoundError:
+            raise UserError(f"--resume: no run in {self.out}; leave --resume out to start one, or "
+                            "name the run by --out") from None
+        except ValueError as error:                     # what json and utf-8 raise are ValueErrors
+            raise UserError(f"--resume: {config} is not of a run of this {self.facts['method']}.py"
+                            f" ({error}); give another --out") from None
+        if differ := [f"{k} was {was[k]}, now {now[k]}" for k in now
+                      if was[k] != now[k] and k not in MAY_DIFFER | set(may_differ)]:
+            raise UserError(f"--resume: {self.out} has other flags ({'; '.join(differ)}); give those "
+                            "it was started with, or another --out")
 
-def refuse_past(cfg, start, stop, history):
-    """Raises UserError if a run that goes on has nothing to do, and no scores of where it is."""
-    if start >= stop and (not history or history[-1]["step"] < start):
-        raise UserError(f"--resume: {cfg.out} is at step {start} already, beyond --max-steps or "
-                        "--epochs; give more")
+    def take_up(self, state):
+        """Go on from a checkpoint's state."""
+        if not {"optimizer", "pictures"} <= state.keys():
+            raise UserError(f"--resume: {self.out / self.last} has weights only: start another "
+                            f"run, with --init {self.out / self.last}")
+        was, now = ((s["info"]["classes"], s["pictures"]) for s in (state, self.facts))
+        for what, a, b in zip(("classes", "training pictures"), was, now):
+            if a != b:
+                raise UserError(f"--resume: {self.cfg.data} has other {what} than {self.out} had "
+                                f"({a}, now {b}); bring them back, or give another --out")
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = self.machine.fused         # as here, not where it was saved
+        for name, part in self.parts.items():
+            if state[name]:                             # a scaler's is empty where it is off
+                part.load_state_dict(state[name])
+        vars(self).update({k: state[k] for k in self.KEPT})
+        self.losses = [terms.to(self.machine.device) for terms in self.losses]
+
+    def begin(self, words):
+        """Say what starts, and start the clock."""
+        self.say(f"{words}, steps {self.start} to {self.stop}, {self.per_epoch} an epoch, on "
+                 f"{self.machine.device}, threads: {self.cfg.threads}"
+                 + ("; the first steps compile, which takes minutes" if self.cfg.compile else ""))
+        self.first, self.began = None, time.time()
+
+    def say(self, line):
+        if self.machine.main:
+            print(("\r\033[K" if self.live else "") + line, flush=True)
+
+    def note(self, step, terms, *batches):
+        """Take the losses of a step; what is due after it: "evaluate", "save" or "".
+
+        terms: float (n,), the whole loss first; they stay on the device but for every LOOK steps,
+        for a look waits for it. batches: pairs (Dataset, indices (B,)), whose files are named if
+        the loss is not finite.
+        """
+        self.step = step + 1
+        self.losses.append(terms)
+        self.drawn[self.step] = terms[0], batches
+        if step % LOOK == 0:
+            self.progress(self.look())
+        late = 0 < self.cfg.save_every < (time.time() - self.saved) / 60
+        self.asked, self.late = self.interrupt.due(step, late)
+        due = self.step % (self.per_epoch * self.cfg.eval_every) == 0 or self.step == self.stop
+        if due or self.asked or self.late:
+            self.look(*self.modules)
+            self.seconds += time.time() - self.began
+            for module in self.modules:
+                same_buffers(module, self.machine)
+        return "evaluate" if due else "save" if self.asked or self.late else ""
+
+    def progress(self, loss):
+        """One line that rewrites itself on a terminal; elsewhere one after LOOK steps. The clock
+        starts at the first call, as what comes before may have compiled the model."""
+        self.first = self.first or (self.step, time.time())
+        done, spent = self.step - self.first[0], max(time.time() - self.first[1], 1e-9)
+        line = f"step {self.step}/{self.stop}  loss {loss:.4f}"
+        if done:
+            line += (f"  {done * self.cfg.batch_size / spent:.3g} img/s  "
+                     f"{duration(spent / done * (self.stop - self.step))} left")
+        if self.live:
+            print(f"\r\033[K{line}", end="", flush=True)
+        elif done == LOOK:
+            self.say(line)
+
+    def look(self, *modules):
+        """The last loss, a float. Raises UserError, with the step and the files of its batch, if
+        one since the last look is not finite, or a weight or buffer of the modules is not."""
+        steps, drawn = list(self.drawn), list(self.drawn.values())
+        losses = torch.stack([loss for loss, _ in drawn]).tolist()
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        what = f"the loss is {losses[bad[0]]}" if bad else "weights that are not finite are left"
+        weights = [t.isfinite().all() for m in modules for t in m.state_dict().values()]
+        if bad or weights and not torch.stack(weights).all():
+            i = bad[0] if bad else -1
+            files = [name for dataset, index in drawn[i][1] for name in dataset.files(index)]
+            raise UserError(f"step {steps[i]}: {what}, after the batch {', '.join(files)}; "
+                            f"{self.out} is as it was saved before: look at these files, or start "
+                            "another run, with another --out, perhaps by --init, and a lower --lr "
+                            "or --amp off")
+        self.drawn = {steps[-1]: drawn[-1]}
+        return losses[-1]
+
+    def means(self):
+        """{term: its mean since the last call}."""
+        means, self.losses = torch.stack(self.losses).mean(0).tolist(), []
+        return dict(zip(self.terms, means))
+
+    def log(self, scores, better_by, line, **row):
+        """A row of log.csv and curves.png, and a line on the screen. better_by: the score that
+        best.pt has the best of."""
+        means, epoch, self.scores = self.means(), self.step / self.per_epoch, scores
+        self.history.append({"epoch": round(epoch, 2), "step": self.step, **means, **row,
+                             "lr": self.parts["optimizer"].param_groups[0]["lr"],
+                             "seconds": round(self.seconds, 1)})
+        loss, *others = (f"{k.removeprefix('loss_')} {v:.4f}" for k, v in means.items() if v)
+        self.say(f"epoch {epoch:6.2f}  step {self.step:6d}  {loss.removeprefix('train_')} "
+                 f"({' '.join(others)})  {line}  {self.seconds:.0f} s".replace(" ()", ""))
+        if self.machine.main:
+            write_history(self.out, self.history)
+        if scores[better_by] > self.best:
+            self.best = scores[better_by]
+            resume_only = {k for k, p in self.parts.items() if p not in self.modules}
+            self.better = {k: v for k, v in self.state().items() if k not in resume_only}
+
+    def state(self):
+        """All that --resume needs, and --eval."""
+        kept = {k: getattr(self, k) for k in self.KEPT} | {"history": list(self.history)}
+        return {**self.facts, **kept, **{k: p.state_dict() for k, p in self.parts.items()}}
+
+    def save(self):
+        """last.pt, and best.pt if there is a better one; then the end, if Ctrl-C has come.
+
+        After an evaluation only if --save-every is over: L-MAE's two have 4 GB, which takes longer
+        to write than an epoch on a fast GPU. A better model is kept in memory until then, so that
+        best.pt is never behind last.pt.
+        """
+        asked = self.asked or self.interrupt.due(self.step - 1)[0]      # before evaluate(), in it
+        if asked or self.late or self.step == self.stop or not self.cfg.save_every:
+            if self.machine.main:
+                if self.better:                         # before last.pt, the point of no return
+                    save_checkpoint(self.out / "best.pt", self.better)
+                save_checkpoint(self.out / self.last, self.state())
+            self.better, self.saved = None, time.time()
+        elif self.better and self.better["step"] == self.step:      # before training moves these
+            for name in self.parts.keys() & self.better.keys():
+                self.better[name] = {k: t.to("cpu", copy=True)
+                                     for k, t in self.better[name].items()}
+        if asked:
+            self.interrupt.end(f"step {self.step}")
+        self.began = time.time()
 
 
 def write_history(out, history):
@@ -550,82 +705,25 @@ def write_history(out, history):
     draw_curves(history, Path(out) / "curves.png")
 
 
-def clean(value):
-    """Numbers as JSON has them: NaN becomes null, floats keep four decimals."""
-    if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(v) for v in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
+def write_json(path, value):
+    """NaN becomes null, floats keep four decimals."""
+    def clean(value):
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(v) for v in value]
+        if isinstance(value, float):
+            return round(value, 4) if math.isfinite(value) else None
+        return value
+
+    write(path, json.dumps(clean(value), indent=1) + "\n")
 
 
-class Progress:
-    """One line that rewrites itself on a terminal; elsewhere only the lines given to say()."""
-
-    def __init__(self, start, stop, batch, quiet=False):
-        self.first, self.stop, self.batch, self.began = start, stop, batch, time.time()
-        self.live = sys.stdout.isatty() and not quiet
-        self.quiet = quiet
-
-    def step(self, step, loss):
-        """loss: a float, so call this only at steps that may wait for the device."""
-        if self.live:
-            done, spent = step + 1 - self.first, time.time() - self.began
-            left = spent / done * (self.stop - step - 1)
-            print(f"\r\033[Kstep {step + 1}/{self.stop}  loss {loss:.4f}  "
-                  f"{done * self.batch / spent:.0f} img/s  "
-                  f"{int(left // 60)}:{int(left % 60):02d} left", end="", flush=True)
-
-    def say(self, line):
-        if not self.quiet:
-            print(("\r\033[K" if self.live else "") + line, flush=True)
-
-
-class Losses:
-    """The loss terms of the steps since the last evaluation, on the device until looked at.
-
-    Looking waits for the device, so it is done every LOOK steps, and before a checkpoint is saved:
-    none is saved after a loss, or with a weight or buffer, that is not finite.
-    """
-
-    def __init__(self, out):
-        self.out, self.terms, self.last = out, [], math.nan
-        self.unseen, self.drawn = [], {}        # the losses not looked at; by step, its batches
-
-    def add(self, step, terms, *batches):
-        """terms: float (n,), the whole loss first. batches: pairs (Dataset, indices (B,)), whose
-        files are named if that loss is not finite."""
-        self.terms.append(terms)
-        self.unseen.append(terms[0])
-        self.drawn[step + 1] = batches
-
-    def look(self, *modules):
-        """The last loss, a float. Raises UserError, with the step and the files of its batch, if
-        one added since the last look is not finite, or a weight or buffer of the modules is not.
-        """
-        if self.unseen:
-            steps, losses = list(self.drawn), torch.stack(self.unseen).tolist()
-            for step, self.last in zip(steps[-len(losses):], losses):
-                if not math.isfinite(self.last):
-                    self.fail(step, f"the loss is {self.last}")
-            self.drawn, self.unseen = {steps[-1]: self.drawn[steps[-1]]}, []
-        weights = [t.isfinite().all() for m in modules for t in m.state_dict().values()]
-        if weights and not torch.stack(weights).all():
-            self.fail(max(self.drawn), "weights that are not finite are left")
-        return self.last
-
-    def mean(self):
-        """The mean of each term since the last call, n floats."""
-        terms, self.terms = torch.stack(self.terms).mean(0).tolist(), []
-        return terms
-
-    def fail(self, step, what):
-        files = [name for dataset, index in self.drawn[step] for name in dataset.files(index)]
-        raise UserError(f"step {step}: {what}, after the batch {', '.join(files)}; {self.out} is "
-                        "as it was saved before: look at these files, or start another run, "
-                        "with another --out, perhaps by --init, and a lower --lr or --amp off")
+def duration(seconds):
+    """'11 h 44 min', '3 min 20 s' or '45 s'."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h} h {m} min" if h else f"{m} min {s} s" if m else f"{s} s"
 
 
 class Interrupt:
@@ -644,20 +742,21 @@ class Interrupt:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else
                           signal.default_int_handler)
 
-    def due(self, step):
-        """Whether to save after this step and to end: the same answer in all processes, so under
-        torchrun only every LOOK steps."""
+    def due(self, step, late=False):
+        """Whether to save after this step and to end; and whether it is late in any process. The
+        same answers in all processes, so under torchrun only every LOOK steps."""
         if self.machine.world == 1:
-            return self.asked
+            return self.asked, late
         if step % LOOK:
-            return False
-        asked = torch.tensor(float(self.asked), device=self.machine.device)
-        dist.all_reduce(asked)
-        return asked.item() > 0
+            return False, False
+        both = torch.tensor([float(self.asked), float(late)], device=self.machine.device)
+        dist.all_reduce(both)
+        return tuple((both > 0).tolist())
 
-    def end(self, progress, what):
+    def end(self, what):
         """Say how to go on, and leave, once the first process has saved."""
-        progress.say(f"stopped after {what}: the same command with --resume goes on")
+        if self.machine.main:
+            print(f"\nstopped after {what}: the same command with --resume goes on")
         if self.machine.world > 1:
             dist.barrier()
         sys.exit(130)
@@ -672,8 +771,12 @@ def macs(model, *inputs):
     return counter.get_total_flops() / 2e9                          # a multiply-add is two FLOPs
 
 
-def time_steps(step, n, batch, device):
-    """Call step(i) n times after two to warm up: {ms_per_step, img_per_s, peak_mb}."""
+def time_steps(step, n, batch, device, gmacs):
+    """Call step(i) n times after two to warm up: {ms_per_step, img_per_s, tflops, peak_mb}.
+
+    gmacs: multiply-adds (1e9) of the forward passes of a step. tflops, 1e12 FLOP a second, counts
+    forward and backward as 3 x gmacs x 2: set it beside the peak of the card.
+    """
     sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, bool)
     for i in range(2):
         step(i)
@@ -686,7 +789,7 @@ def time_steps(step, n, batch, device):
     sync()
     seconds = (time.perf_counter() - began) / n
     return {"ms_per_step": round(1000 * seconds, 2), "img_per_s": round(batch / seconds, 1),
-            "peak_mb": peak_mb(device)}
+            "tflops": round(0.006 * gmacs / seconds, 4), "peak_mb": peak_mb(device)}
 
 
 def peak_mb(device):
@@ -726,8 +829,7 @@ def save_image(path, array, palette=None):
     write(path, buffer.getbuffer())
 
 
-def font(size):
-    return ImageFont.load_default(size)
+font = ImageFont.load_default
 
 
 def sheet(rows, path, titles=None, tile=160):
@@ -737,10 +839,11 @@ def sheet(rows, path, titles=None, tile=160):
     patches stay square; all the pictures of a column share its width.
     """
     gap, names = 4, titles or [""] * len(rows)
-    rows = [[enlarge(p, max(1, tile // max(p.shape[:2]))) for p in row] for row in rows]
+    rows = [[ImageOps.scale(Image.fromarray(p), max(1, tile // max(p.shape[:2])), Image.NEAREST)
+             for p in row] for row in rows]
     margin = gap + max(int(font(14).getlength(t)) for t in names) + (gap if titles else 0)
-    widths = [max(r[i].shape[1] for r in rows if i < len(r)) for i in range(max(map(len, rows)))]
-    heights = [max(p.shape[0] for p in row) for row in rows]
+    widths = [max(r[i].width for r in rows if i < len(r)) for i in range(max(map(len, rows)))]
+    heights = [max(p.height for p in row) for row in rows]
     canvas = Image.new("RGB", (margin + sum(widths) + gap * len(widths),
                                gap + sum(heights) + gap * len(heights)), "white")
     draw, y = ImageDraw.Draw(canvas), gap
@@ -748,14 +851,56 @@ def sheet(rows, path, titles=None, tile=160):
         draw.text((gap, y + height // 2 - 8), name, "black", font(14))
         x = margin
         for picture, width in zip(row, widths):
-            canvas.paste(Image.fromarray(picture), (x, y))
+            canvas.paste(picture, (x, y))
             x += width + gap
         y += height + gap
     save_image(path, np.asarray(canvas))
 
 
-def enlarge(picture, k):
-    return np.ascontiguousarray(picture.repeat(k, 0).repeat(k, 1))
+def empty_folder(to):
+    """Raises UserError if results for --to would come among other files."""
+    if Path(to).exists() and (not Path(to).is_dir() or any(Path(to).iterdir())):
+        raise UserError(f"--to {to} is not an empty folder: give a new one")
+
+
+def predict_folder(cfg, origin, load, check, data, segment, *flags):
+    """--predict PATH --ckpt CKPT --to DIR: segment a picture, or each in a folder, and exit.
+
+    load, check and segment are the method's, data is data.py, flags: as in settled().
+    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W).
+    Writes DIR/NAME.png, class indices with the classes' colours as palette, and
+    DIR/overlay/NAME.png, at the size of the picture, which is turned upright first if its EXIF
+    data say so. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a
+    line on stderr, and the exit status is then 1.
+    """
+    if not (cfg.ckpt and cfg.to):
+        raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "
+                        "--ckpt CKPT --to DIR")
+    theirs, info, model, _ = load(cfg.ckpt)
+    cfg = settled(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
+    machine, source, to, failed = Machine(cfg), Path(cfg.predict), Path(cfg.to), 0
+    if machine.world > 1:
+        raise UserError("--predict works in one process: python in place of torchrun")
+    empty_folder(to)
+    paths = data.pictures(source) if source.is_dir() else [source]
+    if not paths or not source.exists():
+        raise UserError(f"--predict {source}: no picture there")
+    model.to(machine.device)
+    alike = len({path.stem for path in paths}) < len(paths)       # a.jpg and a.png: whole names
+    for path in paths:
+        name = (path.name if alike else path.stem) + ".png"
+        try:
+            image = data.read_image(path, upright=True)
+        except UserError as error:
+            failed += 1
+            print(f"{error} (skipped)", file=sys.stderr)
+            continue
+        answer = segment(model, image, cfg, machine)
+        save_image(to / name, answer, np.array(info.colors, np.uint8).ravel().tolist())
+        save_image(to / "overlay" / name, overlay(image, answer, info.colors))
+    print(f"{len(paths) - failed} segmented, {failed} failed -> {to}; classes "
+          + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
+    sys.exit(1 if failed else 0)
 
 
 LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (120, 120, 120),

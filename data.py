@@ -58,6 +58,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -65,6 +66,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -77,7 +79,6 @@ from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 from common import (VOID, UserError, constant_miou, nearest_name, overlay, parse, run, seed_of,
                     sheet)
 
-IN_MEMORY = 2 * 2**30       # bytes of decoded pixels up to which a split is kept in memory
 SHOWN = 192                 # side of the pictures on the contact sheet
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -121,6 +122,18 @@ class Source(NamedTuple):
 
 
 # -------------------------------------------------------------------------------- reading one file
+
+@contextmanager
+def waiting(what):
+    """Say what is being waited for, if it takes more than three seconds (one process)."""
+    timer = threading.Timer(3, print, (f"{what} ..",), {"flush": True})
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
 
 def text_lines(path):
     """The lines of a text file that are not blank. Raises UserError if it is not UTF-8."""
@@ -571,6 +584,11 @@ def eval_split(name):
     return "val" if "val" in source_of(name).splits else "test"
 
 
+def splits_beside(name):
+    """The splits that are neither trained on nor the one that training is scored on."""
+    return [s for s in source_of(name).splits if s not in ("train", eval_split(name))]
+
+
 def find(name, root, markers=()):
     """The folder of a named dataset, or of other markers there; None if it is not there."""
     source = SOURCES[name]
@@ -775,6 +793,23 @@ def download(name, root, home):
     return folder
 
 
+def published(pretrained, url, key):
+    """--pretrained: the weights in a file, or with "imagenet" those at url, which are downloaded
+    and checked: {name: tensor}. key: under which they may lie. Raises UserError if there are none.
+    """
+    try:
+        if pretrained == "imagenet":
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
+        else:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+        return {str(name): value for name, value in state.get(key, state).items()}
+    except Exception as error:           # no file, no network, no pickle: all for the user to mend
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--pretrained {pretrained}: cannot be read ({reason[:100]}); give a file "
+                        f"from {url}") from None
+
+
 # ------------------------------------------------------ which pictures are labelled, which are not
 
 def labeled_split(name, root, labeled, seed=0, protocol="lists"):
@@ -968,13 +1003,14 @@ class Dataset(torch.utils.data.Dataset):
     items: Items to take instead of the split's, see labeled_split. One without a mask is an
     unlabelled picture: its label is 0 in the picture and 255 in the padding, and no mask is read.
 
-    A split of up to 2 GB is decoded here, once, so that every file is read before training starts;
-    a larger one is decoded as it is needed, and only the sizes are compared here. Raises UserError
+    A split of up to in_memory GB is decoded here, once, so that every file is read before training
+    starts; a larger one as it is needed, and only the sizes are compared here. Raises UserError
     for anything wrong with the files.
     """
 
     def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
-                 train=False, seed=0, protocol="lists", palette=None, items=None, whole=False):
+                 train=False, seed=0, protocol="lists", palette=None, items=None, whole=False,
+                 in_memory=2.0):
         assert not (whole and train)
         self.info, self.palette = info(name, root, palette), palette
         self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
@@ -989,10 +1025,12 @@ class Dataset(torch.utils.data.Dataset):
         if left_out and os.environ.get("RANK", "0") == "0":
             print(f"{name} {split}: {left_out} pictures without a mask left out")
         self.pixels = None
-        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:   # drawing holds the GIL
+        # one thread draws: that holds the GIL
+        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool, \
+                waiting(f"reading {len(self.items)} pictures of {name}, {split}"):
             self.shapes = list(pool.map(self.shape, self.items))
             self.starts = np.cumsum([0] + [4 * h * w for h, w in self.shapes])
-            if self.starts[-1] <= IN_MEMORY:
+            if self.starts[-1] <= in_memory * 2**30:
                 counts = self.decode(pool)
             else:
                 counts = None

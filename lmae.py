@@ -38,8 +38,7 @@ import io
 import json
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -80,19 +79,22 @@ class Config:
     mask_strategy: Literal["mixed", "random", "background", "label"] = "mixed"  # mixed is 1:2:2
     fuse: Literal["layer", "direct", "insert"] = "layer"  # Eq. 1, or what Table 9 compares it with
     ips: bool = True               # image patch supplement; without it removed patches are zeros
-    class_weights: Literal["learned", "fixed", "none", "literal"] = "learned"  # of Eq. 10
+    class_weights: Literal["learned", "fixed", "none", "literal"] = "fixed"  # of Eq. 10
     drop_path: float = 0.1         # of the last block, rising from 0 at the first; our choice
     flip: bool = True              # mirror half of the training crops; our choice
     schedule: Literal["plateau", "cosine"] = "plateau"  # the paper's; cosine suits short runs
     warmup: int = 0                # steps over which the rate rises to lr
     eval_every: int = 1            # epochs between evaluations
     seed: int = 0                  # of weights, masks, crops and order
-    workers: int = -1              # loader processes; -1: up to 8 with CUDA, none without
+    workers: int = -1              # loader processes; -1: one a processor with CUDA, or else none
+    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
+    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
     compile: bool = False          # torch.compile the model
     init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
     resume: bool = False           # go on from OUT/last.pt
+    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
     max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
     palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
     eval: str = ""                 # evaluate this checkpoint and do nothing else
@@ -288,6 +290,40 @@ def mask_of(removed, L, patch):
     return unpatchify(m[..., None].expand(-1, -1, patch * patch), patch)
 
 
+def nearest_fill(label, removed):
+    """Give each removed pixel the label of the nearest kept one: what no learning would answer.
+
+    label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
+    Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
+    (of equally near ones, the first found). With no source in a picture the answer is class 0.
+
+    Exact in two passes: the nearest source within each row, then the best row. The second stops as
+    soon as no farther row can win, after some 30 of 224 for patches of 16.
+    """
+    if label.device.type == "mps":                    # has no cummax of integers
+        return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
+    _, H, W = label.shape
+    far = 2 * (H + W)                                 # farther than any pixel
+    source = ~removed & (label != 255)
+    x = torch.arange(W, device=label.device, dtype=torch.int32)
+    left = torch.where(source, x, -far).cummax(-1).values
+    right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
+    column = torch.where(x - left <= right - x, left, right)
+    row_d2 = (column - x).square().clamp(max=far * far)
+    row_label = label.gather(-1, column.clamp(0, W - 1).long())
+    row_label = row_label.masked_fill(row_d2 >= far * far // 4, 0)
+    best_d2, best = row_d2.clone(), row_label.clone()
+    for k in range(1, H):
+        if not (best_d2[removed] > k * k).any():
+            break
+        for to, frm in (slice(k, None), slice(None, -k)), (slice(None, -k), slice(k, None)):
+            d2 = row_d2[:, frm] + k * k
+            closer = d2 < best_d2[:, to]
+            best_d2[:, to] = torch.where(closer, d2, best_d2[:, to])
+            best[:, to] = torch.where(closer, row_label[:, frm], best[:, to])
+    return torch.where(removed, best, label)
+
+
 # ------------------------------------------------------------------------------------------ loss
 
 class ClassWeights(nn.Module):
@@ -319,33 +355,34 @@ class ClassWeights(nn.Module):
         return torch.sigmoid(self.log_beta - self.gamma * self.z) * self.counted    # Eq. 10
 
 
-def loss_sums(logits, label, weights, patch):
-    """Weighted cross entropy over all pixels that are not void, as the two sums of Eq. 12.
+def class_sums(logits, label, patch):
+    """What the loss is made of, by class, over all pixels that are not void.
 
-    logits: (B, L, p * p, N).  label: (B, S, S) integer, 255 = void.  weights: (N,).
-    Returns (2,) float32: the sums over pixels n of w_y(n) * -log p(y_n) and of w_y(n). The loss is
-    the first over the second; sums add up over batches and processes, where means would not.
+    logits: (B, L, p * p, N).  label: (B, S, S) integer, 255 = void.
+    Returns (2, N) float32: the sums over the pixels of each class of -log p(y), and of 1. Sums add
+    up over batches and processes, where means would not.
     """
-    y = patchify(label[:, None].long(), patch).flatten()              # in the order of the logits
-    logits = logits.float().flatten(0, 2)                             # (B * S * S, N)
-    ce = F.cross_entropy(logits, y, ignore_index=255, reduction="none")
-
-    def of_class(values):
-        # Summed by class, then weighted. On CPUs a gather weights[y] and its gradient take 6 times
-        # as long (6.9 ms against 1.1, 400,000 pixels, two cores) and add up in no fixed order.
-        return values.new_zeros(256).index_add(0, y, values)[:len(weights)]
-
-    per_class = torch.stack([of_class(ce), of_class(torch.ones_like(ce))])          # (2, N)
-    return (per_class * weights).sum(1)                                             # Eq. 11-12
+    N = logits.shape[-1]
+    y = patchify(label[:, None].long(), patch)                        # in the order of the logits
+    ce = F.cross_entropy(logits.float().flatten(0, 2), y.flatten(), ignore_index=255,
+                         reduction="none").view_as(y)                                   # Eq. 11
+    # A row of bins for each patch, then their sum: one bin a class for the whole batch is 1 % off
+    # in float32 at 448 x 448 and batch 48, this is right to 1e-7, and on CUDA fewer threads wait
+    # for the same bin. The last is of void.
+    bins = ce.new_zeros(2, *y.shape[:2], N + 1)
+    bins = bins.scatter_add(3, y.clamp(max=N).expand(2, -1, -1, -1),
+                            torch.stack([ce, torch.ones_like(ce)]))
+    return bins[..., :N].sum((1, 2))
 
 
 def loss_fn(logits, label, weights, patch, add=lambda sums: sums):
-    """Eq. 12, a float32 scalar: the quotient of loss_sums(); 0 where nothing is labelled.
+    """Weighted cross entropy, Eq. 12, a float32 scalar; 0 where nothing is labelled.
 
-    add: sums a tensor over processes, where the loss is to be that of all their batches.
+    weights: (N,).  The rest as in class_sums().  add: sums a tensor over processes, where the loss
+    is to be that of all their batches.
     """
-    top, bottom = add(loss_sums(logits, label, weights, patch))
-    return top / bottom.clamp(min=1e-12)
+    numerator, denominator = (add(class_sums(logits, label, patch)) * weights).sum(1)
+    return numerator / denominator.clamp(min=1e-12)
 
 
 # ----------------------------------------------------------------------------------- data, model
@@ -354,12 +391,16 @@ def dataset(cfg, split):
     train = split == "train"
     return data.Dataset(cfg.data, cfg.root, split, size=cfg.size, crop=cfg.crop, train=train,
                         flip=cfg.flip, seed=cfg.seed, protocol="lmae",
-                        palette=cfg.palette or None)
+                        palette=cfg.palette or None, in_memory=cfg.in_memory)
 
 
 def build(cfg, classes):
     return LMAE(classes, cfg.size, cfg.patch, cfg.enc_blocks, cfg.dec_blocks, cfg.enc_dim,
                 cfg.dec_dim, cfg.heads, cfg.drop_path, cfg.fuse, cfg.ips)
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def patches(cfg):
@@ -369,7 +410,8 @@ def patches(cfg):
 def class_share(dataset, most=500):
     """x of Eq. 10, (N,): the classes' shares of the labelled pixels, in about `most` pictures."""
     some = range(0, len(dataset), max(1, len(dataset) // most))
-    counts = sum(torch.bincount(dataset[i][1].flatten(), minlength=256) for i in some)
+    with data.waiting("counting the pixels of each class"):
+        counts = sum(torch.bincount(dataset[i][1].flatten(), minlength=256) for i in some)
     counts = counts[:len(dataset.info.classes)].float()
     return counts / counts.sum().clamp(min=1)
 
@@ -408,31 +450,32 @@ def evaluate(model, loader, cfg, machine, info, weights, strategy="random", near
     """Score the model with int(L * mask_ratio) patches removed; masks are fixed by (seed, index).
 
     Returns percentages: pa_miou (PA-mIoU: removed pixels only), miou (predictions everywhere),
-    pasted_miou (the kept labels pasted over them), pa_class_iou, class_iou; the loss; and with
-    nearest, pa_miou_nearest and miou_nearest, where each removed pixel takes the label of the
-    nearest kept one. Void is never counted.
+    pasted_miou (the kept labels pasted over them), pa_class_iou, class_iou; the loss, and ce, the
+    same without class weights; and with nearest, pa_miou_nearest and miou_nearest, where each
+    removed pixel takes the label of the nearest kept one. Void is never counted.
     """
     model.eval()
     N, device = len(info.classes), machine.device
     counts = torch.zeros(5, N, N, dtype=torch.int64, device=device)
-    loss = torch.zeros(2, device=device)
+    sums = torch.zeros(2, N, device=device)
     for image, label, index in loader:
         seeds = [common.seed_of(cfg.seed, i) for i in index.tolist()]
         logits, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
         label = label.to(device)
-        loss += loss_sums(logits, label, weights(), cfg.patch)
+        sums += class_sums(logits, label, cfg.patch)
         target = label.masked_fill(~m, common.VOID)                   # all that PA-mIoU counts
         answers = [(predicted, target), (predicted, label), (label.where(~m, predicted), label)]
         if nearest:
-            filled = common.nearest_fill(label, m)
+            filled = nearest_fill(label, m)
             answers += [(filled, target), (filled, label)]
         for matrix, (answer, truth) in zip(counts, answers):
             matrix += common.confusion(answer, truth, N)
-    common.all_reduce(counts, loss)
+    common.all_reduce(counts, sums)
     pa, everywhere, pasted, pa_near, near = counts
     scores = {"pa_miou": common.miou(pa), "miou": common.miou(everywhere),
               "pasted_miou": common.miou(pasted),
-              "loss": (loss[0] / loss[1].clamp(min=1e-9)).item(),
+              **{name: (top / bottom.clamp(min=1e-9)).item() for name, (top, bottom) in
+                 (("loss", (sums * weights()).sum(1)), ("ce", sums.sum(1)))},
               "pa_class_iou": common.class_iou(pa).tolist(),
               "class_iou": common.class_iou(everywhere).tolist()}
     if nearest:
@@ -452,18 +495,19 @@ def train_step(net, weights, optimizer, scaler, machine, cfg, background, image,
     loss = loss_fn(logits, label, weights(), cfg.patch, add=machine.sum)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    common.average_gradients(weights, machine.world)      # net does so by itself under torchrun
+    if weights.gamma.requires_grad:             # of net torchrun's processes do so by themselves
+        common.average_gradients(weights, machine.world)
     scaler.step(optimizer)
     scaler.update()
     return loss.detach()
 
 
-def make_optimizer(model, weights, cfg):
+def make_optimizer(model, weights, cfg, fused=None):
     """Adam with its own weight decay; beta and gamma of Eq. 10 are not decayed."""
     learned = [p for p in weights.parameters() if p.requires_grad]
     return torch.optim.Adam([{"params": list(model.parameters())},
                              {"params": learned, "weight_decay": 0}],
-                            lr=cfg.lr, weight_decay=cfg.weight_decay)
+                            lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def rate(step, cfg, total):
@@ -477,51 +521,36 @@ def rate(step, cfg, total):
 def train(cfg):
     """The training run, from top to bottom."""
     machine = common.Machine(cfg)
-    if cfg.batch_size % machine.world:
-        raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of the {machine.world} "
-                        "processes")
-    out, device = Path(cfg.out), machine.device
+    out, device, resuming = Path(cfg.out), machine.device, common.resuming(cfg)
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
-    background = background_table(info).to(device)
+    total, N, background = cfg.epochs * per_epoch, len(info.classes), background_table(info)
+    background = background.to(device)
 
     torch.manual_seed(common.seed_of(cfg.seed))
-    model = build(cfg, len(info.classes)).to(device)
-    if cfg.init and not (cfg.resume and (out / "last.pt").exists()):
+    model = build(cfg, N).to(device)
+    if cfg.init and not resuming:
         common.load_weights(model, cfg.init, "lmae")
-    weights = ClassWeights(class_share(train_set), cfg.class_weights, info.background).to(device)
-    optimizer, scaler = make_optimizer(model, weights, cfg), machine.scaler()
+    # counted once: the checkpoint has it, and so, soon, have the other processes
+    share = class_share(train_set) if machine.main and not resuming else torch.full((N,), 1 / N)
+    weights = ClassWeights(share, cfg.class_weights, info.background).to(device)
+    common.same_buffers(weights, machine)
+    optimizer, scaler = make_optimizer(model, weights, cfg, machine.fused), machine.scaler()
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, "min", cfg.plateau_factor, cfg.plateau_patience, cfg.plateau_threshold)
-    parts = dict(model=model, weights=weights, optimizer=optimizer, scaler=scaler, plateau=plateau)
+    run = common.Run(
+        cfg, "lmae", machine, info, data.labeled_hash(train_set.items),
+        dict(model=model, weights=weights, optimizer=optimizer, scaler=scaler, plateau=plateau),
+        ["train_loss"], min(total, cfg.max_steps or total), per_epoch,
+        may_differ={"epochs"} if cfg.schedule == "plateau" else set())
 
-    start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
-    losses, interrupt = common.Losses(out), common.Interrupt(machine)
-    # only now, so that a start that fails above leaves no run folder in the way of the next
-    pictures = data.labeled_hash(train_set.items)
-    state = common.open_run(cfg, "lmae", machine, info, pictures,
-                            may_differ={"epochs"} if cfg.schedule == "plateau" else set())
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        start, history, scores = state["step"], state["history"], state["scores"]
-        best, spent = state["best"], state["seconds"]
-        losses.terms = [terms.to(device) for terms in state["losses"]]
-    total = cfg.epochs * per_epoch
-    stop = min(total, cfg.max_steps or total)
-    common.refuse_past(cfg, start, stop, history)
     net = common.parallel(torch.compile(model) if cfg.compile else model, machine)
-    progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
-    progress.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-                 f"{len(train_set)} training and {len(val_set)} validation pictures, steps "
-                 f"{start} to {stop}, {per_epoch} an epoch, on {device}")
-
-    shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
-                               start=start, stop=stop, **shared)
-    val_loader = data.eval_loader(val_set, cfg.batch_size, **shared)
-    began = time.time()
-    for step, (image, label, index) in zip(range(start, stop), loader):
+                               start=run.start, stop=run.stop, **machine.loading)
+    val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
+    run.begin(f"{parameters(model) / 1e6:.1f} M parameters, {len(train_set)} training and "
+              f"{len(val_set)} validation pictures")
+    for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. the rate: "plateau" has it from the warm-up on, and moves it in part 3
         if step < cfg.warmup or cfg.schedule == "cosine":
             for group in optimizer.param_groups:
@@ -535,50 +564,28 @@ def train(cfg):
                      patches(cfg))
         loss = train_step(net, weights, optimizer, scaler, machine, cfg, background, image, label,
                           noise)
-        losses.add(step, loss[None], (train_set, index))
-        if step % common.LOOK == 0:
-            progress.step(step, losses.look())            # waits for the device
 
         # 3. evaluate, log, save
-        epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
-        last, asked = step + 1 == stop, interrupt.due(step)
-        if not (due or last or asked):
-            continue
-        losses.look(model, weights)                       # raises if a value is not finite
-        spent, better = spent + time.time() - began, False
-        if due or last:
-            [train_loss], first = losses.mean(), "pa_miou_nearest" not in scores
+        due = run.note(step, loss[None], (train_set, index))
+        if due == "evaluate":
             # the nearest fill never changes: once is enough
-            scores |= evaluate(model, val_loader, cfg, machine, info, weights, nearest=first)
-            if due and cfg.schedule == "plateau":
-                plateau.step(scores["loss"])
-            history.append({"epoch": round(epoch, 2), "step": step + 1, "train_loss": train_loss,
-                            "val_loss": scores["loss"], **{name: scores[name] for name in SCORES},
-                            "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
-            progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {train_loss:.4f} / "
-                         f"{scores['loss']:.4f}  mIoU {scores['miou']:.1f}  PA-mIoU "
-                         f"{scores['pa_miou']:.1f} (nearest fill {scores['pa_miou_nearest']:.1f})"
-                         f"  {spent:.0f} s")
-            better, best = scores["pa_miou"] > best, max(best, scores["pa_miou"])
-        state = {"method": "lmae", "config": asdict(cfg), "info": asdict(info),
-                 "pictures": pictures, "step": step + 1, "history": history, "scores": scores,
-                 "losses": losses.terms, "best": best, "seconds": spent,
-                 **{name: part.state_dict() for name, part in parts.items()}}
-        if machine.main:
-            if better:                                    # before last.pt, the point of no return
-                whole = {"optimizer", "scaler", "plateau"}      # three times the size, for nothing
-                common.save_checkpoint(out / "best.pt", {k: v for k, v in state.items()
-                                                         if k not in whole})
-            common.save_checkpoint(out / "last.pt", state)
-            common.write_history(out, history)
-        if asked or interrupt.due(step):                  # before the evaluation, or in it
-            interrupt.end(progress, f"step {step + 1}")
-        began = time.time()
+            scores = run.scores | evaluate(model, val_loader, cfg, machine, info, weights,
+                                           nearest="pa_miou_nearest" not in run.scores)
+            # not the loss, whose weights may move; and not where --max-steps ends an epoch early
+            if cfg.schedule == "plateau" and run.step % (per_epoch * cfg.eval_every) == 0:
+                plateau.step(scores["ce"])
+            beta, gamma = weights.log_beta.exp().item(), weights.gamma.item()
+            run.log(scores, "pa_miou", f"validation {scores['loss']:.4f}  mIoU "
+                    f"{scores['miou']:.1f}  PA-mIoU {scores['pa_miou']:.1f} (nearest fill "
+                    f"{scores['pa_miou_nearest']:.1f})", val_loss=scores["loss"],
+                    val_ce=scores["ce"], **{name: scores[name] for name in SCORES}, beta=beta,
+                    gamma=gamma)
+        if due:
+            run.save()
 
     if machine.main:
-        common.write_history(out, history)                # if a kill came after last.pt
         draw_samples(model, val_set, cfg, machine, info, out / "samples.png")
-        write_metrics(out, state, cfg, "random")
+        write_metrics(out, run.state(), cfg, "random")
 
 
 def write_metrics(out, state, cfg, strategy):
@@ -590,7 +597,7 @@ def write_metrics(out, state, cfg, strategy):
                "params": sum(p.numel() for p in state["model"].values()),
                "mask_ratio": cfg.mask_ratio, "mask_strategy": strategy,
                "beta": weights["log_beta"].exp().item(), "gamma": weights["gamma"].item()}
-    common.write(Path(out) / "metrics.json", json.dumps(common.clean(metrics), indent=1) + "\n")
+    common.write_json(Path(out) / "metrics.json", metrics)
     print(f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f}), mIoU "
           f"{scores['miou']:.2f}, with the kept labels {scores['pasted_miou']:.2f} (nearest fill "
           f"{scores['miou_nearest']:.2f})  -> {out}")
@@ -613,48 +620,22 @@ def draw_samples(model, val_set, cfg, machine, info, path, strategy="random", n=
     seen = [np.where(hole[..., None], 255, picture).astype(np.uint8)
             for hole, picture in zip(m.numpy(), painted(label))]
     common.sheet([list(image.permute(0, 2, 3, 1).numpy()), seen, painted(label),
-                  painted(label.where(~m, predicted)), painted(common.nearest_fill(label, m))],
+                  painted(label.where(~m, predicted)), painted(nearest_fill(label, m))],
                  path, ["image", "label seen", "truth", "L-MAE", "nearest fill"])
 
 
 # ----------------------------------------------------------------------------- the other commands
 
 def load(path):
-    """(cfg, info, model, state) of a checkpoint, on the CPU and ready to evaluate."""
-    state = common.load_checkpoint(path, "lmae")
-    try:
-        cfg, info = Config(**state["config"]), data.Info(**state["info"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: written by another version of lmae.py ({error})") from None
-    model = build(cfg, len(info.classes)).eval()
-    model.load_state_dict(state["model"])
-    return cfg, info, model, state
-
-
-def settled(cfg, origin, path, theirs, flags):
-    """The checkpoint's configuration with what the command line may change of it, shown.
-
-    flags: the names that may be given. Raises UserError for others: the checkpoint has the say.
-    """
-    given = {name for name, source in origin.items() if source == "flag"}
-    flags = {"root", "out", "seed", "workers", "device", "amp", *flags}
-    if given - flags:
-        name = sorted(given - flags)[0].replace("_", "-")
-        raise UserError(f"--{name} cannot be given here: the checkpoint {path} has settled it")
-    # the machine is this one, whatever the checkpoint was trained on
-    cfg = replace(theirs, **{name: getattr(cfg, name) for name in
-                              given | {"root", "device", "workers"}})
-    check(cfg)
-    common.show_config(cfg, dict.fromkeys(given, "flag"))
-    return cfg
+    return common.load(path, "lmae", Config, data.Info, build)
 
 
 def evaluate_only(cfg, origin):
     """--eval CKPT: as the checkpoint was trained, but for what flags say of the evaluation."""
     theirs, info, model, state = load(cfg.eval)
     strategy = cfg.mask_strategy if origin.get("mask_strategy") == "flag" else "random"
-    cfg = settled(cfg, origin, cfg.eval, theirs, {"eval", "data", "palette", "batch_size",
-                                                  "mask_ratio", "mask_strategy"})
+    cfg = common.settled(cfg, origin, cfg.eval, theirs, check, "eval", "data", "palette", "seed",
+                         "batch_size", "mask_ratio", "mask_strategy")
     machine = common.Machine(cfg)
     out = (Path(cfg.out) if origin.get("out") == "flag" else
            Path(cfg.eval).parent / f"eval-{cfg.mask_ratio:g}-{strategy}")
@@ -666,8 +647,7 @@ def evaluate_only(cfg, origin):
     weights = ClassWeights(torch.ones(len(info.classes)), cfg.class_weights)
     weights.load_state_dict(state["weights"])
     model, weights = model.to(machine.device), weights.to(machine.device)
-    loader = data.eval_loader(val_set, cfg.batch_size, workers=machine.workers,
-                              rank=machine.rank, world=machine.world)
+    loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
     scores = evaluate(model, loader, cfg, machine, info, weights, strategy)
     if machine.main:
         draw_samples(model, val_set, cfg, machine, info, out / "samples.png", strategy)
@@ -680,11 +660,16 @@ def bench(cfg):
     machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
     N, L, S, B, device = len(info.classes), patches(cfg), cfg.size, cfg.batch_size, machine.device
     M = int(L * cfg.mask_ratio)
-    with torch.device("meta"):           # shapes without numbers: counting takes no memory
-        model, ids = build(cfg, N), torch.empty(1, L, dtype=torch.int64)
-        gmacs = common.macs(model, torch.empty(1, 3, S, S), torch.empty(1, S, S), ids[:, M:],
-                            ids[:, :M])
-    result = {"params": sum(p.numel() for p in model.parameters()), "gmacs": round(gmacs, 3)}
+
+    def gmacs(M):
+        """Multiply-adds (1e9) of one picture with M patches removed."""
+        with torch.device("meta"):           # shapes without numbers: counting takes no memory
+            ids = torch.empty(1, L, dtype=torch.int64)
+            return common.macs(build(cfg, N), torch.empty(1, 3, S, S), torch.empty(1, S, S),
+                               ids[:, M:], ids[:, :M])
+
+    with torch.device("meta"):
+        result = {"params": parameters(build(cfg, N)), "gmacs": round(gmacs(M), 3)}
 
     def blocks(n, dim, tokens):
         return n * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim) / 1e9
@@ -698,17 +683,20 @@ def bench(cfg):
         model = build(cfg, N).to(device).train()
         weights = ClassWeights(torch.full((N,), 1 / N), cfg.class_weights, info.background)
         weights, background = weights.to(device), background_table(info).to(device)
-        optimizer, scaler = make_optimizer(model, weights, cfg), machine.scaler()
-        net = torch.compile(model) if cfg.compile else model
+        optimizer = make_optimizer(model, weights, cfg, machine.fused)
+        net, scaler = torch.compile(model) if cfg.compile else model, machine.scaler()
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8).to(device)
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
+        label[torch.rand(B, S, S, device=device) < 0.73] = 0     # VOC's background
         noise = torch.rand(B, L + 1)
         for ratio in (0.3, 0.5, 0.6, 0.7, cfg.mask_ratio):       # the last is the one reported
             at = replace(cfg, mask_ratio=ratio)
             timed = common.time_steps(
                 lambda i: train_step(net, weights, optimizer, scaler, machine, at, background,
-                                     image, label, noise), cfg.bench, B, device)
-            print(f"mask ratio {ratio:.2f}: {timed['ms_per_step']:.1f} ms for a batch of {B}")
+                                     image, label, noise), cfg.bench, B, device,
+                B * gmacs(int(L * ratio)))
+            print(f"mask ratio {ratio:.2f}: {timed['ms_per_step']:.1f} ms for a batch of {B}, "
+                  f"{timed['tflops']:.3g} TFLOP/s")
         result |= timed
     print(json.dumps(result))
 
@@ -847,7 +835,7 @@ def repair_file(stem, folders, models, info, cfg, device):
     if truth is not None:
         hidden = torch.from_numpy(rebuilt)
         truth = torch.from_numpy(truth).masked_fill(~hidden, common.VOID)
-        near = common.nearest_fill(torch.from_numpy(label)[None], hidden[None])[0]
+        near = nearest_fill(torch.from_numpy(label)[None], hidden[None])[0]
         counts = torch.stack([common.confusion(answer, truth, len(info.classes))
                               for answer in (torch.from_numpy(fixed), near)])
     return {"file": f"{stem}.png", **facts}, counts
@@ -873,8 +861,8 @@ def complete(cfg, origin):
     if cfg.broken == "255" and info.threshold is not None:
         raise UserError(f"--broken 255: in the masks of {info.name} 255 is {info.classes[1]}, not "
                         "what is missing: give --broken background")
-    cfg = settled(cfg, origin, cfg.ckpt[0], first,
-                  {"complete", "images", "ckpt", "to", "truth", "broken"})
+    cfg = common.settled(cfg, origin, cfg.ckpt[0], first, check, "complete", "images", "ckpt",
+                         "to", "truth", "broken", "seed")
     machine, to = common.Machine(cfg), Path(cfg.to)
     if machine.world > 1:
         raise UserError("--complete works in one process: python in place of torchrun")
@@ -883,8 +871,7 @@ def complete(cfg, origin):
         if (i, c.crop, c.size, c.patch) != (info, first.crop, first.size, first.patch):
             raise UserError(f"{path} and {cfg.ckpt[0]} differ in classes, crop, size or patch: "
                             "give checkpoints that differ in their mask ratio only")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to {to} is not an empty folder: give a new one")
+    common.empty_folder(to)
     folders = [by_stem(f) if f else {} for f in (cfg.complete, cfg.images, cfg.truth)]
     (to / "confidence").mkdir(parents=True)               # what cannot be done is told before work
     print(f"{len(folders[0])} labels, in windows of {first.crop} pixels resized to {first.size}, "
@@ -1006,7 +993,7 @@ def label_sets(model, images, labels, cfg, info, machine):
         _, predicted, m = predict(model, image, label, seeds, cfg, machine, info)
         masks.append(m.cpu())
         answers.append(predicted.cpu())
-        near.append(common.nearest_fill(label, masks[-1]))
+        near.append(nearest_fill(label, masks[-1]))
     m = torch.cat(masks)
     sets = {"complete": labels, "broken (void)": labels.masked_fill(m, common.VOID),
             "nearest fill": torch.cat(near), "L-MAE": labels.where(~m, torch.cat(answers))}
@@ -1029,7 +1016,8 @@ def augment(cfg, origin):
     theirs, info, model, _ = load(cfg.ckpt[0])
     if theirs.size < 32:
         raise UserError(f"--augment: {cfg.ckpt[0]} has --size {theirs.size}, and FCN needs 32")
-    cfg = settled(cfg, origin, cfg.ckpt[0], theirs, {"augment", "augment_epochs", "ckpt"})
+    cfg = common.settled(cfg, origin, cfg.ckpt[0], theirs, check, "augment", "augment_epochs",
+                         "ckpt", "seed")
     out = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.ckpt[0]).parent / "augment")
     common.refuse_results(out)
     machine = common.Machine(cfg)
@@ -1047,22 +1035,20 @@ def augment(cfg, origin):
                                       pairs[val], cfg, machine)
             results.setdefault(network.__name__, {})[name] = score
             print(f"{network.__name__:4s} trained on {name:19s} mIoU {score:.2f}", flush=True)
-    text = json.dumps(common.clean(results), indent=1) + "\n"
-    common.write(out / "augment.json", text)
+    common.write_json(out / "augment.json", results)
 
 
 # ------------------------------------------------------------------------------------------ main
 
 def check(cfg):
     """What the parser cannot judge. Raises UserError."""
-    for name in ("epochs", "batch_size", "size", "crop", "patch", "enc_blocks", "dec_blocks",
-                 "enc_dim", "dec_dim", "heads", "eval_every", "augment_epochs"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.max_steps < 0 or not 0 <= cfg.drop_path < 1:
-        raise UserError("--max-steps: at least 0; --drop-path: at least 0 and below 1")
-    if min(cfg.lr, cfg.weight_decay, cfg.warmup, cfg.bench + 1) < 0:
-        raise UserError("--lr, --weight-decay, --warmup and --bench: at least 0")
+    common.at_least(cfg, 1, "epochs", "batch_size", "size", "crop", "patch", "enc_blocks",
+                    "dec_blocks", "enc_dim", "dec_dim", "heads", "eval_every", "augment_epochs")
+    common.at_least(cfg, -1, "bench")
+    common.at_least(cfg, 0, "max_steps", "lr", "weight_decay", "warmup", "drop_path", "threads",
+                    "save_every", "in_memory")
+    if cfg.drop_path >= 1:
+        raise UserError(f"--drop-path {cfg.drop_path}: below 1")
     if not 0 < cfg.plateau_factor < 1:
         raise UserError(f"--plateau-factor {cfg.plateau_factor}: expected a number between 0 and "
                         "1")

@@ -36,10 +36,8 @@ Departures from the paper, and what it leaves open:
 import json
 import math
 import os
-import sys
-import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -87,11 +85,14 @@ class Config:
     mae_ratio: float = 0.75        # --pretrain mae: share of the patches that is removed
     eval_every: int = 1            # epochs between evaluations
     seed: int = 0                  # of weights, masks and order
-    workers: int = -1              # loader processes; -1: up to 8 with CUDA, none without
+    workers: int = -1              # loader processes; -1: one a processor with CUDA, or else none
+    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
+    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
     compile: bool = False          # torch.compile the model
     resume: bool = False           # go on from OUT/last.pt
+    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
     max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
     palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
     eval: tuple = ()               # evaluate these checkpoints and do nothing else
@@ -262,7 +263,9 @@ class Attention(nn.Module):
             k, v = self.split(self.kv(x), self.key, self.value)
         else:
             q, k, v = self.split(self.qkv(x), self.key, self.key, self.value)
-        bias = self.attention_biases[:, self.index].to(q.dtype)                 # (h, L', L)
+        # index_select: the gradient of [:, index] sorts the L' L indices at each step
+        bias = self.attention_biases.index_select(1, self.index.flatten()).to(q.dtype)
+        bias = bias.unflatten(1, self.index.shape)                              # (h, L', L)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)             # (B, h, L', d_v)
         return self.proj(z.transpose(1, 2).flatten(2))
 
@@ -516,7 +519,8 @@ def painting_loss(painted, image, holes, add=lambda sums: sums):
 
 def dataset(cfg, split):
     return data.Dataset(cfg.data, cfg.root, split, size=cfg.size, train=split == "train",
-                        flip=cfg.flip, seed=cfg.seed, palette=cfg.palette or None)
+                        flip=cfg.flip, seed=cfg.seed, palette=cfg.palette or None,
+                        in_memory=cfg.in_memory)
 
 
 def build(cfg, classes):
@@ -537,7 +541,8 @@ def mask_source(cfg):
     Raises UserError if there are none.
     """
     if not cfg.masks:
-        return mask_bank(cfg.bank, cfg.size, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed))
+        with data.waiting(f"drawing {cfg.bank} masks"):
+            return mask_bank(cfg.bank, cfg.size, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed))
     if not Path(cfg.masks).is_dir():
         raise UserError(f"--masks {cfg.masks}: no such folder")
     found = [np.asarray(Image.fromarray(data.read_image(path)).convert("L").resize(
@@ -570,17 +575,7 @@ def load_levit(levit, cfg):
     They were trained on pictures normalised by ImageNet's mean and deviation, not to [-1, 1]:
     BatchNorm takes up the difference. Raises UserError if they are those of another network.
     """
-    try:
-        if cfg.pretrained == "imagenet":
-            theirs = torch.hub.load_state_dict_from_url(
-                LEVIT_RELEASE[cfg.model], map_location="cpu", check_hash=True, weights_only=True)
-        else:
-            theirs = torch.load(cfg.pretrained, map_location="cpu", weights_only=True)
-        theirs = theirs.get("model", theirs)
-    except Exception as error:           # no file, no network, no pickle: all for the user to mend
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
-                        f"file from {LEVIT_RELEASE[cfg.model]}") from None
+    theirs = data.published(cfg.pretrained, LEVIT_RELEASE[cfg.model], "model")
     mine = levit.state_dict()
     fits = {k: v for k, v in theirs.items()
             if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
@@ -598,12 +593,28 @@ def load_levit(levit, cfg):
 
 # ------------------------------------------------------------------------------- train, evaluate
 
+def picture_iou(prediction, target, classes):
+    """MaskSup's measure, (B,) float in percent; its paper_iou is the mean over the pictures.
+
+    prediction, target: (B, H, W) ints. Two classes: the IoU of class 1, void (255) left out, 100
+    where it is in neither. More: the IoU micro-averaged over the classes, that is pixels right
+    over (pixels right + 2 x pixels wrong), void counted as class 0 as in the released code.
+    """
+    prediction, target = prediction.flatten(1), target.flatten(1)
+    if classes == 2:
+        both = ((prediction == 1) & (target == 1)).sum(1).float()
+        either = (((prediction == 1) | (target == 1)) & (target != 255)).sum(1)
+        return 100 * torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    right = (prediction == target.masked_fill(target == 255, 0)).sum(1)
+    return 100 * right / (2 * target.shape[1] - right)
+
+
 @torch.no_grad()
 def evaluate(f, loader, cfg, machine, info, bank=None):
     """Score the network f. bank: of masks to hold before the pictures, fixed by (seed, index).
 
     Returns, in percent: miou and class_iou, from one confusion matrix over all pictures at size
-    S; paper_iou, the paper's own measure (common.picture_iou); constant, the miou of the best
+    S; paper_iou, the paper's own measure (picture_iou); constant, the miou of the best
     answer that is the same class everywhere; and the loss, CE. Void is not counted, except in
     paper_iou of more than two classes.
     """
@@ -620,7 +631,7 @@ def evaluate(f, loader, cfg, machine, info, bank=None):
             logits = f(image)
         answer = logits.argmax(1)
         counts += common.confusion(answer, label, N)
-        each = common.picture_iou(answer, label, N)
+        each = picture_iou(answer, label, N)
         valid = (label != common.VOID).sum()
         sums += torch.stack([cross_entropy(logits, label) * valid, valid.float(), each.sum(),
                              torch.full_like(each.sum(), len(each))])
@@ -649,10 +660,11 @@ def descend(loss, optimizer, scaler):
     scaler.update()
 
 
-def make_optimizer(model, cfg):
+def make_optimizer(model, cfg, fused=None):
+    kind = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
-    return torch.optim.SGD(model.parameters(), cfg.lr, 0.9, weight_decay=cfg.weight_decay)
+        return torch.optim.Adam(model.parameters(), **kind)
+    return torch.optim.SGD(model.parameters(), momentum=0.9, **kind)
 
 
 def rate(step, cfg, per_epoch, total):
@@ -673,57 +685,35 @@ TERMS = ("loss", "loss_seg", "loss_context", "loss_tasksim")
 def train(cfg):
     """The training run, from top to bottom."""
     machine = common.Machine(cfg)
-    if cfg.batch_size % machine.world:
-        raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of the {machine.world} "
-                        "processes")
     out, device = Path(cfg.out), machine.device
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
-    beside = {split: dataset(cfg, split) for split in data.source_of(cfg.data).splits
-              if split not in ("train", data.eval_split(cfg.data))}
+    beside = {split: dataset(cfg, split) for split in data.splits_beside(cfg.data)}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     total = cfg.epochs * per_epoch
     bank = mask_source(cfg).to(device)
 
     torch.manual_seed(common.seed_of(cfg.seed))
     f = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
-    begun = cfg.resume and (out / "last.pt").exists()
-    if cfg.pretrained and not begun:
+    if cfg.pretrained and not common.resuming(cfg):
         load_levit(f.levit, cfg)
-    if cfg.init and not begun:
+    if cfg.init and not common.resuming(cfg):
         common.load_weights(f, cfg.init, "masksup")
-    optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
-    parts = dict(model=f, optimizer=optimizer, scaler=scaler)
+    optimizer, scaler = make_optimizer(f, cfg, machine.fused), machine.scaler()
+    run = common.Run(cfg, "masksup", machine, info, data.labeled_hash(train_set.items),
+                     dict(model=f, optimizer=optimizer, scaler=scaler), TERMS,
+                     min(total, cfg.max_steps or total), per_epoch,
+                     may_differ={"epochs"} if cfg.schedule == "constant" else set())
+    if cfg.pretrain == "mae" and run.step == 0:
+        run.seconds = pretrain(f, train_set, cfg, machine, run.interrupt)
 
-    start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
-    losses, interrupt = common.Losses(out), common.Interrupt(machine)
-    # only now, so that a start that fails above leaves no run folder in the way of the next
-    pictures = data.labeled_hash(train_set.items)
-    state = common.open_run(cfg, "masksup", machine, info, pictures,
-                            may_differ={"epochs"} if cfg.schedule == "constant" else set())
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        start, history, scores = state["step"], state["history"], state["scores"]
-        best, spent = state["best"], state["seconds"]
-        losses.terms = [terms.to(device) for terms in state["losses"]]
-    elif cfg.pretrain == "mae":
-        spent = pretrain(f, train_set, cfg, machine, interrupt)
-    stop = min(total, cfg.max_steps or total)
-    common.refuse_past(cfg, start, stop, history)
     net = common.parallel(MaskSup(torch.compile(f) if cfg.compile else f), machine)
-    progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
-    progress.say(f"{parameters(f) / 1e6:.1f} M parameters, "
-                 f"{len(train_set)} training and {len(val_set)} {data.eval_split(cfg.data)} "
-                 f"pictures, {len(bank)} masks that remove "
-                 f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average, steps {start} "
-                 f"to {stop}, {per_epoch} an epoch, on {device}")
-
-    shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
-                               start=start, stop=stop, **shared)
-    val_loader = data.eval_loader(val_set, cfg.batch_size, **shared)
-    began = time.time()
-    for step, (image, label, index) in zip(range(start, stop), loader):
+                               start=run.start, stop=run.stop, **machine.loading)
+    val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
+    run.begin(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
+              f"{len(val_set)} {data.eval_split(cfg.data)} pictures, {len(bank)} masks that remove "
+              f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
+    for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. the rate
         for group in optimizer.param_groups:
             group["lr"] = rate(step, cfg, per_epoch, total)
@@ -738,55 +728,24 @@ def train(cfg):
                               for i in index.tolist()])
             holes = pick(bank, noise.to(device, non_blocking=True))
         terms = train_step(net, optimizer, scaler, machine, cfg, image, label, holes)
-        losses.add(step, terms, (train_set, index))
-        if step % common.LOOK == 0:
-            progress.step(step, losses.look())            # waits for the device
 
         # 3. evaluate, log, save
-        epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
-        due, asked, better = due or step + 1 == stop, interrupt.due(step), False
-        if not (due or asked):
-            continue
-        losses.look(f)                                    # raises if a value is not finite
-        spent += time.time() - began
-        common.same_buffers(f, machine)
-        if due:
-            means = dict(zip(TERMS, losses.mean()))
+        due = run.note(step, terms, (train_set, index))
+        if due == "evaluate":
             scores = evaluate(f, val_loader, cfg, machine, info)
-            history.append({"epoch": round(epoch, 2), "step": step + 1, **means,
-                            "val_loss": scores["loss"], "miou": scores["miou"],
-                            "paper_iou": scores["paper_iou"],
-                            "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
-            computed = " ".join(f"{name[5:]} {value:.4f}" for name, value in means.items()
-                                if value and name != "loss")
-            progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {means['loss']:.4f} "
-                         f"({computed})  mIoU {scores['miou']:.2f}  paper_iou "
-                         f"{scores['paper_iou']:.2f}  {spent:.0f} s")
-            better, best = scores["miou"] > best, max(best, scores["miou"])
-        state = {"method": "masksup", "config": asdict(cfg), "info": asdict(info),
-                 "pictures": pictures, "step": step + 1, "history": history, "scores": scores,
-                 "losses": losses.terms, "best": best, "seconds": spent,
-                 **{name: part.state_dict() for name, part in parts.items()}}
-        if machine.main:
-            if better:                                    # before last.pt, the point of no return
-                heavy = {"optimizer", "scaler"}           # two thirds of it, for --resume only
-                common.save_checkpoint(out / "best.pt", {k: v for k, v in state.items()
-                                                         if k not in heavy})
-            common.save_checkpoint(out / "last.pt", state)
-            common.write_history(out, history)
-        if asked or interrupt.due(step):                  # before the evaluation, or in it
-            interrupt.end(progress, f"step {step + 1}")
-        began = time.time()
+            run.log(scores, "miou", f"mIoU {scores['miou']:.2f}  paper_iou "
+                    f"{scores['paper_iou']:.2f}", val_loss=scores["loss"], miou=scores["miou"],
+                    paper_iou=scores["paper_iou"])
+        if due:
+            run.save()
 
-    # what the dataset has beside, e.g. Kvasir-SEG's part of polyp
-    more = {split: evaluate(f, data.eval_loader(pictures, cfg.batch_size, **shared), cfg, machine,
-                            info) for split, pictures in beside.items()}
+    more = {split: evaluate(f, data.eval_loader(pictures, cfg.batch_size, **machine.loading), cfg,
+                            machine, info) for split, pictures in beside.items()}
     # the paper's number: of the epoch that is best on the very set it is measured on
-    more["paper_iou_best_epoch"] = max(row["paper_iou"] for row in history)
+    more["paper_iou_best_epoch"] = max(row["paper_iou"] for row in run.history)
     if machine.main:
-        common.write_history(out, history)                # if a kill came after last.pt
         draw_samples(f, val_set, cfg, machine, info, bank, out / "samples.png")
-        write_metrics(out, state, cfg, f, more)
+        write_metrics(out, run.state(), cfg, f, more)
 
 
 def write_metrics(out, state, cfg, f, more):
@@ -797,7 +756,7 @@ def write_metrics(out, state, cfg, f, more):
                "epoch": state["history"][-1]["epoch"], "steps": state["step"],
                "seconds": state["seconds"], "params": parameters(f), "method": cfg.method,
                "model": cfg.model, **more}
-    common.write(Path(out) / "metrics.json", json.dumps(common.clean(metrics), indent=1) + "\n")
+    common.write_json(Path(out) / "metrics.json", metrics)
     print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f}), "
           f"paper_iou {scores['paper_iou']:.2f}"
           + "".join(f"; {split}: mIoU {s['miou']:.2f}, paper_iou {s['paper_iou']:.2f}"
@@ -833,14 +792,11 @@ def pretrain(f, train_set, cfg, machine, interrupt):
 
     The same network with three channels in place of the classes sees pictures without a share
     mae_ratio of their patches, and is to give those pixels back (painting_loss). All its weights
-    but the head's then go into f. Saved as OUT/pretrain.pt once an evaluation would be due, where
-    --resume goes on from. Returns the seconds it took.
-
-    Raises UserError if the loss is not finite.
+    but the head's then go into f. Its checkpoint, where --resume goes on from, is OUT/pretrain.pt.
+    Returns the seconds it took.
     """
-    device, path = machine.device, Path(cfg.out) / "pretrain.pt"
-    per_epoch = data.steps_per_epoch(len(train_set), cfg.batch_size)
-    total, start, spent = cfg.pretrain_epochs * per_epoch, 0, 0.0
+    device, per_epoch = machine.device, data.steps_per_epoch(len(train_set), cfg.batch_size)
+    total = cfg.pretrain_epochs * per_epoch
     autoencoder = build(cfg, 3).to(device, memory_format=torch.channels_last)
 
     def copy(source, target):
@@ -848,21 +804,16 @@ def pretrain(f, train_set, cfg, machine, interrupt):
                                 if not k.startswith("head.")}, strict=False)
 
     copy(f, autoencoder)                                  # --pretrained or --init come before
-    optimizer, scaler = make_optimizer(autoencoder, cfg), machine.scaler()
-    parts = dict(model=autoencoder, optimizer=optimizer, scaler=scaler)
-    if cfg.resume and path.exists():
-        state = common.load_checkpoint(path, "masksup pretraining")
-        common.same_data(cfg, state, train_set.info, data.labeled_hash(train_set.items))
-        start, spent = state["step"], state["seconds"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    optimizer, scaler = make_optimizer(autoencoder, cfg, machine.fused), machine.scaler()
+    run = common.Run(cfg, "masksup pretraining", machine, train_set.info,
+                     data.labeled_hash(train_set.items),
+                     dict(model=autoencoder, optimizer=optimizer, scaler=scaler), ["loss"], total,
+                     per_epoch, interrupt=interrupt, last="pretrain.pt")
     net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
-    progress = common.Progress(start, total, cfg.batch_size, quiet=not machine.main)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
-                               start=start, stop=total, workers=machine.workers,
-                               rank=machine.rank, world=machine.world)
-    losses, began = common.Losses(cfg.out), time.time() - spent
-    for step, (image, _, index) in zip(range(start, total), loader):
+                               start=run.start, stop=total, **machine.loading)
+    run.begin("first, painting in removed patches")
+    for step, (image, _, index) in zip(range(run.start, total), loader):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, cfg, per_epoch, total)
         net.train()
@@ -875,57 +826,20 @@ def pretrain(f, train_set, cfg, machine, interrupt):
             painted = net(image * holes)
         loss = painting_loss(painted, image, holes, machine.sum)
         descend(loss, optimizer, scaler)
-        losses.add(step, loss.detach()[None], (train_set, index))
-        if step % common.LOOK == 0:
-            progress.step(step, losses.look())
-        due = (step + 1) % (per_epoch * cfg.eval_every) == 0 or step + 1 == total
-        asked = interrupt.due(step)
-        if due or asked:
-            progress.say(f"pretraining, epoch {(step + 1) / per_epoch:6.2f}  loss "
-                         f"{losses.look(autoencoder):.4f}  {time.time() - began:.0f} s")
-            common.same_buffers(autoencoder, machine)
-            if machine.main:
-                common.save_checkpoint(path, {
-                    "method": "masksup pretraining", "step": step + 1,
-                    "seconds": time.time() - began, "info": asdict(train_set.info),
-                    "pictures": data.labeled_hash(train_set.items),
-                    **{k: p.state_dict() for k, p in parts.items()}})
-        if asked:
-            interrupt.end(progress, f"step {step + 1} of the pretraining")
+        due = run.note(step, loss.detach()[None], (train_set, index))
+        if due == "evaluate":
+            run.say(f"pretraining, epoch {run.step / per_epoch:6.2f}  loss "
+                    f"{run.means()['loss']:.4f}  {run.seconds:.0f} s")
+        if due:
+            run.save()
     copy(autoencoder, f)
-    return time.time() - began
+    return run.seconds
 
 
 # ----------------------------------------------------------------------------- the other commands
 
 def load(path):
-    """(cfg, info, f, state) of a checkpoint, on the CPU and ready to evaluate."""
-    state = common.load_checkpoint(path, "masksup")
-    try:
-        cfg, info = Config(**state["config"]), data.Info(**state["info"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: written by another version of masksup.py ({error})") from None
-    f = build(cfg, len(info.classes)).eval()
-    f.load_state_dict(state["model"])
-    return cfg, info, f, state
-
-
-def settled(cfg, origin, path, theirs, flags):
-    """The checkpoint's configuration with what the command line may change of it, shown.
-
-    flags: the names that may be given. Raises UserError for others: the checkpoint has the say.
-    """
-    given = {name for name, source in origin.items() if source == "flag"}
-    flags = {"root", "out", "seed", "workers", "device", "amp", *flags}
-    if given - flags:
-        name = sorted(given - flags)[0].replace("_", "-")
-        raise UserError(f"--{name} cannot be given here: the checkpoint {path} has settled it")
-    # the machine is this one, whatever the checkpoint was trained on
-    cfg = replace(theirs, **{name: getattr(cfg, name) for name in
-                             given | {"root", "device", "workers", "amp"}})
-    check(cfg)
-    common.show_config(cfg, dict.fromkeys(given, "flag"))
-    return cfg
+    return common.load(path, "masksup", Config, data.Info, build)
 
 
 def shares_of(text):
@@ -950,22 +864,19 @@ def evaluate_only(cfg, origin):
     shares, curves = shares_of(cfg.corrupt), {}
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
     machine = common.Machine(cfg)
-    shared = dict(workers=machine.workers, rank=machine.rank, world=machine.world)
     for path, folder in common.result_folders(cfg.eval, out).items():
         theirs, info, f, state = load(path)
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        here = settled(cfg, origin, path, theirs, {"eval", "corrupt", "data", "palette",
-                                                   "batch_size"})
+        here = common.settled(cfg, origin, path, theirs, check, "eval", "corrupt", "data",
+                              "palette", "batch_size", "seed")
         here = replace(here, seed=cfg.seed)                        # of the holes, one for all
-        splits = {split: dataset(here, split) for split in data.source_of(here.data).splits
-                  if split != "train"}
-        val_set = splits.pop(data.eval_split(here.data))
+        val_set = dataset(here, data.eval_split(here.data))
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
         f.to(machine.device)
 
         def score(pictures, bank=None):
-            loader = data.eval_loader(pictures, here.batch_size, **shared)
+            loader = data.eval_loader(pictures, here.batch_size, **machine.loading)
             return evaluate(f, loader, here, machine, info, bank)
 
         curve = curves[name] = {0.0: score(val_set)}
@@ -973,7 +884,7 @@ def evaluate_only(cfg, origin):
             bank = mask_bank(64, here.size, max(0, share - 0.01), share + 0.01,
                              common.seed_of(cfg.seed, round(1000 * share)))
             curve[share] = score(val_set, bank.to(machine.device))
-        more = {split: score(pictures) for split, pictures in splits.items()}
+        more = {split: score(dataset(here, split)) for split in data.splits_beside(here.data)}
         if shares:
             more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}
@@ -1010,48 +921,6 @@ def segment(f, image, cfg, machine):
     return np.array(Image.fromarray(answer).resize((W, H), Image.NEAREST))
 
 
-def predict(cfg, origin):
-    """--predict PATH --ckpt CKPT --to DIR: segment a picture, or each in a folder.
-
-    Writes DIR/NAME.png, class indices with the classes' colours as palette, and
-    DIR/overlay/NAME.png, at the size of the picture, which is turned upright first if its EXIF
-    data say so. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a
-    line on stderr, and the exit status is then 1.
-    """
-    for name in ("ckpt", "to"):
-        if not getattr(cfg, name):
-            raise UserError(f"--predict needs --{name} too: --predict PATH --ckpt CKPT --to DIR")
-    source, to = Path(cfg.predict), Path(cfg.to)
-    theirs, info, f, _ = load(cfg.ckpt)
-    cfg = settled(cfg, origin, cfg.ckpt, theirs, {"predict", "ckpt", "to"})
-    machine = common.Machine(cfg)
-    if machine.world > 1:
-        raise UserError("--predict works in one process: python in place of torchrun")
-    f.to(machine.device)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to {to} is not an empty folder: give a new one")
-    paths = data.pictures(source) if source.is_dir() else [source]
-    if not paths or not source.exists():
-        raise UserError(f"--predict {source}: no picture there")
-    alike = len({path.stem for path in paths}) < len(paths)       # a.jpg and a.png: whole names
-    failed = 0
-    palette = np.array(info.colors, np.uint8).ravel().tolist()
-    for path in paths:
-        name = (path.name if alike else path.stem) + ".png"
-        try:
-            image = data.read_image(path, upright=True)
-        except UserError as error:
-            failed += 1
-            print(f"{error} (skipped)", file=sys.stderr)
-            continue
-        answer = segment(f, image, cfg, machine)
-        common.save_image(to / name, answer, palette)
-        common.save_image(to / "overlay" / name, common.overlay(image, answer, info.colors))
-    print(f"{len(paths) - failed} segmented, {failed} failed -> {to}; classes "
-          + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
-    sys.exit(1 if failed else 0)
-
-
 def bench(cfg):
     """--bench N: parameters, multiply-adds of f, and for N > 0 the time of a training step with
     each --method. The last line is one JSON object, of the method asked for."""
@@ -1065,7 +934,7 @@ def bench(cfg):
         torch.manual_seed(cfg.seed)
         f = build(cfg, N).to(device, memory_format=torch.channels_last).train()
         net = MaskSup(torch.compile(f) if cfg.compile else f)
-        optimizer, scaler = make_optimizer(f, cfg), machine.scaler()
+        optimizer, scaler = make_optimizer(f, cfg, machine.fused), machine.scaler()
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8).to(device)
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
         bank = mask_bank(8, S, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed)).to(device)
@@ -1076,8 +945,9 @@ def bench(cfg):
             timed = common.time_steps(
                 lambda i: train_step(net, optimizer, scaler, machine, this, image, label,
                                      None if method == "base" else pick(bank, noise)),
-                cfg.bench, B, device)
-            print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B}")
+                cfg.bench, B, device, gmacs * B * (1 if method == "base" else 2))
+            print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B}, "
+                  f"{timed['img_per_s']:.1f} img/s, {timed['tflops']:.3g} TFLOP/s")
         result |= timed
     print(json.dumps(result))
 
@@ -1086,14 +956,11 @@ def bench(cfg):
 
 def check(cfg):
     """What the parser cannot judge. Raises UserError."""
-    for name in ("epochs", "batch_size", "size", "width", "bank", "eval_every", "pretrain_epochs",
-                 "mae_patch"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if min(cfg.bench + 1, cfg.max_steps, cfg.weight_decay, cfg.alpha1, cfg.alpha2,
-           cfg.alpha3, cfg.warmup) < 0:
-        raise UserError("--bench, --max-steps, --warmup, --weight-decay and --alpha1, 2, 3: at "
-                        "least 0")
+    common.at_least(cfg, 1, "epochs", "batch_size", "size", "width", "bank", "eval_every",
+                    "pretrain_epochs", "mae_patch")
+    common.at_least(cfg, -1, "bench")
+    common.at_least(cfg, 0, "max_steps", "weight_decay", "alpha1", "alpha2", "alpha3", "warmup",
+                    "threads", "save_every", "in_memory")
     if not 0 < cfg.lr < math.inf:
         raise UserError(f"--lr {cfg.lr}: expected a number above 0")
     least = 80 if cfg.model.startswith("levit") else 32     # BatchNorm needs more than one value
@@ -1113,7 +980,7 @@ def main():
     cfg, origin = common.parse(Config, RECIPES, __doc__)
     cfg.out = cfg.out or str(Path("out") / f"masksup-{Path(cfg.data).name}")
     if cfg.predict:
-        return predict(cfg, origin)
+        return common.predict_folder(cfg, origin, load, check, data, segment, "seed")
     if cfg.eval:
         return evaluate_only(cfg, origin)
     if cfg.pretrain == "mae":                       # Table 2: a baseline of MaskSup, in two stages

@@ -46,9 +46,7 @@ import itertools
 import json
 import math
 import os
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -107,11 +105,14 @@ class Config:
     baseline: Literal["none", "suponly"] = "none"  # train this first on the same labels, compare
     eval_every: int = 1            # epochs between evaluations
     seed: int = 0                  # of weights, masks and order
-    workers: int = -1              # loader processes; -1: up to 8 with CUDA, none without
+    workers: int = -1              # loader processes; -1: one a processor with CUDA, or else none
+    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
+    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
     compile: bool = False          # torch.compile E, SeD and PiD
     resume: bool = False           # go on from OUT/last.pt
+    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
     max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
     palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
     eval: tuple = ()               # evaluate these checkpoints and do nothing else
@@ -265,7 +266,9 @@ class SeD(Trunk):
         self.classifier = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, c1, c4, size):
-        return resize(self.classifier(super().forward(c1, c4)).float(), size)
+        # each class in one piece, for softmax and cross entropy: with their gradient they take
+        # 470 ms instead of 590 (8 x 21 x 321 x 321, one core, torch 2.13.0)
+        return resize(self.classifier(super().forward(c1, c4)).float(), size).contiguous()
 
 
 class PiD(Trunk):
@@ -509,7 +512,8 @@ def datasets(cfg):
     items = data.labeled_split(cfg.data, cfg.root, cfg.labeled, cfg.split_seed, protocol)
     sets = [data.Dataset(cfg.data, cfg.root, "train", items=part, size=cfg.size, crop=cfg.size,
                          scale=(cfg.zoom / cfg.scale, cfg.zoom * cfg.scale), flip=True, train=True,
-                         seed=common.seed_of(cfg.seed, kind), palette=cfg.palette or None)
+                         seed=common.seed_of(cfg.seed, kind), palette=cfg.palette or None,
+                         in_memory=cfg.in_memory)
             for kind, part in enumerate(items)]
     return *sets, data.labeled_hash(items[0])
 
@@ -518,11 +522,10 @@ def eval_loader(cfg, split, machine):
     """The pictures of a split at their own sizes; if all have the same, in batches of about as
     many pixels as in training."""
     pictures = data.Dataset(cfg.data, cfg.root, split, size=cfg.size, whole=True,
-                            palette=cfg.palette or None)
+                            palette=cfg.palette or None, in_memory=cfg.in_memory)
     (h, w), alike = pictures.shapes[0], len(set(pictures.shapes)) == 1
     batch = max(1, cfg.batch_size * cfg.size ** 2 // (h * w)) if alike else 1
-    return data.eval_loader(pictures, batch, workers=machine.workers, rank=machine.rank,
-                            world=machine.world)
+    return data.eval_loader(pictures, batch, **machine.loading)
 
 
 def build(cfg, classes):
@@ -583,6 +586,8 @@ def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     L = (-(-cfg.size // cfg.patch)) ** 2
     noise = noise_of(seeds, 12 + 5 + L + sum(channels))
     colour, rest = noise.split([12, 5 + L + sum(channels)], 1)
+    if torch.device(device).type == "cuda":     # above 64 KB a copy waits for the device, unless
+        rest = rest.contiguous().pin_memory()   # it is from pinned memory
     cut, patches, *drop = rest.to(device, non_blocking=True).split([5, L, *channels], 1)
     weak, void = to_unit(image, device), void.to(device, non_blocking=True) == 255
     strong = data.strong_view(weak, colour)
@@ -590,7 +595,7 @@ def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     box = data.cutmix_boxes(cut, cfg.size)
     return Views(x_l, y_l, normalize(weak), normalize(mix(strong, partner, box)),
                  void, mix(void, partner, box), partner, box,
-                 patch_mask(patches, cfg.size, cfg.patch, cfg.ratio),
+                 patch_mask(patches, cfg.size, cfg.patch, cfg.ratio) if masked(cfg) else None,
                  tuple(channel_drop(part) for part in drop))
 
 
@@ -606,19 +611,8 @@ def load_encoder(E, cfg):
     if cfg.pretrained == "imagenet" and cfg.stem == "deep":
         raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
                         "leave --stem deep out, or give a file with --pretrained")
-    try:
-        if cfg.pretrained == "imagenet":
-            theirs = torch.hub.load_state_dict_from_url(
-                RELEASE[cfg.backbone], map_location="cpu", check_hash=True, weights_only=True)
-        else:
-            theirs = torch.load(cfg.pretrained, map_location="cpu", weights_only=True)
-        theirs = theirs.get("state_dict", theirs)
-        theirs = {k.removeprefix("module.").removeprefix("backbone."): v
-                  for k, v in theirs.items()}
-    except Exception as error:           # no file, no network, no pickle: all for the user to mend
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--pretrained {cfg.pretrained}: cannot be read ({reason[:100]}); give a "
-                        f"file from {RELEASE[cfg.backbone]}, or none") from None
+    theirs = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in data.published(
+        cfg.pretrained, RELEASE[cfg.backbone], "state_dict").items()}
     mine = E.state_dict()
     fits = {k: v for k, v in theirs.items()
             if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
@@ -649,6 +643,11 @@ def lambdas(cfg):
     return (u, mp, mf, ms), 1 + 2 * u + 3 * (mp + mf + ms)
 
 
+def masked(cfg):
+    """Whether there is a Phase II."""
+    return any(lambdas(cfg)[0][1:])
+
+
 class Seen(NamedTuple):
     """What Phase II takes from Phase I, all without gradient, of the three streams l, s and fp:
     the labelled, the strong, and the feature-perturbed weak view."""
@@ -661,7 +660,8 @@ class Seen(NamedTuple):
 def phase_one(model, v, cfg, machine):
     """Phase I, FixMatch with UniPerb, on Views v. PiD has no part in it.
 
-    Returns L_s, L_u without its weight, the share of pixels that are confident, and Seen.
+    Returns L_s, L_u without its weight, the share of pixels that are confident, and Seen, or None
+    where there is no Phase II.
     """
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
     if v.x_w is None:                                       # suponly
@@ -681,6 +681,8 @@ def phase_one(model, v, cfg, machine):
     L_u = (consistency(p_s, y_s, conf_s, v.void_s, cfg.psi, add)
            + consistency(p_fp, y_w, conf, v.void_w, cfg.psi, add))                      # Eq. 2
     confident = means((conf >= cfg.psi).float(), ~v.void_w, add=add)[0]
+    if not masked(cfg):
+        return L_s, L_u, confident, None
 
     p = torch.cat([p_l, p_s, p_fp]).detach().softmax(1)
     conf, own = p.max(1)
@@ -737,7 +739,7 @@ def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     one = (L_s + u * L_u) / divisor
     scaler.scale(one).backward()
     two = L_pi = L_fea = L_se = torch.zeros_like(one)
-    if mp or mf or ms:
+    if masked(cfg):
         L_pi, L_fea, L_se = phase_two(model, prototypes, v, seen, cfg, machine)
         two = (mp * L_pi + mf * L_fea + ms * L_se) / divisor
         scaler.scale(two).backward()
@@ -805,11 +807,11 @@ def evaluate(model, loader, cfg, machine, info):
             "loss": (sums[0] / sums[1].clamp(min=1)).item()}
 
 
-def make_optimizer(model, cfg):
+def make_optimizer(model, cfg, fused=None):
     groups = [{"params": part.parameters(), "start": cfg.lr * times, "poly": poly}
               for part, times, poly in ((model.E, 1.0, True), (model.SeD, cfg.decoder_lr, True),
                                         (model.PiD, cfg.decoder_lr, False)) if part]
-    return torch.optim.SGD(groups, cfg.lr, 0.9, weight_decay=cfg.weight_decay)
+    return torch.optim.SGD(groups, cfg.lr, 0.9, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def rate(step, total, group):
@@ -829,49 +831,34 @@ def train(cfg, machine, interrupt):
 
     torch.manual_seed(common.seed_of(cfg.seed))
     model = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
-    begun = cfg.resume and (out / "last.pt").exists()
-    if cfg.pretrained != "none" and not begun:
+    if cfg.pretrained != "none" and not common.resuming(cfg):
         load_encoder(model.E, cfg)
-    if cfg.init and not begun:
+    if cfg.init and not common.resuming(cfg):
         common.load_weights(model, cfg.init, "s4mim", may_lack="PiD.")  # suponly has none
     model = common.synchronized(model, machine)
     prototypes = Prototypes(len(info.classes), 4 * cfg.width, cfg.alpha, cfg.tau,
                             cfg.dic).to(device)
-    optimizer, scaler = make_optimizer(model, cfg), machine.scaler()
+    optimizer, scaler = make_optimizer(model, cfg, machine.fused), machine.scaler()
     parts = dict(model=model, prototypes=prototypes, optimizer=optimizer, scaler=scaler)
+    both = f"labelled {digest}, unlabelled {data.labeled_hash(unlabeled.items)}"
+    run = common.Run(cfg, "s4mim", machine, info, both, parts, TERMS,
+                     min(total, cfg.max_steps or total), per_epoch, interrupt=interrupt,
+                     labeled=len(labeled), labeled_hash=digest)
+    if machine.main:
+        common.write(out / "labeled.txt", data.labeled_lines(labeled.items))
     if cfg.compile:
         compile_parts(model)
 
-    start, history, scores, best, spent = 0, [], {}, -1.0, 0.0
-    losses = common.Losses(out)
-    # only now, so that a start that fails above leaves no run folder in the way of the next
-    both = f"labelled {digest}, unlabelled {data.labeled_hash(unlabeled.items)}"
-    state = common.open_run(cfg, "s4mim", machine, info, both)
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        start, history, scores = state["step"], state["history"], state["scores"]
-        best, spent = state["best"], state["seconds"]
-        losses.terms = [terms.to(device) for terms in state["losses"]]
-    elif machine.main:
-        common.write(out / "labeled.txt", data.labeled_lines(labeled.items))
-    stop = min(total, cfg.max_steps or total)
-    common.refuse_past(cfg, start, stop, history)
-    progress = common.Progress(start, stop, cfg.batch_size, quiet=not machine.main)
-    progress.say(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} "
-                 f"labelled (list {digest}) and {len(unlabeled)} unlabelled pictures, "
-                 f"{len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures, "
-                 f"steps {start} to {stop}, {per_epoch} an epoch, on {device}")
-
-    shared = dict(start=start, stop=stop, workers=machine.workers, rank=machine.rank,
-                  world=machine.world)
     # two streams with an order of their own: no picture meets the same others in each epoch
-    loaders = [data.stream_loader(pictures, B, seed=common.seed_of(cfg.seed, kind), **shared)
+    loaders = [data.stream_loader(pictures, B, seed=common.seed_of(cfg.seed, kind),
+                                  start=run.start, stop=run.stop, **machine.loading)
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
         loaders[1] = itertools.repeat(None)
-    began = time.time()
-    for step, *batches in zip(range(start, stop), *loaders):
+    run.begin(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} labelled "
+              f"(list {digest}) and {len(unlabeled)} unlabelled pictures, "
+              f"{len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures")
+    for step, *batches in zip(range(run.start, run.stop), *loaders):
         # 1. the rates
         for group in optimizer.param_groups:
             group["lr"] = rate(step, total, group)
@@ -883,60 +870,25 @@ def train(cfg, machine, interrupt):
                  for j in range(B)]
         v = make_views(*batches, cfg, model.E.channels, seeds, device)
         terms = train_step(model, prototypes, optimizer, scaler, machine, cfg, v)
-        losses.add(step, terms, *((pictures, batch[2]) for pictures, batch
-                                  in zip((labeled, unlabeled), batches) if batch))
-        if step % common.LOOK == 0:
-            progress.step(step, losses.look())              # waits for the device
 
         # 3. evaluate, log, save
-        epoch, due = (step + 1) / per_epoch, (step + 1) % (per_epoch * cfg.eval_every) == 0
-        due, asked, better = due or step + 1 == stop, interrupt.due(step), False
-        if not (due or asked):
-            continue
-        losses.look(model, prototypes)                      # raises if a value is not finite
-        spent += time.time() - began
-        common.same_buffers(model, machine)
-        if due:
-            means = dict(zip(TERMS, losses.mean()))
+        due = run.note(step, terms, *((pictures, batch[2]) for pictures, batch
+                                      in zip((labeled, unlabeled), batches) if batch))
+        if due == "evaluate":
             scores = evaluate(model, val_loader, cfg, machine, info)
-            history.append({"epoch": round(epoch, 2), "step": step + 1, **means,
-                            "val_loss": scores["loss"], "miou": scores["miou"],
-                            "lr": optimizer.param_groups[0]["lr"], "seconds": round(spent, 1)})
-            computed = " ".join(f"{name.removeprefix('loss_')} {value:.4f}"
-                                for name, value in means.items() if value and name != "loss")
-            progress.say(f"epoch {epoch:6.2f}  step {step + 1:6d}  loss {means['loss']:.4f} "
-                         f"({computed})  mIoU {scores['miou']:.2f}  {spent:.0f} s")
-            better, best = scores["miou"] > best, max(best, scores["miou"])
-        state = {"method": "s4mim", "config": asdict(cfg), "info": asdict(info), "pictures": both,
-                 "labeled": len(labeled), "labeled_hash": digest, "step": step + 1,
-                 "history": history, "scores": scores, "losses": losses.terms, "best": best,
-                 "seconds": spent, **{name: part.state_dict() for name, part in parts.items()}}
-        if machine.main:
-            if better:                                    # before last.pt, the point of no return
-                heavy = {"optimizer", "scaler"}             # half of it, for --resume only
-                common.save_checkpoint(out / "best.pt", {k: v for k, v in state.items()
-                                                         if k not in heavy})
-            common.save_checkpoint(out / "last.pt", state)
-            common.write_history(out, history)
-        if asked or interrupt.due(step):                  # before the evaluation, or in it
-            interrupt.end(progress, f"step {step + 1}")
-        began = time.time()
+            run.log(scores, "miou", f"mIoU {scores['miou']:.2f}", val_loss=scores["loss"],
+                    miou=scores["miou"])
+        if due:
+            run.save()
 
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
-            for split in splits_beside(cfg)}
+            for split in data.splits_beside(cfg.data)}
     if machine.main:
-        common.write_history(out, history)                  # if a kill came after last.pt
         draw_samples(model, val_loader.dataset, cfg, machine, info, out / "samples.png")
         if cfg.method != "suponly":
             draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
-        write_metrics(out, state, cfg, model, more)
-    return state["scores"]
-
-
-def splits_beside(cfg):
-    """The splits that are neither trained on nor the one that training is scored on."""
-    return [split for split in data.source_of(cfg.data).splits
-            if split not in ("train", data.eval_split(cfg.data))]
+        write_metrics(out, run.state(), cfg, model, more)
+    return run.scores
 
 
 def write_metrics(out, state, cfg, model, more):
@@ -947,7 +899,7 @@ def write_metrics(out, state, cfg, model, more):
                "steps": state["step"], "seconds": state["seconds"],
                "params": parameters(model.E, model.SeD), "method": cfg.method,
                "labeled": state["labeled"], "labeled_hash": state["labeled_hash"], **more}
-    common.write(Path(out) / "metrics.json", json.dumps(common.clean(metrics), indent=1) + "\n")
+    common.write_json(Path(out) / "metrics.json", metrics)
     print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f})"
           + "".join(f"; {split}: mIoU {s['miou']:.2f}" for split, s in more.items())
           + f"  -> {out}")
@@ -996,12 +948,16 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
     with machine.autocast():
         conf, y_w = model(v.x_w).softmax(1).max(1)
-        c = model.E(v.x_s * v.m)
+        m = v.m
+        if m is None:           # without Phase II there is none
+            L = (-(-cfg.size // cfg.patch)) ** 2
+            m = patch_mask(noise_of(seeds, L), cfg.size, cfg.patch, cfg.ratio).to(v.x_s.device)
+        c = model.E(v.x_s * m)
         y_s, conf_s = mix(y_w, v.partner, v.box), mix(conf, v.partner, v.box)
         rows = {"x_w": shown(v.x_w), "y_w": painted(y_w.masked_fill(conf < cfg.psi, 255), info),
                 "x_s": shown(v.x_s),
                 "y_w mixed": painted(y_s.masked_fill(conf_s < cfg.psi, 255), info),
-                "x_s * m": shown(v.x_s * v.m),
+                "x_s * m": shown(v.x_s * m),
                 "p of that": painted(model.SeD(*c, size).argmax(1), info)}
         if model.PiD:
             fea = model.PiD(*c)
@@ -1018,33 +974,7 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
 # ----------------------------------------------------------------------------- the other commands
 
 def load(path):
-    """(cfg, info, model, state) of a checkpoint, on the CPU and ready to evaluate."""
-    state = common.load_checkpoint(path, "s4mim")
-    try:
-        cfg, info = Config(**state["config"]), data.Info(**state["info"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: written by another version of s4mim.py ({error})") from None
-    model = build(cfg, len(info.classes)).eval()
-    model.load_state_dict(state["model"])
-    return cfg, info, model, state
-
-
-def settled(cfg, origin, path, theirs, flags):
-    """The checkpoint's configuration with what the command line may change of it, shown.
-
-    flags: the names that may be given. Raises UserError for others: the checkpoint has the say.
-    """
-    given = {name for name, source in origin.items() if source == "flag"}
-    flags = {"root", "out", "workers", "device", "amp", "window", "zoom", *flags}
-    if given - flags:
-        name = sorted(given - flags)[0].replace("_", "-")
-        raise UserError(f"--{name} cannot be given here: the checkpoint {path} has settled it")
-    # the machine is this one, whatever the checkpoint was trained on
-    cfg = replace(theirs, **{name: getattr(cfg, name) for name in
-                             given | {"root", "device", "workers", "amp"}})
-    check(cfg)
-    common.show_config(cfg, dict.fromkeys(given, "flag"))
-    return cfg
+    return common.load(path, "s4mim", Config, data.Info, build)
 
 
 def evaluate_only(cfg, origin):
@@ -1054,7 +984,8 @@ def evaluate_only(cfg, origin):
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
     for path, folder in common.result_folders(cfg.eval, out).items():
         theirs, info, model, state = load(path)
-        here = settled(cfg, origin, path, theirs, {"eval", "data", "palette", "batch_size"})
+        here = common.settled(cfg, origin, path, theirs, check, "eval", "data", "palette",
+                              "batch_size", "window", "zoom")
         machine = machine or common.Machine(here)
         loader = eval_loader(here, data.eval_split(here.data), machine)
         if loader.dataset.info.classes != info.classes:
@@ -1062,52 +993,10 @@ def evaluate_only(cfg, origin):
         model.to(machine.device)
         scores = evaluate(model, loader, here, machine, info)
         more = {split: evaluate(model, eval_loader(here, split, machine), here, machine, info)
-                for split in splits_beside(here)}
+                for split in data.splits_beside(here.data)}
         if machine.main:
             draw_samples(model, loader.dataset, here, machine, info, folder / "samples.png")
             write_metrics(folder, {**state, "scores": scores}, here, model, more)
-
-
-def predict(cfg, origin):
-    """--predict PATH --ckpt CKPT --to DIR: segment a picture, or each in a folder.
-
-    Writes DIR/NAME.png, class indices with the classes' colours as palette, and
-    DIR/overlay/NAME.png, at the size of the picture, which is turned upright first if its EXIF
-    data say so. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a
-    line on stderr, and the exit status is then 1.
-    """
-    for name in ("ckpt", "to"):
-        if not getattr(cfg, name):
-            raise UserError(f"--predict needs --{name} too: --predict PATH --ckpt CKPT --to DIR")
-    source, to = Path(cfg.predict), Path(cfg.to)
-    theirs, info, model, _ = load(cfg.ckpt)
-    cfg = settled(cfg, origin, cfg.ckpt, theirs, {"predict", "ckpt", "to"})
-    machine = common.Machine(cfg)
-    if machine.world > 1:
-        raise UserError("--predict works in one process: python in place of torchrun")
-    model.to(machine.device)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to {to} is not an empty folder: give a new one")
-    paths = data.pictures(source) if source.is_dir() else [source]
-    if not paths or not source.exists():
-        raise UserError(f"--predict {source}: no picture there")
-    alike = len({path.stem for path in paths}) < len(paths)       # a.jpg and a.png: whole names
-    failed = 0
-    palette = np.array(info.colors, np.uint8).ravel().tolist()
-    for path in paths:
-        name = (path.name if alike else path.stem) + ".png"
-        try:
-            image = data.read_image(path, upright=True)
-        except UserError as error:
-            failed += 1
-            print(f"{error} (skipped)", file=sys.stderr)
-            continue
-        answer = segment(model, image, cfg, machine)
-        common.save_image(to / name, answer, palette)
-        common.save_image(to / "overlay" / name, common.overlay(image, answer, info.colors))
-    print(f"{len(paths) - failed} segmented, {failed} failed -> {to}; classes "
-          + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
-    sys.exit(1 if failed else 0)
 
 
 @torch.no_grad()
@@ -1137,44 +1026,52 @@ def bench(cfg):
     machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
     C, S, B, device = len(info.classes), cfg.size, cfg.batch_size // 2, machine.device
     with torch.device("meta"):           # shapes without numbers: counting takes no memory
-        model = S4MIM(C, cfg.backbone, cfg.stem, cfg.width).eval()
-        gmacs = common.macs(model, torch.empty(1, 3, S, S))
+        model, x = S4MIM(C, cfg.backbone, cfg.stem, cfg.width).eval(), torch.empty(1, 3, S, S)
+        gmacs, of_E = common.macs(model, x), common.macs(model.E, x)
+        of_PiD = common.macs(model.PiD, *model.E(x))                        # without its heads
+    # how often a step of each method sends its B pictures through E, SeD and PiD; one pass of PiD
+    # has no backward, and counts a third
+    passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 3 + 1 / 3),
+              "s4mim": (6, 7, 3 + 1 / 3)}
     result = {"params": parameters(model.E, model.SeD), "params_E": parameters(model.E),
               "params_PiD": parameters(model.PiD), "gmacs": round(gmacs, 3)}
     print(f"{result['params']:,} parameters, {result['params_E']:,} of them in E; PiD has "
           f"{result['params_PiD']:,} more")
     if cfg.bench > 0:
-        bench_heads(cfg, C, device)
+        bench_heads(cfg, C, machine)
         torch.manual_seed(cfg.seed)
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8)
         label = torch.randint(0, C, (B, S, S), dtype=torch.uint8)
         batch = image, label, torch.arange(B)
         # the last is the one reported
-        for method in sorted(("suponly", "fixmatch", "mim", "s4mim"),
-                             key=lambda name: name == cfg.method):
+        for method in sorted(passes, key=lambda name: name == cfg.method):
             this = replace(cfg, method=method)
             model = build(this, C).to(device, memory_format=torch.channels_last).train()
             prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
             if cfg.compile:
                 compile_parts(model)
-            optimizer, scaler = make_optimizer(model, this), machine.scaler()
+            optimizer, scaler = make_optimizer(model, this, machine.fused), machine.scaler()
 
             def step(i):
                 v = make_views(batch, None if method == "suponly" else batch, this,
                                model.E.channels, range(i * B, i * B + B), device)
                 train_step(model, prototypes, optimizer, scaler, machine, this, v)
 
-            timed = common.time_steps(step, cfg.bench, 2 * B, device)
+            times = np.array(passes[method]) @ (of_E, gmacs - of_E, of_PiD)
+            timed = common.time_steps(step, cfg.bench, B if method == "suponly" else 2 * B,
+                                      device, float(B * times))
             print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B} + {B}, "
+                  f"{timed['img_per_s']:.1f} img/s, {timed['tflops']:.3g} TFLOP/s, "
                   f"peak {timed['peak_mb']} MB")
         result |= timed
     print(json.dumps(result))
 
 
-def bench_heads(cfg, C, device, B=4):
-    """Time and peak memory, forward and backward, of class_heads() and of C convolutions."""
-    side, D = -(-cfg.size // 4), 4 * cfg.width
-    fea = torch.randn(B, D, side, side, device=device)
+def bench_heads(cfg, C, machine, B=4):
+    """Time and peak memory, forward and backward, of class_heads() and of C convolutions, as in
+    training: features in the dtype and the memory format in which PiD gives them."""
+    side, D, device = -(-cfg.size // 4), 4 * cfg.width, machine.device
+    fea = torch.randn(B, D, side, side, device=device, dtype=machine.dtype)
     weight = torch.randn(C, 3, D, 3, 3, device=device, requires_grad=True)
     label = torch.randint(0, C, (B, 6, 6), device=device)
     label = label.repeat_interleave(side // 6 + 1, 1).repeat_interleave(side // 6 + 1, 2)
@@ -1183,15 +1080,17 @@ def bench_heads(cfg, C, device, B=4):
     def plain(fea, label, weight):
         return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1) for c in range(C))
 
-    # each in the memory format that suits it
-    inputs = [fea.to(memory_format=layout, copy=True).requires_grad_()
-              for layout in (torch.channels_last, torch.contiguous_format)]
+    fea = fea.to(memory_format=torch.channels_last).requires_grad_()
     # on a CPU the peak is the process's, which only grows: the smaller of the two goes first
     before = (torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else
               common.peak_mb(device) or math.nan)
-    for name, f, x in zip(("class-wise heads", f"{C} convolutions"), (class_heads, plain), inputs):
-        timed = common.time_steps(lambda i: f(x, label, weight).square().mean().backward(),
-                                  cfg.bench, B, device)
+    for name, f in ("class-wise heads", class_heads), (f"{C} convolutions", plain):
+        def step(i):
+            with machine.autocast():
+                r = f(fea, label, weight)
+            r.float().square().mean().backward()
+
+        timed = common.time_steps(step, cfg.bench, B, device, 0)
         print(f"{name:18s}{timed['ms_per_step']:8.1f} ms at {B} x {D} x {side} x {side}, "
               f"{(timed['peak_mb'] or math.nan) - before:.0f} MB")
 
@@ -1200,18 +1099,14 @@ def bench_heads(cfg, C, device, B=4):
 
 def check(cfg):
     """What the parser cannot judge. Raises UserError."""
-    for name in ("epochs", "size", "width", "eval_every", "patch"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if min(cfg.bench + 1, cfg.max_steps, cfg.weight_decay, cfg.psi, cfg.lambda_u, cfg.lambda_mp,
-           cfg.lambda_mf, cfg.lambda_ms) < 0:
-        raise UserError("--bench, --max-steps, --weight-decay, --psi and --lambda-..: at least 0")
+    common.at_least(cfg, 1, "epochs", "size", "width", "eval_every", "patch", "scale")
+    common.at_least(cfg, -1, "bench")
+    common.at_least(cfg, 0, "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
+                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory")
     for name in ("lr", "decoder_lr", "tau", "zoom"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "
                             "above 0")
-    if not 1 <= cfg.scale < math.inf:
-        raise UserError(f"--scale {cfg.scale}: at least 1")
     if not 0 <= cfg.alpha < 1:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to below 1")
     patches = (-(-cfg.size // cfg.patch)) ** 2
@@ -1235,7 +1130,7 @@ def main():
     cfg, origin = common.parse(Config, RECIPES, __doc__)
     cfg.out = cfg.out or str(Path("out") / f"s4mim-{Path(cfg.data).name}")
     if cfg.predict:
-        return predict(cfg, origin)
+        return common.predict_folder(cfg, origin, load, check, data, segment, "window", "zoom")
     if cfg.eval:
         return evaluate_only(cfg, origin)
     if cfg.method == "suponly":
@@ -1244,7 +1139,7 @@ def main():
     common.show_config(cfg, origin)
     if cfg.bench >= 0:
         return bench(cfg)
-    machine = common.Machine(cfg)
+    machine = common.Machine(cfg, first=Path(cfg.out) / "suponly")
     interrupt = common.Interrupt(machine)
     if cfg.baseline != "none":
         begun = (Path(cfg.out) / "config.json").exists()
@@ -1255,8 +1150,8 @@ def main():
                             "none")
         base = train(replace(cfg, method="suponly", out=str(Path(cfg.out) / "suponly")), machine,
                      interrupt)
-        if interrupt.due(0):                    # asked for after the last step of the baseline
-            interrupt.end(common.Progress(0, 0, 0, quiet=not machine.main), "the baseline")
+        if interrupt.due(0)[0]:                 # asked for after the last step of the baseline
+            interrupt.end("the baseline")
         # if that was broken off, there is nothing yet that the second run could resume
         cfg.resume = cfg.resume and begun
     scores = train(cfg, machine, interrupt)
