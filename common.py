@@ -665,7 +665,8 @@ class Run:
 
     def state(self):
         """All that --resume needs, and --eval."""
-        kept = {k: getattr(self, k) for k in self.KEPT} | {"history": list(self.history)}
+        kept = {k: getattr(self, k) for k in self.KEPT}     # copied, as these lists grow:
+        kept |= {k: list(kept[k]) for k in ("history", "losses")}
         return {**self.facts, **kept, **{k: p.state_dict() for k, p in self.parts.items()}}
 
     def save(self):
@@ -683,9 +684,9 @@ class Run:
                 save_checkpoint(self.out / self.last, self.state())
             self.better, self.saved = None, time.time()
         elif self.better and self.better["step"] == self.step:      # before training moves these
-            for name in self.parts.keys() & self.better.keys():
-                self.better[name] = {k: t.to("cpu", copy=True)
-                                     for k, t in self.better[name].items()}
+            for k in self.parts.keys() & self.better.keys():
+                self.better[k] = type(self.better[k])(
+                    (name, t.to("cpu", copy=True)) for name, t in self.better[k].items())
         if asked:
             self.interrupt.end(f"step {self.step}")
         self.began = time.time()

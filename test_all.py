@@ -52,6 +52,7 @@ MAIN = Path(__file__).resolve().parent
 SHARED = MAIN.parent / "shared/data"
 
 KILLS = 2       # of each script; python test_all.py --kills 50 Broken
+IDLE = common.idle_processors       # which the tests replace
 FUZZ = 40       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
 
 
@@ -2021,6 +2022,58 @@ class CommandLine(Case):
             self.assertIn(reason, " ".join(text.split()))
 
 
+class Threads(Case):
+    def test_as_many_as_there_are_idle_processors(self):
+        for running, load, threads, processors, expected in (
+                ("1/80", 3.0, 2, 2, 2), ("2/80", 0.0, 2, 2, 1), ("9/80", 0.0, 2, 2, 1),
+                ("3/80", 0.0, 4, 16, 4), ("1/80", 0.0, 1, 16, 1), (None, 0.2, 4, 4, 4),
+                (None, 1.8, 4, 4, 2), (None, 9.0, 4, 4, 1)):
+            said = {"return_value": f"0.1 0.2 0.3 {running} 999"} if running else {
+                "side_effect": FileNotFoundError}
+            with mock.patch("pathlib.Path.read_text", **said), \
+                    mock.patch("os.getloadavg", return_value=(load, 0, 0)), \
+                    mock.patch("torch.get_num_threads", return_value=threads), \
+                    mock.patch("os.cpu_count", return_value=processors), \
+                    mock.patch("time.sleep"):
+                self.assertEqual(IDLE(), expected)
+
+    def test_a_run_that_goes_on_has_the_threads_it_had(self):
+        out = self.tmp / "out"
+        argv = [*MASKSUP, "--out", out, "--max-steps"]
+        with mock.patch("common.idle_processors", return_value=2):
+            self.assertIn("threads: 2", inside("masksup.py", *argv, 1).stdout)
+        self.assertEqual(json.loads((out / "config.json").read_text())["threads"], 2)
+        self.assertIn("threads: 2", inside("masksup.py", *argv, 2, "--resume").stdout)
+        self.assertEqual(torch.get_num_threads(), 2)
+        done = inside("masksup.py", *argv, 3, "--resume", "--threads", 1)
+        self.assertIn("threads: 1", done.stdout)
+        self.assertEqual(inside("masksup.py", "--threads", -1).returncode, 2)
+
+
+class Waiting(Case):
+    def test_durations(self):
+        for seconds, text in ((0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"),
+                              (42258, "11 h 44 min"), (360000, "100 h 0 min")):
+            self.assertEqual(common.duration(seconds), text)
+
+    def test_what_takes_long_says_so(self):
+        for seconds, said in (3.2, "reading ..\n"), (0.01, ""):
+            with contextlib.redirect_stdout(io.StringIO()) as out, data.waiting("reading"):
+                time.sleep(seconds)
+            self.assertEqual(out.getvalue(), said)
+
+    def test_speed_and_time_left_once_and_only_what_is_not_the_default(self):
+        text = inside("masksup.py", *MASKSUP, "--batch-size", 8, "--max-steps", 60, "--eval-every",
+                      9, "--out", self.tmp / "out").stdout
+        told = [line for line in text.splitlines() if line.startswith("step ")]
+        self.assertRegex(told[0], r"^step 21/60  loss [\d.]+  [\d.e+]+ img/s  \d+ s left$")
+        self.assertEqual(len(told), 1)
+        for words in ("from the recipe for shapes: ", "from the command line: ", "lr 0.01"):
+            self.assertIn(words, text)
+        self.assertNotIn("alpha1", text)
+        self.assertNotIn("\r", text)
+
+
 class Checkpoints(Case):
     def test_what_is_no_checkpoint_of_this_method_is_refused(self):
         good = self.tmp / "good.pt"
@@ -2316,6 +2369,56 @@ class LmaeLoss(Case):
                         norm += w[c]
         self.assertAlmostEqual(lmae.loss_fn(logits, label, torch.tensor(w), 4).item(),
                                total / norm, places=4)
+
+    def test_sums_of_a_whole_batch_are_right_in_float32(self):
+        """24 x 224 x 224 pixels, of which 73 % are one class: one bin a class would be 0.7 % off."""
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(24, 196, 256, 3, generator=generator)
+        label = 1 + (torch.rand(24, 224, 224, generator=generator) < 0.5).to(torch.uint8)
+        label[torch.rand(24, 224, 224, generator=generator) < 0.73] = 0
+        label[:, :9] = 255
+        w = torch.tensor([0.1, 0.9, 0.8])
+        y = lmae.patchify(label[:, None], 16).flatten().long()
+        ce = F.cross_entropy(logits.flatten(0, 2).double(), y, ignore_index=255, reduction="none")
+        each = torch.cat([w.double(), torch.zeros(253).double()])[y]
+        right = ((ce * each).sum() / each.sum()).item()
+        self.assertAlmostEqual(lmae.loss_fn(logits, label, w, 16).item() / right, 1, delta=1e-6)
+        counts = lmae.class_sums(logits, label, 16)[1]
+        self.assertEqual(counts.tolist(), [(label == c).sum().item() for c in range(3)])
+
+    def test_learned_class_weights_turn_round(self):
+        """beta and gamma lower the loss they weigh: while rare classes are the harder ones, gamma
+        falls by the rate each step. VOC's shares, errors that stay, Adam at 1e-4, 400 epochs; the
+        gradient and Adam by hand, for 41,600 steps of autograd take 10 s."""
+        share = np.array([73.3, .7, .3, .8, .6, .6, 1.6, 1.3, 2.5, 1.1, .8, 1.2, 1.6, .8, 1.1, 4.5,
+                          .6, .8, 1.4, 1.5, .8]) / 97.9
+        errors = np.where(share > 0.5, 0.15, 1.5)
+        weights = lmae.ClassWeights(torch.from_numpy(share).float(), "learned")
+        z = weights.z.double().numpy()
+        p, m, v, at = np.array([0.0, 1.0]), np.zeros(2), np.zeros(2), {}    # of ln beta and gamma
+        for t in range(1, 41601):
+            w = 1 / (1 + np.exp(p[1] * z - p[0]))
+            total = w @ share
+            slope = share * (errors - w @ (share * errors) / total) / total * w * (1 - w)
+            g = np.array([slope.sum(), -slope @ z])
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p -= 1e-4 * m / (1 - 0.9 ** t) / (np.sqrt(v / (1 - 0.999 ** t)) + 1e-8)
+            if t == 1:                                  # the gradient is that of the code
+                loss = (weights() * torch.from_numpy(share * errors)).sum()
+                (loss / (weights() * torch.from_numpy(share)).sum()).backward()
+                np.testing.assert_allclose([weights.log_beta.grad, weights.gamma.grad], g,
+                                           rtol=1e-4)
+            at[t] = p[1]
+        self.assertLess(abs(at[10_000]), 0.1)
+        self.assertLess(at[41_600], -2.5)
+        with torch.no_grad():
+            weights.log_beta.fill_(p[0])
+            weights.gamma.fill_(p[1])
+        w = weights().detach().numpy()
+        self.assertLess(w[1:].max(), 0.1)               # rare classes, which began at 0.5 and more
+        self.assertGreater(w[0] * share[0] / (w @ share), 0.97)
+        fixed = lmae.ClassWeights(torch.from_numpy(share).float(), lmae.Config().class_weights)
+        self.assertEqual([q.requires_grad for q in fixed.parameters()], [False, False])
 
     def test_nothing_labelled_gives_zero_and_a_finite_gradient(self):
         logits = torch.randn(1, 4, 16, 4, requires_grad=True)
@@ -5363,7 +5466,8 @@ class Broken(Case):
             self.assertEqual(type(a), type(b), at)
             if isinstance(a, dict):
                 self.assertEqual(a.keys(), b.keys(), at)
-                for key in set(a) - {"seconds", "out", "resume", "max_steps", "workers"}:
+                for key in set(a) - {"seconds", "out", "resume", "max_steps", "workers",
+                                     "save_every"}:
                     same(a[key], b[key], f"{at} {key}")
             elif isinstance(a, (list, tuple)):
                 self.assertEqual(len(a), len(b), at)
@@ -5415,7 +5519,9 @@ class Broken(Case):
             n = killed.total()
             where = ["half", "part", "done"][n // 2 % 3] if n % 2 else "any time"
             wrap = ["-c", SUICIDE, where, rng.integers(1, 9)]
-            run = self.start(name, out, wrap=() if stay or where == "any time" else wrap)
+            often = ["--save-every", rng.choice(["0", "5", "1e-7"])]    # 1e-7: after each step
+            run = self.start(name, out, *often,
+                             wrap=() if stay or where == "any time" else wrap)
             if not stay and where == "any time":
                 if rng.random() < 0.8:                      # else while it starts
                     next((line for line in run.stdout if " steps " in line), None)
@@ -5431,6 +5537,34 @@ class Broken(Case):
                 self.equal(out, whole)
                 out = home / str(done)
         return f"{name}: killed {dict(killed)}, {done} runs ended like the unbroken one"
+
+    def test_save_every_says_when_last_pt_is_written_and_loses_no_better_model(self):
+        for name, module in SCRIPTS.items():
+            evaluate, ends = module.evaluate, {}
+            for every in "0", "5", "1e-7":
+                out, step, steps, best = self.tmp / f"{every} {name}", module.train_step, [], [90]
+
+                def train_step(*args):
+                    steps.append(saved(out / "last.pt")["step"] if (out / "last.pt").exists()
+                                 else 0)
+                    return step(*args)
+
+                def worse(*args, **kwargs):                 # the first is the best
+                    best[0] -= 10
+                    return evaluate(*args, **kwargs) | {"miou": best[0], "pa_miou": best[0]}
+
+                with mock.patch.object(module, "train_step", train_step), \
+                        mock.patch.object(module, "evaluate", worse):
+                    status, _, error = outcome(name, *self.runs[name], "--out", out,
+                                               "--save-every", every)
+                self.assertEqual((status, error), (0, ""))
+                n, between = len(steps), 2 if name == "s4mim.py" else 4
+                self.assertEqual(steps, {
+                    "0": [k - k % between for k in range(n)], "5": [0] * n,
+                    "1e-7": list(range(n))}[every])
+                ends[every] = out
+                self.equal(out, ends["0"])
+                self.assertEqual(saved(out / "best.pt")["step"], between)
 
     def test_ctrl_c_saves_at_once_and_the_run_goes_on(self):
         for name, sent in zip(SCRIPTS, (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
@@ -5632,6 +5766,93 @@ class Broken(Case):
             for text in "{", "[]", "{}":
                 (out / "config.json").write_text(text)
                 self.refused(name, [*argv, "--out", out, "--resume"], out / "config.json")
+
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    print("no GPU: class Cuda is skipped")
+
+
+@unittest.skipUnless(CUDA, "no GPU")
+class Cuda(unittest.TestCase):
+    """What only a GPU can show."""
+
+    folder = Case.folder
+    noise = Case.noise
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.tmp, self.rng = Path(folder.name), np.random.default_rng(0)
+        root = self.folder(8, 3, (20, 24), sub="train")
+        self.folder(3, 3, (20, 24), sub="val")
+        (root / "classes.txt").write_text("a\nb\nc\n")
+        self.runs = {name: [*brief, "--data", root, "--batch-size", 4, "--workers", 0]
+                     for name, brief in BRIEF.items()}
+        self.runs["s4mim.py"] += ["--batch-size", 8, "--labeled", "1/2", "--psi", 0.2]
+        self.runs["lmae.py"] += ["--drop-path", 0]
+
+    def run_(self, name, out, *more):
+        status, text, error = outcome(name, *self.runs[name], "--out", self.tmp / out, *more)
+        self.assertEqual((status, error), (0, ""), text)
+        return saved(self.tmp / out / "last.pt")
+
+    def loss(self, state):
+        return next(v for k, v in state["history"][0].items() if "loss" in k)
+
+    def test_each_precision_compiled_resumed_and_moved(self):
+        for name in SCRIPTS:
+            two = ["--max-steps", 2, "--amp"]
+            cpu = self.run_(name, f"{name} cpu", *two, "off", "--device", "cpu")
+            for amp, delta in ("off", 0.01), ("bf16", 0.05), ("fp16", 0.05):
+                gpu = self.run_(name, f"{name} {amp}", *two, amp, "--device", "cuda")
+                self.assertAlmostEqual(self.loss(gpu) / self.loss(cpu), 1, delta=delta)
+                gpu = self.run_(name, f"{name} {amp}", "--max-steps", 3, "--amp", amp, "--device",
+                                "cuda", "--resume")
+                self.assertEqual(gpu["step"], 3)
+                self.assertTrue(all(g["fused"] for g in gpu["optimizer"]["param_groups"]))
+            compiled = self.run_(name, f"{name} compiled", *two, "off", "--device", "cuda",
+                                 "--compile")
+            self.assertAlmostEqual(self.loss(compiled) / self.loss(cpu), 1, delta=0.01)
+            for source, device in ("cpu", "cuda"), ("off", "cpu"):
+                at = self.tmp / f"{name} {source}"
+                status, _, error = outcome(name, "--eval", at / "last.pt", "--device", device,
+                                           "--out", self.tmp / f"eval {name} {device}")
+                self.assertEqual((status, error), (0, ""))
+                was, now = (json.loads((path / "metrics.json").read_text())["miou"] for path in
+                            (at, self.tmp / f"eval {name} {device}"))
+                self.assertAlmostEqual(was, now, delta=1)
+            # begun on a CPU, gone on with on a GPU
+            self.assertEqual(self.run_(name, f"{name} cpu", "--max-steps", 3, "--amp", "off",
+                                       "--device", "cuda", "--resume")["step"], 3)
+
+    def test_no_step_waits_for_the_device(self):
+        for name, module in SCRIPTS.items():
+            step = module.train_step
+
+            def train_step(*args):
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    return step(*args)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+            with mock.patch.object(module, "train_step", train_step):
+                for amp in "off", "bf16", "fp16":
+                    self.run_(name, f"{name} {amp}", "--max-steps", 3, "--amp", amp, "--device",
+                              "cuda")
+
+    def test_the_gradient_of_attention_biases(self):
+        torch.manual_seed(0)
+        layer = masksup.Attention(32, 32, 16, 2, 4).cuda().train()
+        x, ends = torch.randn(3, 16, 32, device="cuda"), []
+        torch.nn.init.normal_(layer.attention_biases)
+        for backends in (None, [torch.nn.attention.SDPBackend.MATH]):
+            layer.zero_grad()
+            with torch.nn.attention.sdpa_kernel(backends) if backends else contextlib.nullcontext():
+                layer(x).square().sum().backward()
+            ends.append(layer.attention_biases.grad.clone())
+        torch.testing.assert_close(*ends, atol=1e-4, rtol=1e-3)
 
 
 class Fuzz(Case):
