@@ -227,7 +227,7 @@ class Machine:
         cfg.threads = cfg.threads or idle_processors()
         torch.set_num_threads(cfg.threads)      # a result on a CPU hangs on it bit for bit
         self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.world, self.main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
         name = cfg.device
         if name == "auto":
             name = ("cuda" if torch.cuda.is_available() else
@@ -256,8 +256,7 @@ class Machine:
         auto = usable if self.device.type == "cuda" else 0
         self.loading = dict(workers=cfg.workers if cfg.workers >= 0 else auto, rank=self.rank,
                             world=self.world)
-        # of torch's optimizers: one kernel for all weights on CUDA, which in fp16 takes the scale
-        # without waiting for the device; elsewhere torch's default
+        # torch's optimizers on CUDA: one kernel, in fp16 without a wait; elsewhere their default
         self.fused = self.device.type == "cuda" or None
 
     def autocast(self):
@@ -272,10 +271,6 @@ class Machine:
         """The sum over the processes, of the gradient too: each process has the loss of all
         batches, and parallel() and average_gradients() take the mean."""
         return tensor if self.world == 1 else SumProcesses.apply(tensor)
-
-    @property
-    def main(self):
-        return self.rank == 0
 
 
 class SumProcesses(torch.autograd.Function):
@@ -434,11 +429,8 @@ def settled(cfg, origin, path, theirs, check, *flags):
 
 
 def load_weights(model, path, method, may_lack=()):
-    """Copy a checkpoint's weights into the model. Raises UserError if they do not fit it.
-
-    may_lack: what begins with this may be in one of the two only, and is then left as it is; ():
-    nothing may.
-    """
+    """Copy a checkpoint's weights into the model. Raises UserError if they do not fit it. What
+    begins with may_lack may be in one of the two only, and is then left as it is."""
     mine, theirs = model.state_dict(), load_checkpoint(path, method)["model"]
     theirs = {k: v for k, v in theirs.items() if k in mine or not k.startswith(may_lack)}
     theirs |= {k: v for k, v in mine.items() if k not in theirs and k.startswith(may_lack)}
@@ -470,10 +462,8 @@ def refuse_results(out):
 
 
 def result_folders(paths, out):
-    """{checkpoint: folder for its results}: OUT, or of several OUT/RUN-CHECKPOINT.
-
-    Raises UserError if two are called the same, or if one or OUT holds a run or results.
-    """
+    """{checkpoint: folder for its results}: OUT, or of several OUT/RUN-CHECKPOINT. Raises UserError
+    if two are called the same, or if one or OUT holds a run or results."""
     refuse_results(out)
     if len(paths) == 1:
         return {paths[0]: out}
@@ -708,16 +698,9 @@ def write_history(out, history):
 
 def write_json(path, value):
     """NaN becomes null, floats keep four decimals."""
-    def clean(value):
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(v) for v in value]
-        if isinstance(value, float):
-            return round(value, 4) if math.isfinite(value) else None
-        return value
-
-    write(path, json.dumps(clean(value), indent=1) + "\n")
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None,
+                       parse_float=lambda digits: round(float(digits), 4))
+    write(path, json.dumps(value, indent=1) + "\n")
 
 
 def duration(seconds):

@@ -948,10 +948,7 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
     with machine.autocast():
         conf, y_w = model(v.x_w).softmax(1).max(1)
-        m = v.m
-        if m is None:           # without Phase II there is none
-            L = (-(-cfg.size // cfg.patch)) ** 2
-            m = patch_mask(noise_of(seeds, L), cfg.size, cfg.patch, cfg.ratio).to(v.x_s.device)
+        m = torch.ones_like(v.box[:, None]) if v.m is None else v.m     # None: no Phase II
         c = model.E(v.x_s * m)
         y_s, conf_s = mix(y_w, v.partner, v.box), mix(conf, v.partner, v.box)
         rows = {"x_w": shown(v.x_w), "y_w": painted(y_w.masked_fill(conf < cfg.psi, 255), info),
