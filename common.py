@@ -545,8 +545,8 @@ class Run:
                             f" ({error}); give another --out") from None
         if differ := [f"{k} was {was[k]}, now {now[k]}" for k in now
                       if was[k] != now[k] and k not in MAY_DIFFER | set(may_differ)]:
-            raise UserError(f"--resume: {self.out} has other flags ({'; '.join(differ)}); give those "
-                            "it was started with, or another --out")
+            raise UserError(f"--resume: {self.out} has other flags ({'; '.join(differ)}); give "
+                            "those it was started with, or another --out")
 
     def take_up(self, state):
         """Go on from a checkpoint's state."""

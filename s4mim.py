@@ -759,6 +759,8 @@ def places(length, window):
     return [*range(0, last, max(1, 2 * window // 3)), last]
 
 
+# whole pictures have many sizes: cudnn is not to try all its algorithms on each
+@torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True)
 def probabilities(model, x, cfg, machine):
     """What the network says of normalised pictures x, (B, 3, H, W) -> (B, C, H, W) float32.
 

@@ -2371,7 +2371,7 @@ class LmaeLoss(Case):
                                total / norm, places=4)
 
     def test_sums_of_a_whole_batch_are_right_in_float32(self):
-        """24 x 224 x 224 pixels, of which 73 % are one class: one bin a class would be 0.7 % off."""
+        """24 x 224 x 224 pixels, 73 % of them one class: one bin a class would be 0.7 % off."""
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(24, 196, 256, 3, generator=generator)
         label = 1 + (torch.rand(24, 224, 224, generator=generator) < 0.5).to(torch.uint8)
@@ -2493,7 +2493,8 @@ class LmaeRuns(Case):
         self.assertEqual(list(json.loads(done.stdout.splitlines()[-1])), ["params", "gmacs"])
         done = inside("lmae.py", *TINY_FLAGS, "--bench", 1, "--data", "voc", "--batch-size", 2)
         last = json.loads(done.stdout.splitlines()[-1])
-        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "tflops", "peak_mb"])
+        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "tflops",
+                                      "peak_mb"])
         self.assertAlmostEqual(last["img_per_s"], 2000 / last["ms_per_step"],
                                delta=last["img_per_s"] * 0.02)
 
@@ -3319,7 +3320,8 @@ class MaskSupRuns(Case):
         self.assertEqual(json.loads(done.stdout.splitlines()[-1])["params"], 9_164_616)
         done = inside("masksup.py", *MASKSUP, "--bench", 1, "--batch-size", 2)
         last = json.loads(done.stdout.splitlines()[-1])
-        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "tflops", "peak_mb"])
+        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "tflops",
+                                      "peak_mb"])
 
 
 class MaskSupPredict(Case):
