@@ -529,8 +529,8 @@ def train(cfg):
     out, device, resuming = Path(cfg.out), machine.device, common.resuming(cfg)
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
-    total, N, background = cfg.epochs * per_epoch, len(info.classes), background_table(info)
-    background = background.to(device)
+    total, N = cfg.epochs * per_epoch, len(info.classes)
+    background = background_table(info).to(device)
 
     torch.manual_seed(common.seed_of(cfg.seed))
     model = build(cfg, N).to(device)
@@ -579,12 +579,11 @@ def train(cfg):
             # not the loss, whose weights may move; and not where --max-steps ends an epoch early
             if cfg.schedule == "plateau" and run.step % (per_epoch * cfg.eval_every) == 0:
                 plateau.step(scores["ce"])
-            beta, gamma = weights.log_beta.exp().item(), weights.gamma.item()
             run.log(scores, "pa_miou", f"validation {scores['loss']:.4f}  mIoU "
                     f"{scores['miou']:.1f}  PA-mIoU {scores['pa_miou']:.1f} (nearest fill "
                     f"{scores['pa_miou_nearest']:.1f})", val_loss=scores["loss"],
-                    val_ce=scores["ce"], **{name: scores[name] for name in SCORES}, beta=beta,
-                    gamma=gamma)
+                    val_ce=scores["ce"], **{name: scores[name] for name in SCORES},
+                    beta=weights.log_beta.exp().item(), gamma=weights.gamma.item())
         if due:
             run.save()
 

@@ -827,8 +827,7 @@ def train(cfg, machine, interrupt):
     out, device = Path(cfg.out), machine.device
     labeled, unlabeled, digest = datasets(cfg)
     val_loader = eval_loader(cfg, data.eval_split(cfg.data), machine)
-    info = labeled.info
-    per_epoch = data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
+    info, per_epoch = labeled.info, data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
     total = cfg.epochs * per_epoch
 
     torch.manual_seed(common.seed_of(cfg.seed))
