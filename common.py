@@ -168,8 +168,8 @@ def show_config(cfg, origin, rest="all else is the default: see --help, or confi
     titles = {"recipe": f"from the recipe for {cfg.data}", "pretrain": "because of --pretrain",
               "flag": "from the command line"}
     for source, title in titles.items() if os.environ.get("RANK", "0") == "0" else ():
-        values = ", ".join(f"{n} {getattr(cfg, n)}" for n in origin if origin[n] == source)
-        print(textwrap.fill(f"{title}: {values or 'nothing'}", 100, subsequent_indent="  "))
+        if values := ", ".join(f"{n} {getattr(cfg, n)}" for n in origin if origin[n] == source):
+            print(textwrap.fill(f"{title}: {values}", 100, subsequent_indent="  "))
     print(rest)
 
 
