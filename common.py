@@ -68,7 +68,10 @@ def run(main):
         if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and (
                 "can't allocate memory" not in str(error)):
             raise
-        give_up(f"too little memory ({str(error)[:150]}); lower --batch-size or --size")
+        training = not {"--complete", "--suspect", "--predict"} & set(sys.argv)
+        give_up(f"too little memory ({str(error)[:150]}); "
+                + ("lower --batch-size or --size" if training else "give --device cpu, or smaller "
+                   "pictures"))
     except OSError as error:
         if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
@@ -115,8 +118,9 @@ class Parser(ArgumentParser):
         raise UserError(message)
 
 
-def parse(Config, recipes, doc, argv=None):
-    """Fill the dataclass Config from its defaults, then recipes[--data], then the command line.
+def parse(Config, recipes, doc, argv=None, by="recipe"):
+    """Fill the dataclass Config from its defaults, then recipes[--data], then recipes[--BY], which
+    is "small" for a folder of one's own where nothing is said, then the command line.
 
     A field `a_b: int = 3  # why` is the flag --a-b, its comment the help text. A bool that is True
     by default becomes --no-a-b, a Literal is checked, a tuple takes several values.
@@ -158,7 +162,9 @@ def parse(Config, recipes, doc, argv=None):
         if choices and value is not None and value not in choices:
             raise UserError(f"{flag} {value}: expected one of {', '.join(choices)}"
                             f"{nearest_name(value, choices)}")
-    recipe = recipes.get(given.get("data", Config.data), {})
+    name = given.get("data", Config.data)
+    size = given.get(by, "auto" if name in recipes else "small")
+    recipe = {**recipes.get(name, {}), **recipes.get(size, {})}
     origin = {**dict.fromkeys(recipe, "recipe"), **dict.fromkeys(given, "flag")}
     return Config(**{**recipe, **given}), origin
 
@@ -171,6 +177,13 @@ def show_config(cfg, origin, rest="all else is the default: see --help, or confi
         if values := ", ".join(f"{n} {getattr(cfg, n)}" for n in origin if origin[n] == source):
             print(textwrap.fill(f"{title}: {values}", 100, subsequent_indent="  "))
     print(rest)
+
+
+def settle_epochs(cfg, per_epoch, steps=3000):
+    """Where --epochs is 0, as many as make `steps` steps, with 20 evaluations."""
+    if not cfg.epochs:
+        cfg.epochs = -(-steps // per_epoch)
+        cfg.eval_every = max(1, cfg.epochs // 20)
 
 
 def at_least(cfg, least, *names):
@@ -422,9 +435,10 @@ def settled(cfg, origin, path, theirs, check, *flags):
     if wrong := sorted(given - here - {"out", *flags}):
         raise UserError(f"--{wrong[0].replace('_', '-')} cannot be given here: the checkpoint "
                         f"{path} has settled it")
-    cfg = dataclasses.replace(theirs, resume=False, **{k: getattr(cfg, k) for k in given | here})
+    cfg = dataclasses.replace(theirs, **{"resume": False}
+                              | {k: getattr(cfg, k) for k in given | here})
     check(cfg)
-    show_config(cfg, dict.fromkeys(given, "flag"), f"all else is as in {path}")
+    show_config(cfg, dict.fromkeys(sorted(given), "flag"), f"all else is as in {path}")
     return cfg
 
 
@@ -703,6 +717,26 @@ def write_json(path, value):
     write(path, json.dumps(value, indent=1) + "\n")
 
 
+class Progress:
+    """Loop over a list with a line of how far it is and how long it takes: on a terminal one that
+    rewrites itself, elsewhere one after ten seconds."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        began, live, told = time.time(), sys.stdout.isatty(), False
+        for i, item in enumerate(self.items):
+            spent = time.time() - began
+            if i and (live or spent > 10 and not told):
+                left = duration(spent / i * (len(self.items) - i))
+                print("\r\033[K" * live + f"{i} of {len(self.items)}, {left} left",
+                      end="" if live else "\n", flush=True)
+                told = True
+            yield item
+        print("\r\033[K" * live, end="", flush=True)
+
+
 def duration(seconds):
     """'11 h 44 min', '3 min 20 s' or '45 s'."""
     minutes, s = divmod(round(seconds), 60)
@@ -801,6 +835,13 @@ def overlay(image, label, colors, share=0.55):
     """The picture with its labels laid over it; void stays the picture. Shapes as colorize()."""
     mixed = np.asarray(image) * (1 - share) + colorize(label, colors) * share
     return np.where((np.asarray(label) == VOID)[..., None], image, mixed).astype(np.uint8)
+
+
+def outline(image, mask, color=(255, 0, 255)):
+    """The picture (H, W, 3) uint8 with a line of `color` around what is True in mask (H, W)."""
+    wide = np.pad(mask, 1)
+    inside = wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+    return np.where((mask & ~inside)[..., None], np.array(color, np.uint8), image)
 
 
 def save_image(path, array, palette=None):

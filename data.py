@@ -234,7 +234,7 @@ def runs(ids):
 
 def read_colors(path, palette):
     """A colour mask as uint8 (H, W) of class indices and 255; greys count as colours too."""
-    _, meaning = load_palette(palette)
+    meaning = palette if isinstance(palette, dict) else load_palette(palette)[1]
     with opened(path) as image:
         codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
     known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
@@ -242,7 +242,7 @@ def read_colors(path, palette):
     unknown = codes[np.array(list(known))[at] != codes]
     if unknown.size:
         strange = [f"{c >> 16} {c >> 8 & 255} {c & 255}" for c in np.unique(unknown).tolist()]
-        raise UserError(f"{path}: {len(strange)} of its colours are not in the palette {palette} "
+        raise UserError(f"{path}: {len(strange)} of its colours are not in the palette "
                         f"({', '.join(strange[:4])}{', ..' * (len(strange) > 4)}): add them to a "
                         "palette file, or correct the mask")
     return np.array(list(known.values()), np.uint8)[at]
@@ -377,6 +377,13 @@ def pair(images, masks, key=lambda path: path.stem):
             found.setdefault(key(path), ([], []))[side].append(path)
     return [Item(stem, image, mask) for stem, sides in sorted(found.items())
             for image in sides[0] or [None] for mask in sides[1] or [None]]
+
+
+def tree(folder):
+    """The pictures in a folder and the folders in it, but for those whose name begins with a dot,
+    sorted."""
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES
+                  and not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def pairs_in(folder, images="images", masks="masks"):
@@ -594,6 +601,16 @@ def find(name, root, markers=()):
     source = SOURCES[name]
     places = [base / p for base in (Path(root) / name, Path(root)) for p in source.places]
     return next((p for p in places for m in markers or source.markers if (p / m).exists()), None)
+
+
+def short_side(name, root):
+    """The shorter side of the pictures of the training split, in pixels: the median of some 50."""
+    items = [item for item in list_items(name, root, "train") if item.image]
+    sides = []
+    for item in items[::max(1, len(items) // 50)] if items[0].image != DRAWN else ():
+        with contextlib.suppress(UserError), opened(item.image) as image:
+            sides.append(min(image.size))
+    return sorted(sides)[len(sides) // 2] if sides else None
 
 
 def list_items(name, root, split, protocol="lists"):

@@ -61,7 +61,9 @@ class Config:
     out: str = ""                  # run folder; empty: out/masksup-DATA
     method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
     model: Literal["unet", "unetpp", "levit128s", "levit192", "levit384"] = "levit384"  # network f
-    epochs: int = 200              # the paper's for GlaS, like all defaults down to coverage
+    recipe: Literal["auto", "small", "paper"] = "auto"  # auto: small for a folder, else paper
+    epochs: int = 200              # the paper's for GlaS, like all defaults down to coverage;
+    #                                0: as many as make 3000 steps
     batch_size: int = 16           # pictures a step, over all processes
     lr: float = 1e-4               # of the optimizer
     optimizer: Literal["adam", "sgd"] = "adam"  # SGD with momentum 0.9
@@ -110,8 +112,11 @@ RECIPES = {                        # what differs from the defaults above, by da
     "shapes": dict(model="unet", width=16, size=32, epochs=32, batch_size=8, lr=1e-2,
                    schedule="cosine", warmup=30, coverage="low", eval_every=4, mae_patch=8,
                    pretrain_epochs=10),
-    "nyuv2": SCENES,               # the paper's; the others are not in it
+    "glas": {}, "polyp": {}, "nyuv2": SCENES,           # the paper's; the others are not in it
     "voc": SCENES, "camvid": SCENES, "cityscapes": SCENES,
+    # for a folder of your own, on a laptop: about ten minutes
+    "small": dict(model="unet", width=16, size=128, epochs=0, batch_size=8, lr=1e-3,
+                  schedule="cosine", warmup=50, coverage="low", flip=True),
 }
 
 
@@ -689,6 +694,7 @@ def train(cfg):
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
     beside = {split: dataset(cfg, split) for split in data.splits_beside(cfg.data)}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
+    common.settle_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
     bank = mask_source(cfg).to(device)
 
@@ -956,11 +962,11 @@ def bench(cfg):
 
 def check(cfg):
     """What the parser cannot judge. Raises UserError."""
-    common.at_least(cfg, 1, "epochs", "batch_size", "size", "width", "bank", "eval_every",
+    common.at_least(cfg, 1, "batch_size", "size", "width", "bank", "eval_every",
                     "pretrain_epochs", "mae_patch")
     common.at_least(cfg, -1, "bench")
-    common.at_least(cfg, 0, "max_steps", "weight_decay", "alpha1", "alpha2", "alpha3", "warmup",
-                    "threads", "save_every", "in_memory")
+    common.at_least(cfg, 0, "epochs", "max_steps", "weight_decay", "alpha1", "alpha2", "alpha3",
+                    "warmup", "threads", "save_every", "in_memory")
     if not 0 < cfg.lr < math.inf:
         raise UserError(f"--lr {cfg.lr}: expected a number above 0")
     least = 80 if cfg.model.startswith("levit") else 32     # BatchNorm needs more than one value

@@ -83,14 +83,16 @@ class Config:
     width: int = 64                # channels of E's first stage, and a quarter of the decoders'
     pretrained: str = "imagenet"   # weights of E: imagenet (downloads), a file, or none
     init: str = ""                 # start from the weights of this checkpoint
-    epochs: int = 80               # passes over the unlabelled pictures
+    recipe: Literal["auto", "small", "paper"] = "auto"  # auto: small for a folder, else paper
+    epochs: int = 80               # passes over the unlabelled pictures; 0: 3000 steps
     batch_size: int = 16           # pictures a step, over all processes, half of them labelled
     lr: float = 1e-3               # of E at the start
     decoder_lr: float = 10.0       # the decoders' rate is so many times E's
     weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
     size: int = 321                # side of the crops; best a multiple of 4 plus 1: see resize()
     scale: float = 2.0             # pictures are scaled by 1 / scale to scale, then cropped
-    zoom: float = 1.0              # pictures are shrunk by this first, for predictions too
+    zoom: float = 1.0              # pictures are shrunk by this first, for predictions too; 0: to a
+    #                                shorter side of 1.5 crops, if that is less
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
     psi: float = 0.95              # least confidence of a pseudo-label in L_u
@@ -127,9 +129,12 @@ RECIPES = {                        # what differs from the defaults above, the p
     "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
                    epochs=12, lr=0.05, decoder_lr=1.0, baseline="suponly", eval_every=2),
     "voc": dict(labeled="1/16"),   # 92
-    "camvid": dict(labeled="1/8"),
+    "camvid": dict(labeled="1/8"), "nyuv2": {}, "glas": {}, "polyp": {},
     "cityscapes": dict(labeled="1/16", size=801, epochs=240, lr=0.005, decoder_lr=1.0, psi=0.0,
                        ohem=True, window="slide"),
+    # for a folder of your own, on a laptop: about a quarter of an hour
+    "small": dict(backbone="resnet18", width=16, pretrained="none", size=97, zoom=0.0, scale=1.25,
+                  epochs=0, lr=0.05, decoder_lr=1.0),
 }
 
 
@@ -828,6 +833,7 @@ def train(cfg, machine, interrupt):
     labeled, unlabeled, digest = datasets(cfg)
     val_loader = eval_loader(cfg, data.eval_split(cfg.data), machine)
     info, per_epoch = labeled.info, data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
+    common.settle_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
 
     torch.manual_seed(common.seed_of(cfg.seed))
@@ -1097,9 +1103,9 @@ def bench_heads(cfg, C, machine, B=4):
 
 def check(cfg):
     """What the parser cannot judge. Raises UserError."""
-    common.at_least(cfg, 1, "epochs", "size", "width", "eval_every", "patch", "scale")
+    common.at_least(cfg, 1, "size", "width", "eval_every", "patch", "scale")
     common.at_least(cfg, -1, "bench")
-    common.at_least(cfg, 0, "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
+    common.at_least(cfg, 0, "epochs", "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
                     "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory")
     for name in ("lr", "decoder_lr", "tau", "zoom"):
         if not 0 < getattr(cfg, name) < math.inf:
@@ -1133,6 +1139,8 @@ def main():
         return evaluate_only(cfg, origin)
     if cfg.method == "suponly":
         cfg.baseline = "none"
+    if not cfg.zoom:
+        cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
     check(cfg)
     common.show_config(cfg, origin)
     if cfg.bench >= 0:
