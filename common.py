@@ -237,21 +237,30 @@ class Machine:
             with suppress(OSError, ValueError, AttributeError):     # Run says what is wrong there
                 config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
                 cfg.threads = cfg.threads or config.get("threads", 0)
+                if config.get("palette") and not cfg.palette:
+                    raise UserError(f"--resume: {folder} was begun with --palette "
+                                    f"{config['palette']}: give that again")
         cfg.threads = cfg.threads or idle_processors()
         torch.set_num_threads(cfg.threads)      # a result on a CPU hangs on it bit for bit
         self.rank = int(os.environ.get("RANK", 0))
         self.world, self.main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
         name = cfg.device
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+            raise UserError(f"--device {name}: expected one of auto, cuda, cuda:1, mps, cpu"
+                            f"{nearest_name(name, ('auto', 'cuda', 'mps', 'cpu'))}")
         if name == "auto":
             name = ("cuda" if torch.cuda.is_available() else
                     "mps" if torch.backends.mps.is_available() else "cpu")
         for wanted, found in ("cuda", torch.cuda), ("mps", torch.backends.mps):
-            if name == wanted and not found.is_available():
+            if name.startswith(wanted) and not found.is_available():
                 raise UserError(f"--device {name}: torch finds none here; leave --device out")
-        if name == "cuda":
+        if name.startswith("cuda"):
+            n = torch.cuda.device_count()
+            if int(name[5:] or 0) >= n:
+                raise UserError(f"--device {name}: there are {n}, from cuda:0 to cuda:{n - 1}")
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True       # all crops have one size: try, and keep
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            name = name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(name)
         self.device = torch.device(name)
         if self.world > 1:
@@ -442,18 +451,28 @@ def settled(cfg, origin, path, theirs, check, *flags):
     return cfg
 
 
-def load_weights(model, path, method, may_lack=()):
-    """Copy a checkpoint's weights into the model. Raises UserError if they do not fit it. What
-    begins with may_lack may be in one of the two only, and is then left as it is."""
-    mine, theirs = model.state_dict(), load_checkpoint(path, method)["model"]
-    theirs = {k: v for k, v in theirs.items() if k in mine or not k.startswith(may_lack)}
+def load_weights(model, path, method, classes, may_lack=()):
+    """Copy a checkpoint's weights into the model, which has C classes. If the checkpoint has
+    others, what their number decides the shape of starts anew, and is named. What begins with
+    may_lack may be in one of the two only. Raises UserError if they do not fit otherwise."""
+    mine, state = model.state_dict(), load_checkpoint(path, method)
+    theirs = {k: v for k, v in state["model"].items() if k in mine or not k.startswith(may_lack)}
     theirs |= {k: v for k, v in mine.items() if k not in theirs and k.startswith(may_lack)}
+    more, anew = classes - len(state["info"]["classes"]), []
+    for name in mine.keys() & theirs.keys() if more else ():
+        off = [a - b for a, b in zip(mine[name].shape, theirs[name].shape) if a != b]
+        if len(off) == 1 and off[0] % more == 0 and off[0] * more > 0:
+            theirs[name] = mine[name]
+            anew.append(name)
     try:
         model.load_state_dict(theirs)
     except RuntimeError as error:
         line = " ".join(str(error).split("\n\t")[1:2]) or "other weights"
         raise UserError(f"--init {path} does not fit this model ({line}); build the model "
-                        "with the classes and flags that it was trained with") from None
+                        "with the flags that it was trained with") from None
+    if anew:
+        print(f"--init {path} has {classes - more} classes in place of {classes}: these start "
+              f"anew: {', '.join(sorted(anew))}")
 
 
 RUN_FILES = ("config.json", "last.pt", "best.pt", "pretrain.pt", "log.csv", "curves.png",
@@ -557,8 +576,9 @@ class Run:
         except ValueError as error:                     # what json and utf-8 raise are ValueErrors
             raise UserError(f"--resume: {config} is not of a run of this {self.facts['method']}.py"
                             f" ({error}); give another --out") from None
-        if differ := [f"{k} was {was[k]}, now {now[k]}" for k in now
-                      if was[k] != now[k] and k not in MAY_DIFFER | set(may_differ)]:
+        moved = {"data", "palette"} if Path(now["data"]).is_dir() else set()    # a folder; its
+        if differ := [f"{k} was {was[k]}, now {now[k]}" for k in now            # files are compared
+                      if was[k] != now[k] and k not in MAY_DIFFER | moved | set(may_differ)]:
             raise UserError(f"--resume: {self.out} has other flags ({'; '.join(differ)}); give "
                             "those it was started with, or another --out")
 
@@ -662,8 +682,8 @@ class Run:
                  f"({' '.join(others)})  {line}  {self.seconds:.0f} s".replace(" ()", ""))
         if self.machine.main:
             write_history(self.out, self.history)
-        if scores[better_by] > self.best:
-            self.best = scores[better_by]
+        if scores[better_by] > self.best or self.best < 0:      # a first one that is nan, too
+            self.best = max(scores[better_by], -1.0)
             resume_only = {k for k, p in self.parts.items() if p not in self.modules}
             self.better = {k: v for k, v in self.state().items() if k not in resume_only}
 
@@ -889,33 +909,43 @@ def empty_folder(to):
 
 
 def predict_folder(cfg, origin, load, check, data, segment, *flags):
-    """--predict PATH --ckpt CKPT --to DIR: segment a picture, or each in a folder, and exit.
+    """--predict PATH .. --ckpt CKPT --to DIR: segment images, and those in folders, and exit.
 
     load, check and segment are the method's, data is data.py, flags: as in settled().
     segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W).
     Writes DIR/NAME.png, class indices with the classes' colours as palette, and
-    DIR/overlay/NAME.png, at the size of the picture, which is turned upright first if its EXIF
-    data say so. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a
-    line on stderr, and the exit status is then 1.
+    DIR/overlay/NAME.png, at the size of the image, which is turned upright first if its EXIF
+    data say so; the images of a folder in a folder into the same tree. With a.jpg beside a.png,
+    whole names are kept: a.jpg.png. What cannot be read is a line on stderr, and the exit status
+    is then 1.
     """
     if not (cfg.ckpt and cfg.to):
         raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "
                         "--ckpt CKPT --to DIR")
     theirs, info, model, _ = load(cfg.ckpt)
+    paths = cfg.predict
     cfg = settled(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
-    machine, source, to, failed = Machine(cfg), Path(cfg.predict), Path(cfg.to), 0
+    machine, to, failed, found = Machine(cfg), Path(cfg.to), 0, []
     if machine.world > 1:
         raise UserError("--predict works in one process: python in place of torchrun")
     empty_folder(to)
-    paths = data.pictures(source) if source.is_dir() else [source]
-    if not paths or not source.exists():
-        raise UserError(f"--predict {source}: no picture there")
+    for source in map(Path, paths):
+        inside = data.tree(source) if source.is_dir() else [source] if source.exists() else []
+        found += [(path, path.relative_to(source if source.is_dir() else source.parent))
+                  for path in inside]
+        if not inside:
+            raise UserError(f"--predict {source}: no picture there")
+        if source.is_dir() and (others := sum(p.is_file() for p in source.rglob("*")
+                                              if p not in set(inside))):
+            print(f"{source}: {others} files that are no pictures are left out")
     model.to(machine.device)
-    alike = len({path.stem for path in paths}) < len(paths)       # a.jpg and a.png: whole names
-    for path in paths:
-        name = (path.name if alike else path.stem) + ".png"
+    alike = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
+    if len({name for _, name in found}) < len(found):
+        raise UserError("--predict: two of these have the same name: predict them one by one")
+    for path, name in Progress(found):
+        name = f"{name if alike else name.with_suffix('')}.png"
         try:
-            image = data.read_image(path, upright=True)
+            image = data.read_image(path)
         except UserError as error:
             failed += 1
             print(f"{error} (skipped)", file=sys.stderr)
@@ -923,7 +953,7 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
         answer = segment(model, image, cfg, machine)
         save_image(to / name, answer, np.array(info.colors, np.uint8).ravel().tolist())
         save_image(to / "overlay" / name, overlay(image, answer, info.colors))
-    print(f"{len(paths) - failed} segmented, {failed} failed -> {to}; classes "
+    print(f"{len(found) - failed} segmented, {failed} failed -> {to}; classes "
           + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
     sys.exit(1 if failed else 0)
 

@@ -1,4 +1,4 @@
-"""Datasets of pictures and label masks: where they lie, how they are read, augmented, batched.
+"""Datasets of images and label masks: where they lie, how they are read, augmented, batched.
 
     python data.py                                  # check the dataset that this file draws
     python data.py --data voc                       # Pascal VOC 2012, downloaded if missing
@@ -7,41 +7,15 @@
 
 Run as a script it is the check to make before training: counts, sizes, the share of each class,
 the score of the best answer that is the same class everywhere, all problems with their files and
-what to do (exit status 1 if there are any), and a contact sheet of pictures and labels,
-out/check-NAME.png. A dataset is looked for in ROOT/NAME, then in ROOT.
+what to do (exit status 1 if there are any), and a contact sheet of images and labels,
+out/check-NAME.png. Whatever is guessed is a line. README.md has the table of what is read.
 
-    name        layout                                                  splits          classes
-    shapes      none: drawn at run time                                 train val       6
-    voc         VOCdevkit/VOC2012/ or the folder itself: JPEGImages/    train val       21
-                SegmentationClass/ ImageSets/ (SegmentationClassAug/)
-    cityscapes  leftImg8bit/SPLIT/CITY/, gtFine/SPLIT/CITY/ with        train val       19
-                *_gtFine_labelTrainIds.png or else *_gtFine_labelIds.png
-    camvid      SPLIT/ and SPLITannot/                                  train val test  11
-    nyuv2       SPLIT_images/ and SPLIT_labels/                         train val       40
-    glas        Train_Folder/ and Test_Folder/, or train/ and test/,    train test      2
-                each with img/ and labelcol/; or as Warwick has it:
-                train_1.bmp, train_1_anno.bmp, testA_1.bmp, ..
-    polyp       Kvasir-SEG/ with images/ and masks/ beside              train test      2
-                CVC-ClinicDB/ with Original/ and Ground Truth/; or      kvasir
-                TrainDataset/ and TestDataset/{CVC-ClinicDB,Kvasir}/
-    DIR         images/ and masks/, a picture and its mask share a      train val       any
-                stem; or train/ and val/ with those two inside; with
-                no val/, a fixed fifth, by name, is the val split
+Lines 60 to 400 are how a folder becomes batches: one file, a folder of your own, the dataset, the
+loaders. Then come the published datasets, what is labelled in semi-supervised training, downloads,
+the images drawn here, the strong view, and the check.
 
-A mask holds a class id a pixel: a grey or indexed PNG of 8 bits. 255 is void: not learned from,
-not counted. DIR/classes.txt has the names of class 0, 1, .. on its lines; without it, the largest
-id in the masks tells how many there are. Colour masks need --palette voc, cityscapes, or a file
-of lines `R G B name`, one a class (void is the name of a void colour).
-
-A picture without a mask is unlabelled: there is no file for it where the masks of its split are,
-in voc though it is on the split's list; by voc's protocol ori, it is on train_aug.txt and not on
-train.txt. Supervised training leaves it out. Semi-supervised training (labeled_split) learns from
-it too, and takes away the masks of whichever pictures it is to treat as unlabelled.
-
-The masks of glas and polyp have no void. Those of glas number the glands: any id above 0 is gland.
-Those of polyp are greys, often JPEG: above 127 is polyp. polyp's test split is 62 pictures of
-CVC-ClinicDB, and kvasir 100 of Kvasir-SEG, drawn once by name where no TestDataset/ says which.
-CVC's frames come from 29 videos, so near twins of the test pictures so drawn are in train.
+An image without a mask is unlabelled: supervised training leaves it out, semi-supervised training
+(labeled_split) learns from it too, and takes away the masks of what it is to treat as unlabelled.
 
 Licences: shapes is drawn by this file, and as free as it is. The photographs of Pascal VOC belong
 to users of Flickr; Cityscapes is for non-commercial use, CamVid for research, GlaS, Kvasir-SEG and
@@ -51,6 +25,8 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import itertools
+import logging
 import math
 import os
 import re
@@ -74,13 +50,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from common import (VOID, UserError, constant_miou, nearest_name, overlay, parse, run, seed_of,
                     sheet)
 
-SHOWN = 192                 # side of the pictures on the contact sheet
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SHOWN = 192                 # side of the images on the contact sheet
+# what Pillow reads, but for films and drawings; and what looks like an image, and it does not
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind in Image.OPEN and kind not in ("EPS", "FLI", "GRIB", "HDF5", "BUFR", "MPEG",
+                                                   "IPTC", "WMF", "FTEX", "PSD")}
+FOREIGN = {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".heic", ".heif", ".jxl", ".nef",
+           ".nii", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf"} - SUFFIXES
+logging.getLogger("PIL").setLevel(logging.CRITICAL)     # what it cannot read is told below
 
 # CVC-ClinicDB's own TIFFs hold RGB but are tagged as grey ("black is zero"): Pillow refuses them
 for order in b"II", b"MM":
@@ -98,60 +80,41 @@ class Info:
     background: tuple = (0,)    # classes that are background: whatever is no object
     threshold: int | None = None    # class 1 is every id above it, nothing is void; the ids number
                                     # objects if it is 0, else they are greys
+    palette: tuple = ()         # ((r, g, b), label): masks hold these colours, and no ids
 
 
 class Item(NamedTuple):
-    """A picture and its mask. No mask: it is unlabelled. No picture: the mask is a stray."""
-    stem: str
+    """An image and its mask. No mask: it is unlabelled. No image: the mask is a stray."""
+    stem: str                   # its path below images/ and masks/, without the suffix
     image: Path | None
     mask: Path | None
 
 
-class Source(NamedTuple):
-    """How to find a dataset and list its files."""
-    info: Info
-    splits: tuple
-    items: callable             # (folder, split, protocol) -> list of Item
-    tree: str = ""              # what to expect, for error messages
-    markers: tuple = ()         # folders or files inside it that it is known by, any of them
-    places: tuple = (".",)      # where it may lie below ROOT/NAME and ROOT
-    url: str = ""               # an archive to download if it is not there, and its MD5 sum
-    md5: str = ""
-    whole: callable = None      # where no sum is known: (folder unpacked) -> is nothing missing?
-    beside: str = ""            # a folder that must be there already, and the archive goes beside
-
-
 # -------------------------------------------------------------------------------- reading one file
 
+told = set()
+
+
+def say(line):
+    """Print what was guessed, once, from one process."""
+    if line not in told and os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+    told.add(line)
+
+
 @contextmanager
-def waiting(what):
-    """Say what is being waited for, if it takes more than three seconds (one process)."""
-    timer = threading.Timer(3, print, (f"{what} ..",), {"flush": True})
-    if os.environ.get("RANK", "0") == "0":
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def text_lines(path):
-    """The lines of a text file that are not blank. Raises UserError if it is not UTF-8."""
-    try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: no text in UTF-8 ({error.reason} at byte {error.start}): "
-                        "save it as such") from None
-    return [line.strip() for line in lines if line.strip()]
-
-
-@contextlib.contextmanager
 def opened(path):
-    """Image.open for a with block; whatever goes wrong in it becomes one UserError line."""
+    """Image.open for a with block, of a file of one page; whatever goes wrong in it becomes one
+    UserError line."""
     try:
+        if Path(path).suffix.lower() in FOREIGN:
+            raise UnidentifiedImageError
         with Image.open(path) as image:
             if not all(image.size):
                 raise ValueError("it has no pixels")
+            pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1   # previews
+            if pages > 1 and not (image.format == "TIFF" and only_previews(image, pages)):
+                raise UserError(f"{path}: {pages} pages: save each as a file of its own")
             yield image
     except UserError:
         raise
@@ -161,56 +124,117 @@ def opened(path):
         raise UserError(f"{path}: you may not read it: change its permissions") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}: save it smaller, or in parts") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a whole picture, or of a kind that Pillow cannot read (a "
+                        "camera's own? 8 channels of 8 bits?): replace or remove it, or save it "
+                        "as 8-bit grey or RGB") from None
     except Exception as error:      # a broken file raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a whole picture ({reason[:90]}): "
                         "replace or remove it") from None
 
 
-def read_image(path, upright=False):
-    """A picture as uint8 (H, W, 3): grey, indexed, CMYK, alpha become RGB, 16 bits the high 8.
+def only_previews(image, pages):
+    """Whether all further pages of a TIFF are marked as smaller copies of the first."""
+    kinds = []
+    for page in range(1, pages):
+        image.seek(page)
+        kinds.append(image.tag_v2.get(254, 0) & 1)
+    image.seek(0)
+    return all(kinds)
 
-    The EXIF rotation is applied only if `upright` (to a TIFF Pillow always applies it): masks are
-    drawn over the pixels as they lie in the file. Raises UserError for what is not a whole picture
-    or has 32 bits a pixel.
+
+def turned(image):
+    """Whether EXIF notes a turn or a mirroring that is still to be done."""
+    return image.getexif().get(0x0112, 1) not in (0, 1)
+
+
+def shape_of(path, mask=None):
+    """(H, W) of an image as read_image() reads it, by the headers of the two files."""
+    with opened(path) as image:
+        stored = upright = image.size[::-1]
+        if turned(image) and image.getexif()[0x0112] > 4:
+            upright = stored[::-1]
+    if mask is None or upright == stored:
+        return upright
+    with opened(mask) as drawn:
+        return stored if drawn.size[::-1] == stored else upright
+
+
+def read_image(path, mask=None):
+    """An image as uint8 (H, W, 3): grey, indexed, CMYK, alpha become RGB, 16 bits the high 8.
+
+    It is turned upright as EXIF notes, as viewers and drawing tools do; but where the shape (H, W)
+    of its mask is that of the pixels as they are stored, and not of the upright ones, it is left
+    as stored. Raises UserError for what is not a whole picture, has 32 or signed bits a pixel, or
+    16 bits of which only a small part is used, which would be black.
     """
     with opened(path) as image:
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
-            raise UserError(f"{path}: 32 bits a pixel: save it with 8 or 16")
+        kind = str(image.tile[0].args) if image.tile else ""    # loading forgets it
+        if turned(image):
+            upright = ImageOps.exif_transpose(image)
+            as_stored = mask not in (None, upright.size[::-1]) and mask == image.size[::-1]
+            say(f"{Path(path).parent}: EXIF notes some images as turned: "
+                + ("left as they are stored, as their masks are" if as_stored else
+                   "read upright" + ("" if mask is None or image.size != upright.size else
+                                     "; sizes do not tell whether their masks were drawn so")))
+            image = image if as_stored else upright
+        if re.search("16S|[IF];32", kind) or image.mode == "F":
+            raise UserError(f"{path}: {'signed 16 bits' if '16S' in kind else '32 bits'} a pixel: "
+                            "save it with 8 bits, or 16 without a sign")
+        pixels = np.asarray(image) if image.mode.startswith("I") else np.array(image.convert("RGB"))
         if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+            pixels = pixels.astype(np.int32) << 4 if "I;12" in kind else pixels
+            used, pixels = pixels.max(), np.dstack([pixels >> 8] * 3).astype(np.uint8)
+        else:
+            used = (int(pixels.max()) << 8) + 255 if ";16" in kind else 0
+        if 0 < used < 8192:
+            raise UserError(f"{path}: 16 bits, but its values end at {used}: it would be black: "
+                            "save it with 8 bits, or scaled to 65535")
+        return pixels
 
 
 def read_ids(path, greys=False):
-    """The ids in a mask as they are on disk, uint8 (H, W). Raises UserError for colours.
+    """The ids in a mask as they are on disk, uint8 (H, W). Raises UserError for colours, and for
+    what is no id of 0..255.
 
     greys: the mask is a picture of greys, stored in whatever way, RGB too, and these are the ids.
     """
     with opened(path) as image:
-        if greys and not image.mode.startswith("I"):
-            return np.array(image.convert("L"))
+        kind = {"F": "32-bit floats"}.get(image.mode, image.mode)
         if image.mode in ("1", "L", "P"):
-            return np.array(image, dtype=np.uint8)
-        if not image.mode.startswith("I"):
-            raise UserError(f"{path}: a colour mask ({image.mode}), not one of class ids: say "
-                            "what its colours mean with --palette voc|cityscapes|FILE")
-        ids = np.array(image)
-        if ids.min() < 0 or ids.max() > 255:
-            raise UserError(f"{path}: ids from {ids.min()} to {ids.max()}: "
-                            "renumber them to 0..255")
-        return ids.astype(np.uint8)
+            return np.array(image.convert("L") if greys else image, dtype=np.uint8)
+        if not image.mode.startswith(("I", "F", "RGB")):
+            image = image.convert("RGBA" if "A" in image.mode else "RGB")
+        ids, luma = np.array(image), np.array(image.convert("L")) if greys else None
+    if ids.ndim == 3:           # three equal channels are one, but for what JPEG makes of them
+        channels = ids[..., :3].astype(np.int16)
+        if np.ptp(channels, 2).max() > 40 * greys or (ids[..., 3:] != 255).any():
+            raise UserError(f"{path}: a colour mask ({kind}), not one of class ids: say what its "
+                            "colours mean with --palette voc|cityscapes|FILE")
+        if not greys:
+            say(f"{Path(path).parent}: some masks have three equal channels: read as ids")
+        return luma if greys else ids[..., 0]
+    if greys and kind.startswith("I;16") and ids.max() > 255:
+        return (ids >> 8).astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        whole = ids.astype(np.uint8)
+    if not (ids == whole).all():
+        raise UserError(f"{path}: ids from {ids.min()} to {ids.max()} ({kind}): renumber them to "
+                        "0..255, and save them as 8-bit PNG")
+    return whole
 
 
-def read_label(path, info, palette=None):
-    """A mask as uint8 (H, W) of class indices and 255, by its ids or, with a palette, its colours.
+BINARY = "if it is black and white, give --palette binary"
+
+
+def read_label(path, info):
+    """A mask as uint8 (H, W) of class indices and 255, by its ids, greys or colours, see Info.
 
     Raises UserError, with the file, for ids and colours that mean nothing in this dataset.
     """
-    if palette:
-        return read_colors(path, palette)
+    if info.palette:
+        return read_colors(path, dict(info.palette))
     if info.threshold is not None:
         return (read_ids(path, info.threshold > 0) > info.threshold).astype(np.uint8)
     ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
@@ -218,11 +242,29 @@ def read_label(path, info, palette=None):
     known[[*info.ids, *info.void, VOID]] = True
     if not known[ids].all():
         bad = np.unique(ids[~known[ids]]).tolist()
-        lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
+        lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif")
         raise UserError(f"{path}: {'ids' if len(bad) > 1 else 'id'} {runs(bad)}, but {info.name} "
                         f"has classes {runs(info.ids)} and void {runs((*info.void, VOID))}: "
-                        + ("JPEG changes ids, save masks as PNG" if lossy else "correct the mask"))
+                        + (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
+                           "correct the mask" + f"; {BINARY}" * (len(bad) > 9)))
     return table[ids]
+
+
+def read_colors(path, meaning):
+    """A colour mask as uint8 (H, W) of class indices and 255; greys count as colours too."""
+    with opened(path) as image:
+        codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
+    known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
+    at = np.searchsorted(list(known), codes).clip(max=len(known) - 1)
+    unknown = codes[np.array(list(known))[at] != codes]
+    if unknown.size:
+        strange = [(c >> 16, c >> 8 & 255, c & 255) for c in np.unique(unknown).tolist()]
+        grey = all(max(c) - min(c) < 25 for c in [*strange, *meaning]) and len(meaning) == 2
+        raise UserError(f"{path}: {len(strange)} of its colours are not in the palette "
+                        f"({', '.join('%d %d %d' % c for c in strange[:4])}"
+                        f"{', ..' * (len(strange) > 4)}): add them to a palette file, or correct "
+                        "the mask" + f"; {BINARY}" * grey)
+    return np.array(list(known.values()), np.uint8)[at]
 
 
 def runs(ids):
@@ -232,138 +274,26 @@ def runs(ids):
     return ", ".join(f"{a}..{b}" if b > a else f"{a}" for a, b in zip(firsts, lasts))
 
 
-def read_colors(path, palette):
-    """A colour mask as uint8 (H, W) of class indices and 255; greys count as colours too."""
-    meaning = palette if isinstance(palette, dict) else load_palette(palette)[1]
-    with opened(path) as image:
-        codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
-    known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
-    at = np.searchsorted(list(known), codes).clip(max=len(known) - 1)
-    unknown = codes[np.array(list(known))[at] != codes]
-    if unknown.size:
-        strange = [f"{c >> 16} {c >> 8 & 255} {c & 255}" for c in np.unique(unknown).tolist()]
-        raise UserError(f"{path}: {len(strange)} of its colours are not in the palette "
-                        f"({', '.join(strange[:4])}{', ..' * (len(strange) > 4)}): add them to a "
-                        "palette file, or correct the mask")
-    return np.array(list(known.values()), np.uint8)[at]
+# ------------------------------------------------------------------------------ a folder of images
 
+IMAGES = "images", "JPEGImages", "imgs", "img", "image"         # the first that is there
+MASKS = "masks", "SegmentationClass", "mask", "labels", "annotations"
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 
-@functools.lru_cache
-def load_palette(palette):
-    """(Info, {(r, g, b): class index or 255}) of voc, cityscapes, or a file as above."""
-    if palette in VOID_COLORS:
-        info = SOURCES[palette].info
-        void = dict.fromkeys(VOID_COLORS[palette], VOID)
-        return info, void | {color: c for c, color in enumerate(info.colors)}
-    if not Path(palette).is_file():
-        raise UserError(f"--palette {palette}: neither a file nor one of {', '.join(VOID_COLORS)}"
-                        f"{nearest_name(palette, VOID_COLORS)}")
-    classes, meaning = {}, {}
-    for line in text_lines(palette):
-        found = re.fullmatch(r"(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line)
-        color, name = (tuple(map(int, found.groups()[:3])), found[4]) if found else ((256,), "")
-        if max(color) > 255 or color in meaning or name in classes:
-            raise UserError(f"{palette}: `{line}`: expected `R G B name` of 0..255, each "
-                            "colour and each name once")
-        meaning[color] = VOID if name == "void" else len(classes)
-        if name != "void":
-            classes[name] = color
-    if not 2 <= len(classes) <= 255:
-        raise UserError(f"{palette}: {len(classes)} classes: expected 2 to 255 lines `R G B name`")
-    return Info(Path(palette).stem, tuple(classes), tuple(classes.values()),
-                tuple(range(len(classes)))), meaning
-
-
-# ----------------------------------------------------------------------------- shapes, drawn by us
-
-DRAWN = Path("drawn at run time")       # in place of the files of an Item
-SHAPES = {"train": 512, "val": 128}
-
-
-def shapes(folder, split, protocol):
-    return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(SHAPES[split])]
-
-
-def draw_shapes(stem, size):
-    """Picture `split-index` of shapes: uint8 (size, size, 3), and its label, uint8 (size, size).
-
-    Two to four shapes and, in one picture of five, a small cross on top. Colour and texture are
-    drawn without regard to the class: only the outline tells. A scene is the same at every size.
-    """
-    split, index = stem.split("-")
-    rng = np.random.default_rng(seed_of(list(SHAPES).index(split), int(index)))
-    image, tone = texture(rng, size)
-    image = clutter(rng, image)
-    label = np.zeros((size, size), np.uint8)
-    for c in [*rng.integers(1, 5, rng.integers(2, 5)), *[5] * (rng.random() < 0.2)]:
-        radius = rng.uniform(0.06, 0.09) if c == 5 else rng.uniform(0.13, 0.25)
-        solid, hole = outline(c, rng.uniform(0.12, 0.88, 2), radius, rng.uniform(0, 2 * np.pi))
-        cover = stamp(size, [solid], hole)
-        image += (texture(rng, size, unlike=tone)[0] - image) * cover
-        label[cover[..., 0] >= 0.5] = c
-    return image.round().astype(np.uint8), label
-
-
-def outline(c, center, radius, angle):
-    """The polygon (N, 2) of class c, 0..1 over the picture, and a list of the holes in it."""
-    if c == 5:      # a cross: the twelve corners of a plus sign
-        a = 0.35
-        unit = np.array([(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a),
-                         (-a, -a), (-a, -1), (a, -1), (a, -a), (1, -a), (1, a)])
-    else:           # disc, square, triangle, ring: a regular polygon of many or few corners
-        turn = np.linspace(0, 2 * np.pi, (48, 4, 3, 48)[c - 1], endpoint=False)
-        unit = np.stack([np.cos(turn), np.sin(turn)], 1)
-    cos, sin = np.cos(angle), np.sin(angle)
-    polygon = radius * unit @ np.array([[cos, sin], [-sin, cos]])
-    return center + polygon, [center + 0.55 * polygon] if c == 4 else []
-
-
-def stamp(size, polygons, holes=()):
-    """Share of each pixel that they cover, float32 (size, size, 1): drawn four times as large."""
-    canvas = Image.new("L", (4 * size, 4 * size))
-    draw = ImageDraw.Draw(canvas)
-    for ink, group in (255, polygons), (0, holes):
-        for polygon in group:
-            draw.polygon((polygon * 4 * size).ravel().tolist(), fill=ink)
-    return np.asarray(canvas.reduce(4), np.float32)[..., None] / 255
-
-
-def texture(rng, size, unlike=None):
-    """Clouds, stripes or checks around a colour: float32 (size, size, 3), and the colour.
-
-    unlike: a colour to keep away from, so that a shape can be told from what is behind it.
-    """
-    tone = rng.uniform(40, 215, 3)
-    while unlike is not None and np.abs(tone - unlike).max() < 60:
-        tone = rng.uniform(40, 215, 3)
-    kind, angle, pitch = rng.integers(3), rng.uniform(0, np.pi), rng.uniform(30, 70)
-    clouds = Image.fromarray(rng.standard_normal((7, 7)).astype(np.float32))
-    pattern = np.array(clouds.resize((size, size), Image.BICUBIC))
-    x = np.arange(size) / size * pitch
-    along = x * np.cos(angle) + x[:, None] * np.sin(angle)
-    if kind == 1:
-        pattern += np.sin(along)
-    elif kind == 2:
-        pattern += np.sin(along) * np.sin(x[:, None] * np.cos(angle) - x * np.sin(angle))
-    shades = pattern[..., None] * rng.uniform(-28, 28, 3).astype(np.float32)
-    return (tone.astype(np.float32) + shades).clip(0, 255), tone
-
-
-def clutter(rng, image):
-    """Thin lines and specks all over the background, which belong to no class."""
-    lines = [np.concatenate([ends, ends[::-1] + 0.012]) for ends in rng.random((6, 2, 2))]
-    square = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.01
-    for polygons in lines, rng.random((14, 1, 2)) + square:
-        color = rng.uniform(0, 255, 3).astype(np.float32)
-        image = image + (color - image) * stamp(len(image), polygons)
-    return image
-
-
-# --------------------------------------------------------------- what each dataset's folder holds
 
 def pictures(folder):
+    """The images right in a folder, sorted; also those of kinds that nobody here can read."""
     return [p for p in sorted(folder.iterdir())
-            if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+            if p.suffix.lower() in SUFFIXES | FOREIGN and not p.name.startswith(".")]
+
+
+def tree(folder):
+    """The images in a folder and in the folders in it; names that begin with a dot are left out."""
+    found = pictures(Path(folder))
+    for sub in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
+        if not sub.name.startswith(".") and sub.suffix.lower() not in SUFFIXES:
+            found += tree(sub)
+    return found
 
 
 def pair(images, masks, key=lambda path: path.stem):
@@ -379,21 +309,358 @@ def pair(images, masks, key=lambda path: path.stem):
             for image in sides[0] or [None] for mask in sides[1] or [None]]
 
 
-def tree(folder):
-    """The pictures in a folder and the folders in it, but for those whose name begins with a dot,
-    sorted."""
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES
-                  and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+def one_of(folder, names):
+    """The first of these folders that is there, else where it should be."""
+    return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
 
 
-def pairs_in(folder, images="images", masks="masks"):
-    return pair(pictures(folder / images), pictures(folder / masks))
+def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
+    """Items of two folders and the folders in them, paired by the path below, without the suffix.
+    Where none agree, but each mask would without an ending that all share, so without it."""
+    sides = [one_of(folder, (names,) if isinstance(names, str) else names) / part
+             for names in (images, masks)]
+    files = [tree(side) for side in sides]
+    names = [{p: p.relative_to(side).with_suffix("").as_posix() for p in paths}
+             for side, paths in zip(sides, files)]
+    if not set(names[0].values()) & set(names[1].values()) and all(names):
+        ends = [os.path.commonprefix([n[::-1] for n in side.values()])[::-1] for side in names]
+        # none, or what begins like an ending: 10_mask is not the mask of 1, nor 20 that of 2
+        ends = [[""] + [e[k:] for k in range(len(e)) if not e[k].isdigit()] for e in ends]
+        for a, b in itertools.product(*ends):
+            if {n.removesuffix(b) for n in names[1].values()} <= {
+                    n.removesuffix(a) for n in names[0].values()}:
+                names = [{p: n.removesuffix(end) for p, n in side.items()}
+                         for side, end in zip(names, (a, b))]
+                say(f"{folder}: masks end in {b}" + f", images in {a}" * bool(a)
+                    + ": paired without that")
+                break
+    return pair(*files, key=(names[0] | names[1]).get)
 
 
 def fingerprint(stem):
     """A number for a name: draws by it are the same everywhere, whatever files are added."""
     digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big")
+
+
+def own_folder(folder, split, protocol):
+    """train/ and val/ with images/ and masks/ inside, or the other way round; without a val/ a
+    fifth of what has a mask, drawn by name, is the validation set: of two or more at least one."""
+    inside = (one_of(folder, IMAGES) / "train").is_dir()
+    base = one_of(folder, IMAGES) if inside else folder
+    train, val = one_of(base, TRAIN), one_of(base, VAL)
+    parts = [p.name for p in (train, val) if p.is_dir()]
+    unused = [p.name for p in sorted(base.iterdir()) if parts and p.is_dir() and
+              p.name not in parts and (inside or one_of(p, IMAGES).is_dir())]
+    if unused:
+        say(f"{folder}: not used: {', '.join(unused)}")
+
+    def items(at):
+        return pairs_in(folder, part=at.name) if inside else pairs_in(at if at.is_dir() else folder)
+
+    if val.is_dir():
+        if val.name != "val":
+            say(f"{folder}: {val.name} is taken for val")
+        return items(val if split == "val" else train)
+    found = items(train)
+    masked = sorted({i.stem for i in found if i.image and i.mask}, key=fingerprint)
+    drawn = {s for s in masked if fingerprint(s) % 5 == 0}
+    if len(drawn) in (0, len(masked)):
+        drawn = set(masked[:len(masked) > 1])
+    if drawn:
+        some = ", ".join(sorted(drawn)[:3]) + ", .." * (len(drawn) > 3)
+        say(f"{folder}: no val/: {len(drawn)} of {len(masked)} images, drawn by name, are the "
+            f"validation set ({some})")
+    return [i for i in found if (i.stem in drawn) == (split == "val")]
+
+
+# ------------------------------------------------------------------------------------- the dataset
+
+@contextmanager
+def waiting(what):
+    """Say what is being waited for, if it takes more than three seconds (one process)."""
+    timer = threading.Timer(3, print, (f"{what} ..",), {"flush": True})
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def read_pair(item, info, size):
+    """An Item's image uint8 (H, W, 3) and label uint8 (H, W), which is 0 if it has no mask.
+    size is that of a drawn one."""
+    if item.image == DRAWN:
+        image, label = draw_shapes(item.stem, size)
+        return image, label if item.mask else np.zeros_like(label)
+    label = None if item.mask is None else read_label(item.mask, info)
+    image = read_image(item.image, None if label is None else label.shape)
+    if label is None:
+        return image, np.zeros(image.shape[:2], np.uint8)
+    same_size(item, image.shape, label.shape)
+    return image, label
+
+
+def same_size(item, image, mask):
+    """Compare two shapes (H, W, ..)."""
+    if image[:2] != mask[:2]:
+        with opened(item.image) as file:
+            exif = " (noted as turned in EXIF: save it upright)" if turned(file) else ""
+        raise UserError(f"{item.mask}: {mask[1]}x{mask[0]}, but its picture {item.image} is "
+                        f"{image[1]}x{image[0]}{exif}: make them the same")
+
+
+def window(length, crop, size, scale, place):
+    """What a crop sees along one axis: from where to where in the picture before it was scaled
+    (floats), and the first and the end of the `size` pixels that this part fills (ints)."""
+    scaled = max(1, round(length * scale))
+    start = round(place * (scaled - crop))          # below 0 where the picture is the smaller one
+    a, b = max(start, 0), min(start + crop, scaled)
+    first = min(round((a - start) * size / crop), size - 1)
+    end = max(round((b - start) * size / crop), first + 1)
+    return a * length / scaled, b * length / scaled, first, end
+
+
+def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=False):
+    """Scale, crop, pad, resize and flip a picture and its label alike.
+
+    image uint8 (H, W, 3), label uint8 (H, W) -> uint8 (size, size, 3), uint8 (size, size). Scaled
+    by `scale`, cut to crop x crop at place (x, y) of 0..1, padded where the picture is the smaller
+    (0 in the image, 255 in the label), and resized: in one resampling, bilinear and nearest.
+    crop None: the whole picture is resized, whatever its proportions.
+    """
+    H, W = label.shape
+    x = window(W, crop or W, size, scale if crop else 1, place[0])
+    y = window(H, crop or H, size, scale if crop else 1, place[1])
+    box, shape = (x[0], y[0], x[1], y[1]), (x[3] - x[2], y[3] - y[2])
+    out_image = np.zeros((size, size, 3), np.uint8)
+    out_label = np.full((size, size), VOID, np.uint8)
+    seen = slice(y[2], y[3]), slice(x[2], x[3])
+    out_image[seen] = Image.fromarray(image).resize(shape, Image.BILINEAR, box)
+    out_label[seen] = Image.fromarray(label).resize(shape, Image.NEAREST, box)
+    return (out_image[:, ::-1], out_label[:, ::-1]) if flip else (out_image, out_label)
+
+
+class Dataset(torch.utils.data.Dataset):
+    """A split as (image uint8 (3, S, S), label uint8 (S, S) of 0..C-1 and 255, index), S = size.
+
+    dataset[epoch, index], or dataset[index] for epoch 0: every random draw comes from (seed,
+    epoch, index), so that it depends on no worker, no order, and no resuming.
+    train: the scale is drawn from the range `scale`, the place of the crop at random, and half the
+    pictures are mirrored if `flip`. Else the crop is the centre; nothing is scaled or mirrored.
+    border: a share border / (1 + border) of the crops lies at each pair of borders.
+    whole, which is not for training: pictures as they are, (3, H, W) and (H, W).
+    items: Items to take instead of the split's, see labeled_split. One without a mask is an
+    unlabelled picture: its label is 0 in the picture and 255 in the padding, and no mask is read.
+
+    A split of up to in_memory GB is decoded here, once, so that every file is read before training
+    starts; a larger one as it is needed, and only the sizes are compared here. Raises UserError
+    for anything wrong with the files.
+    """
+
+    def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
+                 train=False, seed=0, protocol="lists", palette=None, items=None, whole=False,
+                 in_memory=2.0, border=0.0):
+        assert not (whole and train)
+        self.info = info(name, root, palette)
+        self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
+        self.train, self.seed, self.whole, self.border = train, seed, whole, border
+        listed = list_items(name, root, split, protocol) if items is None else list(items)
+        for line in misfits(listed):
+            raise UserError(line)
+        self.items = [i for i in listed if i.mask] if items is None else listed
+        if not self.items:
+            raise none_labelled(name, split, listed)
+        left_out = len(listed) - len(self.items)
+        if left_out and os.environ.get("RANK", "0") == "0":
+            print(f"{name} {split}: {left_out} pictures without a mask left out")
+        self.pixels = None
+        # one thread draws: that holds the GIL
+        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool, \
+                waiting(f"reading {len(self.items)} pictures of {name}, {split}"):
+            self.shapes = list(pool.map(self.shape, self.items))
+            self.starts = np.cumsum([0] + [4 * h * w for h, w in self.shapes])
+            if self.starts[-1] <= in_memory * 2**30:
+                counts = self.decode(pool)
+            else:
+                counts = None
+                list(pool.map(self.same_shape, self.items, self.shapes))
+        # those of val, or a few chosen pictures, may well hold no object; but 0 and 255 alone in
+        # several of them are a sign
+        telling = counts is not None and (items is None or counts[VOID] and len(items) > 1)
+        if counts is not None and not counts[:VOID].any():
+            raise UserError(f"{name}: no pixel in the split {split} is labelled, all are void "
+                            "(255): label some")
+        if split == "train" and all(i.mask for i in self.items) and (
+                line := doubt(name, self.info, counts if telling else None)):
+            raise UserError(line if items is None else f"{line}; or choose other pictures")
+
+    def shape(self, item):
+        """(H, W), by the headers only."""
+        return (self.size,) * 2 if item.image == DRAWN else shape_of(item.image, item.mask)
+
+    def same_shape(self, item, shape):
+        """What can be told of a mask by its header, where not every file is read at the start."""
+        if item.mask and item.mask != DRAWN:
+            with opened(item.mask) as mask:
+                same_size(item, shape, (mask.height, mask.width))
+
+    def decode(self, pool):
+        """Fill self.pixels, one flat tensor: workers share a tensor, but copy lists of arrays."""
+        self.pixels = torch.empty(int(self.starts[-1]), dtype=torch.uint8)
+
+        def fill(i):
+            image, label = self.stored(i)
+            image[:], label[:] = read_pair(self.items[i], self.info, self.size)
+            return np.bincount(label.ravel(), minlength=256)
+
+        return sum(pool.map(fill, range(len(self))))
+
+    def stored(self, i):
+        """Views into self.pixels: the image (H, W, 3) and label (H, W) of item i."""
+        (h, w), start = self.shapes[i], self.starts[i]
+        flat = self.pixels.numpy()[start:start + 4 * h * w]
+        return flat[:3 * h * w].reshape(h, w, 3), flat[3 * h * w:].reshape(h, w)
+
+    def __len__(self):
+        return len(self.items)
+
+    def files(self, index):
+        """The names of the pictures that a batch's indices (B,) stand for."""
+        chosen = [self.items[i] for i in index.tolist()]
+        return [item.stem if item.image == DRAWN else str(item.image) for item in chosen]
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.pixels is None:
+            image, label = read_pair(self.items[index], self.info, self.size)
+        else:
+            image, label = self.stored(index)
+        scale, place, flip = 1.0, (0.5, 0.5), False
+        if self.train:
+            u = np.random.default_rng(seed_of(self.seed, epoch, index)).random(4)
+            scale = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
+            place, flip = u[1:3], self.flip and u[3] < 0.5
+            if self.border:
+                place = (0.5 + (place - 0.5) * (1 + self.border)).clip(0, 1)
+        if not self.whole:
+            image, label = geometry(image, label, self.size, self.crop, scale, place, flip)
+        image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        return image, torch.from_numpy(label.copy()), index
+
+
+# ------------------------------------------------------------------------------------ the loaders
+
+def steps_per_epoch(n, batch):
+    """Whole batches in n pictures: the incomplete last one is dropped, but one there always is."""
+    return max(1, n // batch)
+
+
+def permutation(n, seed, epoch):
+    """The order of an epoch, a list of 0..n-1, which depends on nothing but (seed, epoch)."""
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    return torch.randperm(n, generator=generator).tolist()
+
+
+class Steps(torch.utils.data.Sampler):
+    """The batches of steps start..stop-1 as lists of (epoch, index), for one of `world` processes.
+
+    Each epoch is a permutation that depends on nothing but (seed, epoch): a run resumed at any
+    step sees what an unbroken one does. Rank r has every world-th picture, from the r-th.
+    """
+
+    def __init__(self, n, batch, seed, start, stop, rank, world):
+        self.n, self.batch, self.seed, self.steps = n, batch * world, seed, range(start, stop)
+        self.rank, self.world = rank, world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        order, of_epoch = None, None
+        for step in self.steps:
+            epoch, i = divmod(step, steps_per_epoch(self.n, self.batch))
+            if epoch != of_epoch:
+                order, of_epoch = permutation(self.n, self.seed, epoch), epoch
+                order *= -(-self.world // self.n)       # fewer pictures than processes: once more
+            batch = order[i * self.batch:(i + 1) * self.batch]
+            yield [(epoch, index) for index in batch[self.rank::self.world]]
+
+
+class Stream(Steps):
+    """As Steps, but one permutation after another without end: no picture is dropped, and every
+    batch is full, even of fewer pictures than it holds: one then comes again, an epoch later.
+
+    Position p of the sequence is (epoch p // n, picture p % n of that epoch's permutation); step s
+    has the positions s * batch * world .. of it, and rank r every world-th of them, from the r-th.
+    """
+
+    def __iter__(self):
+        order, of_epoch = None, None
+        for step in self.steps:
+            batch = []
+            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
+                epoch, i = divmod(p, self.n)
+                if epoch != of_epoch:
+                    order, of_epoch = permutation(self.n, self.seed, epoch), epoch
+                batch.append((epoch, order[i]))
+            yield batch
+
+
+def leave_ctrl_c(worker):
+    """To the main process, which has a step to finish first; a terminal tells the workers too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def loader(dataset, batches, workers, **kwargs):
+    # a generator of its own: a loader else draws from the global one, once more in a resumed run
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(), worker_init_fn=leave_ctrl_c, **kwargs)
+
+
+def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
+    """The batches of steps start..stop-1, batch_size a process: one loop is a whole run."""
+    steps = Steps(len(dataset), batch_size, seed, start, stop, rank, world)
+    return loader(dataset, steps, workers)
+
+
+def stream_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
+    """As train_loader, of a Stream: for pictures that go along with those of another loader."""
+    steps = Stream(len(dataset), batch_size, seed, start, stop, rank, world)
+    return loader(dataset, steps, workers)
+
+
+def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
+    """Every picture exactly once over all processes, in order; the last batch may be smaller."""
+    mine = list(range(len(dataset)))[rank::world]
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    return loader(dataset, batches, workers, persistent_workers=workers > 0)
+
+
+# -------------------------------------------------------------------------- the published datasets
+
+class Source(NamedTuple):
+    """How to find a dataset and list its files."""
+    info: Info
+    splits: tuple
+    items: callable             # (folder, split, protocol) -> list of Item
+    tree: str = ""              # what to expect, for error messages
+    markers: tuple = ()         # folders or files inside it that it is known by, any of them
+    places: tuple = (".",)      # where it may lie below ROOT/NAME and ROOT
+    url: str = ""               # an archive to download if it is not there, and its MD5 sum
+    md5: str = ""
+    whole: callable = None      # where no sum is known: (folder unpacked) -> is nothing missing?
+    beside: str = ""            # a folder that must be there already, and the archive goes beside
+
+
+DRAWN = Path("drawn at run time")       # in place of the files of an Item
+SHAPES = {"train": 512, "val": 128}
+
+
+def shapes(folder, split, protocol):
+    return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(SHAPES[split])]
 
 
 def voc(folder, split, protocol):
@@ -476,13 +743,6 @@ def polyp(folder, split, protocol):
         drawn[name] = [item for item in items if item.stem in held]
         drawn["train"] += [item for item in items if item.stem not in held]
     return drawn[split]
-
-
-def own_folder(folder, split, protocol):
-    items = pairs_in(folder / "train" if (folder / "train").is_dir() else folder)
-    if (folder / "val").is_dir():
-        return pairs_in(folder / "val") if split == "val" else items
-    return [i for i in items if (fingerprint(i.stem) % 5 == 0) == (split == "val")]
 
 
 def distinct_colors(n):
@@ -579,11 +839,17 @@ VOID_COLORS = {
 # ------------------------------------------------------------------------------ finding a dataset
 
 def source_of(name):
-    """The entry of a named dataset, or OWN for a folder. Raises UserError for what is neither."""
-    if name not in SOURCES and not Path(name).is_dir():
-        raise UserError(f"--data {name}: neither a dataset ({', '.join(SOURCES)}) nor a folder"
-                        f"{nearest_name(name, SOURCES)}")
+    """The entry of a named dataset, or OWN for a folder."""
     return SOURCES.get(name, OWN)
+
+
+def home(name, root):
+    """The folder NAME, or ROOT/NAME. Raises UserError if there is none."""
+    for folder in Path(name), Path(root) / name:
+        if folder.is_dir():
+            return folder
+    raise UserError(f"--data {name}: neither a dataset ({', '.join(SOURCES)}) nor a folder, here "
+                    f"or in {root}{nearest_name(name, SOURCES)}")
 
 
 def eval_split(name):
@@ -621,16 +887,17 @@ def list_items(name, root, split, protocol="lists"):
     source = source_of(name)
     if split not in source.splits:
         raise UserError(f"{name} has no split {split}, only {', '.join(source.splits)}")
-    folder = find(name, root) if source.markers else Path(name)
+    folder = home(name, root) if source is OWN else find(name, root)
     if folder is None and source.url:
-        home = find(name, root, [source.beside]) if source.beside else Path(root) / name
-        folder = home and download(name, Path(root), home)
-    if folder is None:
+        place = find(name, root, [source.beside]) if source.beside else Path(root) / name
+        folder = place and download(name, Path(root), place)
+    if folder is None and source.markers:
         raise UserError(f"{name} is neither in {Path(root) / name} nor in {root}: "
                         f"expected {source.tree}")
     try:
         return source.items(folder, split, protocol)
     except (FileNotFoundError, NotADirectoryError) as error:
+        name = str(folder)
         known = Path(name).resolve().name
         hint = (f" (or do you mean --data {known} --root {Path(name).resolve().parent}?)"
                 if source is OWN and known in SOURCES else "")
@@ -643,22 +910,28 @@ def list_items(name, root, split, protocol="lists"):
 def info(name, root="data", palette=None):
     """The Info of a dataset, which needs no files for a named one.
 
-    A folder's classes are those of the palette, else of classes.txt, else the ids in its masks.
+    A folder's classes are those of the palette, else of classes.txt, where `void` is the name of
+    an id that is void, else the ids in its masks.
     """
-    source = source_of(name)
-    if source is OWN:
-        folder = Path(name).resolve()
-        if palette:
-            return replace(load_palette(palette)[0], name=folder.name)
+    given = load_palette(palette) if palette else None
+    if source_of(name) is OWN:
+        folder = home(name, root)
+        if given:
+            return replace(given, name=folder.resolve().name)
         names = class_names(folder) or [f"class {c}" for c in range(largest_id(folder) + 1)]
-        C = len(names)
-        return Info(folder.name, tuple(names), distinct_colors(C), ids=tuple(range(C)))
-    if palette and len(load_palette(palette)[0].classes) != len(source.info.classes):
+        ids = [c for c, name in enumerate(names) if name != "void"]
+        return Info(folder.resolve().name, tuple(names[c] for c in ids),
+                    distinct_colors(len(ids)), ids=tuple(ids),
+                    void=tuple(c for c, name in enumerate(names) if name == "void"))
+    found = SOURCES[name].info
+    if given and len(given.classes) != len(found.classes):
         raise UserError(f"--palette {palette}: not the number of classes of {name}, which is "
-                        f"{len(source.info.classes)}: give the colours its masks are painted with")
+                        f"{len(found.classes)}: give the colours its masks are painted with")
+    if given:
+        return replace(found, palette=given.palette, threshold=given.threshold)
     if name == "cityscapes" and (folder := find(name, root)) and train_ids(folder):
-        return replace(source.info, ids=tuple(range(19)), void=())
-    return source.info
+        return replace(found, ids=tuple(range(19)), void=())
+    return found
 
 
 def class_names(folder):
@@ -667,7 +940,7 @@ def class_names(folder):
     if not file.is_file():
         return []
     names = text_lines(file)
-    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
+    if not 2 <= len(set(names) - {"void"}) <= 255 or len(set(names)) < len(names):
         raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
     return names
 
@@ -687,6 +960,183 @@ def largest_id(folder):
             items += [item for item in list_items(str(folder), "", split) if item.mask]
     with ThreadPoolExecutor() as pool:
         return max(pool.map(largest, items), default=0)
+
+
+def text_lines(path):
+    """The lines of a text file that are not blank. Raises UserError if it is not UTF-8."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no text in UTF-8 ({error.reason} at byte {error.start}): "
+                        "save it as such") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+@functools.lru_cache
+def load_palette(palette):
+    """The Info of --palette: voc, cityscapes, binary, or a file of lines `R G B name`, or as CVAT
+    has them `name:R,G,B:parts:actions`; void is the name of a void colour."""
+    if palette == "binary":
+        return Info(palette, ("background", "object"), ((0, 0, 0), (255, 255, 255)), (0, 255),
+                    threshold=127)
+    if palette in VOID_COLORS:
+        found = SOURCES[palette].info
+        void = [(color, VOID) for color in VOID_COLORS[palette]]
+        return replace(found, palette=(*void, *zip(found.colors, range(len(found.colors)))))
+    if not Path(palette).is_file():
+        raise UserError(f"--palette {palette}: neither a file nor one of {', '.join(VOID_COLORS)}"
+                        f", binary{nearest_name(palette, [*VOID_COLORS, 'binary'])}")
+    classes, meaning = {}, {}
+    for line in text_lines(palette):
+        cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line)
+        found = re.fullmatch(r"(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line)
+        if line.startswith("#"):
+            continue
+        name, *color = (cvat.groups()[:4] if cvat else (found[4], *found.groups()[:3]) if found
+                        else ("", 256))
+        color = tuple(map(int, color))
+        if max(color) > 255 or color in meaning or name in classes:
+            raise UserError(f"{palette}: `{line}`: expected `R G B name` of 0..255, each "
+                            "colour and each name once")
+        meaning[color] = VOID if name == "void" else len(classes)
+        if name != "void":
+            classes[name] = color
+    if not 2 <= len(classes) <= 255:
+        raise UserError(f"{palette}: {len(classes)} classes: expected 2 to 255 lines `R G B name`")
+    return Info(Path(palette).stem, tuple(classes), tuple(classes.values()),
+                tuple(range(len(classes))), palette=tuple(meaning.items()))
+
+
+def misfits(items):
+    """A problem line for each Item whose stem others have as well, or that is a stray mask."""
+    count = Counter(item.stem for item in items)
+    return [f"{i.image or i.mask}: {count[i.stem]} files or pairs are called {i.stem} "
+            f"({i.mask.name if i.mask else 'no mask'}): rename or remove the others"
+            for i in items if count[i.stem] > 1] + [
+            f"{i.mask}: a mask with no picture called {i.stem}: add or rename one, or remove the "
+            "mask" for i in items if not i.image]
+
+
+def none_labelled(name, split, items):
+    """The UserError for a split in which no Item has a mask."""
+    tree = f"{name} needs {source_of(name).tree}"
+    if items and items[0].image:
+        return UserError(f"{items[0].image}: no mask belongs to it, nor to any other picture in "
+                         f"the split {split}: add masks: {tree}")
+    return UserError(f"{name}: no picture with a mask in the split {split}: add some: {tree}")
+
+
+def doubt(name, info, pixels=None):
+    """A problem line on the ids of a whole folder, or None. pixels: (256,) by label, if known."""
+    if source_of(name) is not OWN:
+        return None
+    if len(info.classes) < 2 or pixels is not None and not pixels[1:VOID].any():
+        found = [i for i in (0, VOID) if pixels is None or pixels[i]]
+        if info.threshold is not None and found:
+            return (f"{name}: no grey of the masks is above {info.threshold}: if they hold ids, "
+                    "leave --palette binary out")
+        if found == [0, VOID]:
+            return (f"{name}: the masks hold nothing but 0 and 255, and 255 is void, not a class: "
+                    "if that is the object, give --palette binary")
+        return found and (f"{name}: the masks hold nothing but {runs(found)}: label a second "
+                          "class") or None
+    if len(info.classes) > 64 and info.classes[1] == "class 1":
+        return (f"{name}: the masks hold ids up to {len(info.classes) - 1}: if these are classes, "
+                f"name them in classes.txt; {BINARY}")
+    return None
+
+
+# ------------------------------------------------------ which pictures are labelled, which are not
+
+def labeled_split(name, root, labeled, seed=0, protocol="lists"):
+    """The Items of the train split as two lists in its order: (labelled, unlabelled).
+
+    labeled: "N", how many pictures are labelled, or "1/16", which share of those that have a mask
+    (rounded up): the first by a hash of the seed and the name, so that the draw is the same
+    everywhere and 1/16 is inside 1/8. Or the path of a file that lists them, `image mask` or only
+    a stem a line, of which the names alone count: the masks are the dataset's.
+    unlabelled: all others, without their masks, which so nothing can read; if there are none, the
+    labelled ones without theirs. Pictures that are missing are in neither.
+
+    Raises UserError for a number or fraction that cannot be, and for a list that is empty or names
+    a picture twice, or one that is not there or has no mask.
+    """
+    items = list_items(name, root, "train", protocol)
+    for line in misfits(items):         # between the two lists no Dataset would see them
+        raise UserError(line)
+    candidates = [i for i in items if i.mask]
+    if not candidates:
+        raise none_labelled(name, "train", items)
+    if found := re.fullmatch(r"\s*(-?\d+)(?:/(\d+))?\s*", labeled):
+        n = int(found[1])
+        if found[2]:
+            if not 0 < n <= int(found[2]):
+                raise UserError(f"--labeled {labeled}: a share must be above 0 and at most 1: "
+                                "give one like 1/16")
+            n = -(-len(candidates) * n // int(found[2]))
+        if not 1 <= n <= len(candidates):
+            raise UserError(f"--labeled {labeled}: {name} has {len(candidates)} pictures with a "
+                            f"mask in the split train: give a number from 1 to {len(candidates)}")
+        chosen = sorted(candidates, key=lambda i: seed_of(seed, fingerprint(i.stem)))[:n]
+    elif Path(labeled).is_file():
+        chosen = listed_items(labeled, items, name)
+    else:
+        raise UserError(f"--labeled {labeled}: expected a number of pictures, a share like 1/16, "
+                        "or a file that lists pictures, and there is no such file")
+    stems = {i.stem for i in chosen}
+    labelled = [i for i in items if i.stem in stems]
+    rest = [i for i in items if i.stem not in stems]
+    return labelled, [i._replace(mask=None) for i in rest or labelled]
+
+
+def listed_items(file, items, name):
+    """Those of `items` that the lines of a file name. Raises UserError, with file and line.
+
+    A name may hold spaces, so a line is tried as a whole, then the first half of its words.
+    """
+    known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
+    found = {}
+    text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
+    for number, line in enumerate(text.split("\n"), 1):
+        if not (line := line.strip()):
+            continue
+        words = re.split(r"\s", line)
+        half = " ".join(words[:len(words) // 2])
+        texts = [text for t in (line, half) for text in (t, *(     # from the longest path on
+            "/".join([*Path(t).parts[k:-1], Path(t).stem]) for k in range(len(Path(t).parts))))]
+        item = next((known[text] for text in texts if text in known), None)
+        if item is None:
+            raise UserError(f"{file}, line {number}: `{line[:90]}` is no picture in the split "
+                            f"train of {name}{nearest_name(Path(half or line).stem, known)}: "
+                            "correct the line or remove it")
+        if item.mask is None:
+            raise UserError(f"{file}, line {number}: {item.stem} has no mask in {name}: "
+                            "add the mask, or remove the line")
+        if item.stem in found:
+            raise UserError(f"{file}, line {number}: {item.stem} is already in line "
+                            f"{found[item.stem]}: remove one of the two")
+        found[item.stem] = number
+    if not found:
+        raise UserError(f"{file}: no line in it: list a picture a line, as `image mask` or a stem")
+    return [i for i in items if i.stem in found]
+
+
+def labeled_hash(items):
+    """12 hex digits of the stems of Items in any order: to tell two draws apart."""
+    names = "\n".join(sorted(i.stem for i in items))
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def labeled_lines(items):
+    """The text of a file that labeled_split reads as these Items: lines `image mask`, the paths
+    from the folder that holds both, or only the stem where there are no two files."""
+    def line(item):
+        if item.mask is None or item.image == DRAWN:
+            return item.stem
+        base = next(p for p in item.image.parents if p in item.mask.parents)
+        return " ".join(path.relative_to(base).as_posix() for path in (item.image, item.mask))
+
+    return "".join(line(item) + "\n" for item in items)
 
 
 # ------------------------------------------------------------------------------------ downloading
@@ -827,379 +1277,81 @@ def published(pretrained, url, key):
                         f"from {url}") from None
 
 
-# ------------------------------------------------------ which pictures are labelled, which are not
+# ----------------------------------------------------------------------------- shapes, drawn by us
 
-def labeled_split(name, root, labeled, seed=0, protocol="lists"):
-    """The Items of the train split as two lists in its order: (labelled, unlabelled).
+def draw_shapes(stem, size):
+    """Picture `split-index` of shapes: uint8 (size, size, 3), and its label, uint8 (size, size).
 
-    labeled: "N", how many pictures are labelled, or "1/16", which share of those that have a mask
-    (rounded up): the first by a hash of the seed and the name, so that the draw is the same
-    everywhere and 1/16 is inside 1/8. Or the path of a file that lists them, `image mask` or only
-    a stem a line, of which the names alone count: the masks are the dataset's.
-    unlabelled: all others, without their masks, which so nothing can read; if there are none, the
-    labelled ones without theirs. Pictures that are missing are in neither.
-
-    Raises UserError for a number or fraction that cannot be, and for a list that is empty or names
-    a picture twice, or one that is not there or has no mask.
+    Two to four shapes and, in one picture of five, a small cross on top. Colour and texture are
+    drawn without regard to the class: only the outline tells. A scene is the same at every size.
     """
-    items = list_items(name, root, "train", protocol)
-    for line in misfits(items):         # between the two lists no Dataset would see them
-        raise UserError(line)
-    candidates = [i for i in items if i.mask]
-    if not candidates:
-        raise none_labelled(name, "train", items)
-    if found := re.fullmatch(r"\s*(-?\d+)(?:/(\d+))?\s*", labeled):
-        n = int(found[1])
-        if found[2]:
-            if not 0 < n <= int(found[2]):
-                raise UserError(f"--labeled {labeled}: a share must be above 0 and at most 1: "
-                                "give one like 1/16")
-            n = -(-len(candidates) * n // int(found[2]))
-        if not 1 <= n <= len(candidates):
-            raise UserError(f"--labeled {labeled}: {name} has {len(candidates)} pictures with a "
-                            f"mask in the split train: give a number from 1 to {len(candidates)}")
-        chosen = sorted(candidates, key=lambda i: seed_of(seed, fingerprint(i.stem)))[:n]
-    elif Path(labeled).is_file():
-        chosen = listed_items(labeled, items, name)
-    else:
-        raise UserError(f"--labeled {labeled}: expected a number of pictures, a share like 1/16, "
-                        "or a file that lists pictures, and there is no such file")
-    stems = {i.stem for i in chosen}
-    labelled = [i for i in items if i.stem in stems]
-    rest = [i for i in items if i.stem not in stems]
-    return labelled, [i._replace(mask=None) for i in rest or labelled]
+    split, index = stem.split("-")
+    rng = np.random.default_rng(seed_of(list(SHAPES).index(split), int(index)))
+    image, tone = texture(rng, size)
+    image = clutter(rng, image)
+    label = np.zeros((size, size), np.uint8)
+    for c in [*rng.integers(1, 5, rng.integers(2, 5)), *[5] * (rng.random() < 0.2)]:
+        radius = rng.uniform(0.06, 0.09) if c == 5 else rng.uniform(0.13, 0.25)
+        solid, hole = outline(c, rng.uniform(0.12, 0.88, 2), radius, rng.uniform(0, 2 * np.pi))
+        cover = stamp(size, [solid], hole)
+        image += (texture(rng, size, unlike=tone)[0] - image) * cover
+        label[cover[..., 0] >= 0.5] = c
+    return image.round().astype(np.uint8), label
 
 
-def listed_items(file, items, name):
-    """Those of `items` that the lines of a file name. Raises UserError, with file and line.
+def outline(c, center, radius, angle):
+    """The polygon (N, 2) of class c, 0..1 over the picture, and a list of the holes in it."""
+    if c == 5:      # a cross: the twelve corners of a plus sign
+        a = 0.35
+        unit = np.array([(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a),
+                         (-a, -a), (-a, -1), (a, -1), (a, -a), (1, -a), (1, a)])
+    else:           # disc, square, triangle, ring: a regular polygon of many or few corners
+        turn = np.linspace(0, 2 * np.pi, (48, 4, 3, 48)[c - 1], endpoint=False)
+        unit = np.stack([np.cos(turn), np.sin(turn)], 1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    polygon = radius * unit @ np.array([[cos, sin], [-sin, cos]])
+    return center + polygon, [center + 0.55 * polygon] if c == 4 else []
 
-    A name may hold spaces, so a line is tried as a whole, then the first half of its words.
+
+def stamp(size, polygons, holes=()):
+    """Share of each pixel that they cover, float32 (size, size, 1): drawn four times as large."""
+    canvas = Image.new("L", (4 * size, 4 * size))
+    draw = ImageDraw.Draw(canvas)
+    for ink, group in (255, polygons), (0, holes):
+        for polygon in group:
+            draw.polygon((polygon * 4 * size).ravel().tolist(), fill=ink)
+    return np.asarray(canvas.reduce(4), np.float32)[..., None] / 255
+
+
+def texture(rng, size, unlike=None):
+    """Clouds, stripes or checks around a colour: float32 (size, size, 3), and the colour.
+
+    unlike: a colour to keep away from, so that a shape can be told from what is behind it.
     """
-    known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
-    found = {}
-    text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
-    for number, line in enumerate(text.split("\n"), 1):
-        if not (line := line.strip()):
-            continue
-        words = re.split(r"\s", line)
-        half = " ".join(words[:len(words) // 2])
-        texts = [text for t in (line, half) for text in (t, Path(t).stem)]
-        item = next((known[text] for text in texts if text in known), None)
-        if item is None:
-            raise UserError(f"{file}, line {number}: `{line[:90]}` is no picture in the split "
-                            f"train of {name}{nearest_name(Path(half or line).stem, known)}: "
-                            "correct the line or remove it")
-        if item.mask is None:
-            raise UserError(f"{file}, line {number}: {item.stem} has no mask in {name}: "
-                            "add the mask, or remove the line")
-        if item.stem in found:
-            raise UserError(f"{file}, line {number}: {item.stem} is already in line "
-                            f"{found[item.stem]}: remove one of the two")
-        found[item.stem] = number
-    if not found:
-        raise UserError(f"{file}: no line in it: list a picture a line, as `image mask` or a stem")
-    return [i for i in items if i.stem in found]
+    tone = rng.uniform(40, 215, 3)
+    while unlike is not None and np.abs(tone - unlike).max() < 60:
+        tone = rng.uniform(40, 215, 3)
+    kind, angle, pitch = rng.integers(3), rng.uniform(0, np.pi), rng.uniform(30, 70)
+    clouds = Image.fromarray(rng.standard_normal((7, 7)).astype(np.float32))
+    pattern = np.array(clouds.resize((size, size), Image.BICUBIC))
+    x = np.arange(size) / size * pitch
+    along = x * np.cos(angle) + x[:, None] * np.sin(angle)
+    if kind == 1:
+        pattern += np.sin(along)
+    elif kind == 2:
+        pattern += np.sin(along) * np.sin(x[:, None] * np.cos(angle) - x * np.sin(angle))
+    shades = pattern[..., None] * rng.uniform(-28, 28, 3).astype(np.float32)
+    return (tone.astype(np.float32) + shades).clip(0, 255), tone
 
 
-def labeled_hash(items):
-    """12 hex digits of the stems of Items in any order: to tell two draws apart."""
-    names = "\n".join(sorted(i.stem for i in items))
-    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
-def labeled_lines(items):
-    """The text of a file that labeled_split reads as these Items: lines `image mask`, the paths
-    from the folder that holds both, or only the stem where there are no two files."""
-    def line(item):
-        if item.mask is None or item.image == DRAWN:
-            return item.stem
-        base = next(p for p in item.image.parents if p in item.mask.parents)
-        return " ".join(path.relative_to(base).as_posix() for path in (item.image, item.mask))
-
-    return "".join(line(item) + "\n" for item in items)
-
-
-# ------------------------------------------------------------------------------------ the dataset
-
-def read_pair(item, info, palette, size):
-    """An Item's picture uint8 (H, W, 3) and label uint8 (H, W), which is 0 if it has no mask.
-    size is that of a drawn one."""
-    if item.image == DRAWN:
-        image, label = draw_shapes(item.stem, size)
-        return image, label if item.mask else np.zeros_like(label)
-    image = read_image(item.image)
-    if item.mask is None:
-        return image, np.zeros(image.shape[:2], np.uint8)
-    label = read_label(item.mask, info, palette)
-    same_size(item, image.shape, label.shape)
-    return image, label
-
-
-def same_size(item, image, mask):
-    """Compare two shapes (H, W, ..)."""
-    if image[:2] != mask[:2]:
-        raise UserError(f"{item.mask}: {mask[1]}x{mask[0]}, but its picture {item.image} is "
-                        f"{image[1]}x{image[0]}: make them the same")
-
-
-def misfits(items):
-    """A problem line for each Item whose stem others have as well, or that is a stray mask."""
-    count = Counter(item.stem for item in items)
-    return [f"{i.image or i.mask}: {count[i.stem]} files or pairs are called {i.stem} "
-            f"({i.mask.name if i.mask else 'no mask'}): rename or remove the others"
-            for i in items if count[i.stem] > 1] + [
-            f"{i.mask}: a mask with no picture called {i.stem}: add or rename one, or remove the "
-            "mask" for i in items if not i.image]
-
-
-def none_labelled(name, split, items):
-    """The UserError for a split in which no Item has a mask."""
-    tree = f"{name} needs {source_of(name).tree}"
-    if items and items[0].image:
-        return UserError(f"{items[0].image}: no mask belongs to it, nor to any other picture in "
-                         f"the split {split}: add masks: {tree}")
-    return UserError(f"{name}: no picture with a mask in the split {split}: add some: {tree}")
-
-
-def doubt(name, info, pixels=None):
-    """A problem line on the ids of a whole folder, or None. pixels: (256,) by label, if known."""
-    if source_of(name) is not OWN:
-        return None
-    if len(info.classes) < 2 or pixels is not None and not pixels[1:VOID].any():
-        found = [i for i in (0, VOID) if pixels is None or pixels[i]]
-        if found == [0, VOID]:
-            return (f"{name}: the masks hold nothing but 0 and 255, and 255 is void, not a class: "
-                    "give --palette FILE of two lines, `0 0 0 background` and "
-                    "`255 255 255 object`")
-        return f"{name}: the masks hold nothing but {runs(found)}: label a second class"
-    if len(info.classes) > 64 and info.classes[1] == "class 1":
-        return (f"{name}: the masks hold ids up to {len(info.classes) - 1}: if these are classes, "
-                "name them in classes.txt; if they are shades of two, save masks without")
-    return None
-
-
-def window(length, crop, size, scale, place):
-    """What a crop sees along one axis: from where to where in the picture before it was scaled
-    (floats), and the first and the end of the `size` pixels that this part fills (ints)."""
-    scaled = max(1, round(length * scale))
-    start = round(place * (scaled - crop))          # below 0 where the picture is the smaller one
-    a, b = max(start, 0), min(start + crop, scaled)
-    first = min(round((a - start) * size / crop), size - 1)
-    end = max(round((b - start) * size / crop), first + 1)
-    return a * length / scaled, b * length / scaled, first, end
-
-
-def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=False):
-    """Scale, crop, pad, resize and flip a picture and its label alike.
-
-    image uint8 (H, W, 3), label uint8 (H, W) -> uint8 (size, size, 3), uint8 (size, size). Scaled
-    by `scale`, cut to crop x crop at place (x, y) of 0..1, padded where the picture is the smaller
-    (0 in the image, 255 in the label), and resized: in one resampling, bilinear and nearest.
-    crop None: the whole picture is resized, whatever its proportions.
-    """
-    H, W = label.shape
-    x = window(W, crop or W, size, scale if crop else 1, place[0])
-    y = window(H, crop or H, size, scale if crop else 1, place[1])
-    box, shape = (x[0], y[0], x[1], y[1]), (x[3] - x[2], y[3] - y[2])
-    out_image = np.zeros((size, size, 3), np.uint8)
-    out_label = np.full((size, size), VOID, np.uint8)
-    seen = slice(y[2], y[3]), slice(x[2], x[3])
-    out_image[seen] = Image.fromarray(image).resize(shape, Image.BILINEAR, box)
-    out_label[seen] = Image.fromarray(label).resize(shape, Image.NEAREST, box)
-    return (out_image[:, ::-1], out_label[:, ::-1]) if flip else (out_image, out_label)
-
-
-class Dataset(torch.utils.data.Dataset):
-    """A split as (image uint8 (3, S, S), label uint8 (S, S) of 0..C-1 and 255, index), S = size.
-
-    dataset[epoch, index], or dataset[index] for epoch 0: every random draw comes from (seed,
-    epoch, index), so that it depends on no worker, no order, and no resuming.
-    train: the scale is drawn from the range `scale`, the place of the crop at random, and half the
-    pictures are mirrored if `flip`. Else the crop is the centre; nothing is scaled or mirrored.
-    whole, which is not for training: pictures as they are, (3, H, W) and (H, W).
-    items: Items to take instead of the split's, see labeled_split. One without a mask is an
-    unlabelled picture: its label is 0 in the picture and 255 in the padding, and no mask is read.
-
-    A split of up to in_memory GB is decoded here, once, so that every file is read before training
-    starts; a larger one as it is needed, and only the sizes are compared here. Raises UserError
-    for anything wrong with the files.
-    """
-
-    def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
-                 train=False, seed=0, protocol="lists", palette=None, items=None, whole=False,
-                 in_memory=2.0):
-        assert not (whole and train)
-        self.info, self.palette = info(name, root, palette), palette
-        self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
-        self.train, self.seed, self.whole = train, seed, whole
-        listed = list_items(name, root, split, protocol) if items is None else list(items)
-        for line in misfits(listed):
-            raise UserError(line)
-        self.items = [i for i in listed if i.mask] if items is None else listed
-        if not self.items:
-            raise none_labelled(name, split, listed)
-        left_out = len(listed) - len(self.items)
-        if left_out and os.environ.get("RANK", "0") == "0":
-            print(f"{name} {split}: {left_out} pictures without a mask left out")
-        self.pixels = None
-        # one thread draws: that holds the GIL
-        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool, \
-                waiting(f"reading {len(self.items)} pictures of {name}, {split}"):
-            self.shapes = list(pool.map(self.shape, self.items))
-            self.starts = np.cumsum([0] + [4 * h * w for h, w in self.shapes])
-            if self.starts[-1] <= in_memory * 2**30:
-                counts = self.decode(pool)
-            else:
-                counts = None
-                list(pool.map(self.same_shape, self.items, self.shapes))
-        # those of val, or a few chosen pictures, may well hold no object; but 0 and 255 alone in
-        # several of them are a sign
-        telling = counts is not None and (items is None or counts[VOID] and len(items) > 1)
-        if split == "train" and all(i.mask for i in self.items) and (
-                line := doubt(name, self.info, counts if telling else None)):
-            raise UserError(line if items is None else f"{line}; or choose other pictures")
-
-    def shape(self, item):
-        if item.image == DRAWN:
-            return self.size, self.size
-        with opened(item.image) as image:       # reads the header only
-            return image.height, image.width
-
-    def same_shape(self, item, shape):
-        """What can be told of a mask by its header, where not every file is read at the start."""
-        if item.mask and item.mask != DRAWN:
-            with opened(item.mask) as mask:
-                same_size(item, shape, (mask.height, mask.width))
-
-    def decode(self, pool):
-        """Fill self.pixels, one flat tensor: workers share a tensor, but copy lists of arrays."""
-        self.pixels = torch.empty(int(self.starts[-1]), dtype=torch.uint8)
-
-        def fill(i):
-            image, label = self.stored(i)
-            image[:], label[:] = read_pair(self.items[i], self.info, self.palette, self.size)
-            return np.bincount(label.ravel(), minlength=256)
-
-        return sum(pool.map(fill, range(len(self))))
-
-    def stored(self, i):
-        """Views into self.pixels: the image (H, W, 3) and label (H, W) of item i."""
-        (h, w), start = self.shapes[i], self.starts[i]
-        flat = self.pixels.numpy()[start:start + 4 * h * w]
-        return flat[:3 * h * w].reshape(h, w, 3), flat[3 * h * w:].reshape(h, w)
-
-    def __len__(self):
-        return len(self.items)
-
-    def files(self, index):
-        """The names of the pictures that a batch's indices (B,) stand for."""
-        chosen = [self.items[i] for i in index.tolist()]
-        return [item.stem if item.image == DRAWN else str(item.image) for item in chosen]
-
-    def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if self.pixels is None:
-            image, label = read_pair(self.items[index], self.info, self.palette, self.size)
-        else:
-            image, label = self.stored(index)
-        scale, place, flip = 1.0, (0.5, 0.5), False
-        if self.train:
-            u = np.random.default_rng(seed_of(self.seed, epoch, index)).random(4)
-            scale = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
-            place, flip = u[1:3], self.flip and u[3] < 0.5
-        if not self.whole:
-            image, label = geometry(image, label, self.size, self.crop, scale, place, flip)
-        image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-        return image, torch.from_numpy(label.copy()), index
-
-
-# ------------------------------------------------------------------------------------ the loaders
-
-def steps_per_epoch(n, batch):
-    """Whole batches in n pictures: the incomplete last one is dropped, but one there always is."""
-    return max(1, n // batch)
-
-
-def permutation(n, seed, epoch):
-    """The order of an epoch, a list of 0..n-1, which depends on nothing but (seed, epoch)."""
-    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-    return torch.randperm(n, generator=generator).tolist()
-
-
-class Steps(torch.utils.data.Sampler):
-    """The batches of steps start..stop-1 as lists of (epoch, index), for one of `world` processes.
-
-    Each epoch is a permutation that depends on nothing but (seed, epoch): a run resumed at any
-    step sees what an unbroken one does. Rank r has every world-th picture, from the r-th.
-    """
-
-    def __init__(self, n, batch, seed, start, stop, rank, world):
-        self.n, self.batch, self.seed, self.steps = n, batch * world, seed, range(start, stop)
-        self.rank, self.world = rank, world
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        order, of_epoch = None, None
-        for step in self.steps:
-            epoch, i = divmod(step, steps_per_epoch(self.n, self.batch))
-            if epoch != of_epoch:
-                order, of_epoch = permutation(self.n, self.seed, epoch), epoch
-                order *= -(-self.world // self.n)       # fewer pictures than processes: once more
-            batch = order[i * self.batch:(i + 1) * self.batch]
-            yield [(epoch, index) for index in batch[self.rank::self.world]]
-
-
-class Stream(Steps):
-    """As Steps, but one permutation after another without end: no picture is dropped, and every
-    batch is full, even of fewer pictures than it holds: one then comes again, an epoch later.
-
-    Position p of the sequence is (epoch p // n, picture p % n of that epoch's permutation); step s
-    has the positions s * batch * world .. of it, and rank r every world-th of them, from the r-th.
-    """
-
-    def __iter__(self):
-        order, of_epoch = None, None
-        for step in self.steps:
-            batch = []
-            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
-                epoch, i = divmod(p, self.n)
-                if epoch != of_epoch:
-                    order, of_epoch = permutation(self.n, self.seed, epoch), epoch
-                batch.append((epoch, order[i]))
-            yield batch
-
-
-def leave_ctrl_c(worker):
-    """To the main process, which has a step to finish first; a terminal tells the workers too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def loader(dataset, batches, workers, **kwargs):
-    # a generator of its own: a loader else draws from the global one, once more in a resumed run
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(), worker_init_fn=leave_ctrl_c, **kwargs)
-
-
-def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
-    """The batches of steps start..stop-1, batch_size a process: one loop is a whole run."""
-    steps = Steps(len(dataset), batch_size, seed, start, stop, rank, world)
-    return loader(dataset, steps, workers)
-
-
-def stream_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
-    """As train_loader, of a Stream: for pictures that go along with those of another loader."""
-    steps = Stream(len(dataset), batch_size, seed, start, stop, rank, world)
-    return loader(dataset, steps, workers)
-
-
-def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
-    """Every picture exactly once over all processes, in order; the last batch may be smaller."""
-    mine = list(range(len(dataset)))[rank::world]
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    return loader(dataset, batches, workers, persistent_workers=workers > 0)
+def clutter(rng, image):
+    """Thin lines and specks all over the background, which belong to no class."""
+    lines = [np.concatenate([ends, ends[::-1] + 0.012]) for ends in rng.random((6, 2, 2))]
+    square = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.01
+    for polygons in lines, rng.random((14, 1, 2)) + square:
+        color = rng.uniform(0, 255, 3).astype(np.float32)
+        image = image + (color - image) * stamp(len(image), polygons)
+    return image
 
 
 # ------------------------------------------------------------- the strong view, batches at a time
@@ -1318,11 +1470,11 @@ def partners(index):
 class Config:
     data: str = "shapes"    # a dataset, or a folder of your own
     root: str = "data"      # where datasets lie
-    palette: str = ""       # what the colours of colour masks mean: voc, cityscapes or a file
+    palette: str = ""       # what the colours of masks mean: voc, cityscapes, binary or a file
     out: str = ""           # the contact sheet (default: out/check-NAME.png)
 
 
-def examine(item, info, palette):
+def examine(item, info):
     """Of an Item, whatever it lacks: (W, H) or None, pixels by label (256,), problem lines, and
     what tells two picture files apart."""
     problems, digest = [], None
@@ -1336,12 +1488,12 @@ def examine(item, info, palette):
     image = label = None
     if item.image == DRAWN:
         image, label = draw_shapes(item.stem, 96)
-    elif item.image:
-        image = attempt(read_image, item.image)
+    elif item.mask:
+        label = attempt(read_label, item.mask, info)
+    if item.image and image is None:
+        image = attempt(read_image, item.image, None if label is None else label.shape)
         if image is not None:
             digest = hashlib.sha256(item.image.read_bytes()).digest()
-    if item.mask and label is None:
-        label = attempt(read_label, item.mask, info, palette)
     if image is not None and label is not None:
         attempt(same_size, item, image.shape, label.shape)
     return (None if image is None else image.shape[1::-1],
@@ -1362,7 +1514,7 @@ def check(name, root, palette):
             problems.append(str(error))
             continue
         with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:
-            facts = list(pool.map(lambda item: examine(item, labels, palette), items))
+            facts = list(pool.map(lambda item: examine(item, labels), items))
         problems += misfits(items) + [line for _, _, lines, _ in facts for line in lines]
         for item, (*_, digest) in zip(items, facts):
             other, first = seen.setdefault(digest, (split, item.image))
@@ -1382,6 +1534,10 @@ def check(name, root, palette):
         raise UserError(problems[0])
     if line := doubt(name, labels, sum(pixels.values())):
         problems.append(line)
+    else:
+        problems += [f"{name}: the masks of {split} hold nothing but void (255)"
+                     + " and class 0" * bool(n[0]) + ", those of train have more: label them alike"
+                     for split, n in pixels.items() if n[VOID] and not n[1:VOID].any()]
     print(f"\n{'share of the pixels, %':>22}{'id':>6}" + "".join(f"{s:>8}" for s in pixels))
     ids = dict(enumerate(labels.ids)) | {VOID: VOID}
     if labels.threshold is not None:
@@ -1397,7 +1553,7 @@ def check(name, root, palette):
     return problems, good, labels
 
 
-def show(good, labels, palette, path):
+def show(good, labels, path):
     """Write a contact sheet of pictures and their labels, six from all over each split."""
     rows, titles = [], []
     for split, items in good.items():
@@ -1406,7 +1562,7 @@ def show(good, labels, palette, path):
             rows.append([])
             titles.append(split)
             for item in chosen[start:start + 3]:
-                image, label = read_pair(item, labels, palette, SHOWN)
+                image, label = read_pair(item, labels, SHOWN)
                 image, label = geometry(image, label, SHOWN, crop=max(label.shape))
                 rows[-1] += [image, overlay(image, label, labels.colors)]
     if rows:
@@ -1416,15 +1572,16 @@ def show(good, labels, palette, path):
 
 def main():
     cfg, _ = parse(Config, {}, __doc__)
-    palette = cfg.palette or None
     if cfg.out and Path(cfg.out).exists():
         raise UserError(f"--out {cfg.out} is there already: give a new name")
-    problems, good, labels = check(cfg.data, cfg.root, palette)
-    show(good, labels, palette, Path(cfg.out or f"out/check-{labels.name}.png"))
+    problems, good, labels = check(cfg.data, cfg.root, cfg.palette or None)
+    show(good, labels, Path(cfg.out or f"out/check-{labels.name}.png"))
     alike = {}                      # a fault that a thousand files share is told once
     for file, _, what in (line.partition(": ") for line in problems):
-        alike.setdefault(what, []).append(file)
-    for what, files in alike.items():
+        # names and sizes in it apart
+        same = re.sub(r"\S*[/\\]\S+|\d+x\d+", "", what.replace(Path(file).stem, ""))
+        alike.setdefault(same, (what, []))[1].append(file)
+    for what, files in alike.values():
         more = [f"and {len(files) - 5} more"] if len(files) > 5 else []
         print(f"PROBLEM: {what}", *files[:5], *more, sep="\n    ")
     print(f"{len(problems)} problems" if problems else "no problems")

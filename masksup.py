@@ -90,17 +90,17 @@ class Config:
     workers: int = -1              # loader processes; -1: one a processor with CUDA, or else none
     threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
     in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
+    device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
     compile: bool = False          # torch.compile the model
     resume: bool = False           # go on from OUT/last.pt
     save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
     max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
-    palette: str = ""              # colours of RGB masks: voc, cityscapes or a file (data.py)
+    palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
     eval: tuple = ()               # evaluate these checkpoints and do nothing else
     corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
     bench: int = -1                # time N training steps on random tensors; 0: only count
-    predict: str = ""              # a picture, or a folder of them, to segment
+    predict: tuple = ()            # images to segment: files, or folders and what is in them
     ckpt: str = ""                 # --predict: the checkpoint
     to: str = ""                   # --predict: new folder for the predictions
 
@@ -703,7 +703,7 @@ def train(cfg):
     if cfg.pretrained and not common.resuming(cfg):
         load_levit(f.levit, cfg)
     if cfg.init and not common.resuming(cfg):
-        common.load_weights(f, cfg.init, "masksup")
+        common.load_weights(f, cfg.init, "masksup", len(info.classes))
     optimizer, scaler = make_optimizer(f, cfg, machine.fused), machine.scaler()
     run = common.Run(cfg, "masksup", machine, info, data.labeled_hash(train_set.items),
                      dict(model=f, optimizer=optimizer, scaler=scaler), TERMS,

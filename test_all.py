@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -149,11 +150,101 @@ class Reading(Case):
         np.testing.assert_array_equal(data.read_image(self.tmp / "h.png"),
                                       np.array([(9, 8, 7), (50, 60, 70), (1, 2, 3)])[grey % 3])
 
-    def test_exif_rotation_is_left_alone(self):
-        image, exif = Image.fromarray(self.noise(4, 9, 3)), Image.Exif()
-        exif[0x0112] = 6
-        image.save(self.tmp / "a.jpg", exif=exif)
-        self.assertEqual(data.read_image(self.tmp / "a.jpg").shape, (4, 9, 3))
+    def test_exif_turns_are_done_unless_the_mask_says_otherwise(self):
+        turns = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+                 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+                 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}
+        for how, turn in turns.items():
+            for kind, shape in ("png", (4, 9, 3)), ("webp", (7, 7, 3)), ("tif", (4, 9, 3)):
+                image, exif = self.noise(*shape), Image.Exif()
+                exif[0x0112] = how
+                path = save(self.tmp / f"{how}.{kind}", image, exif=exif, **(
+                    {"lossless": True} if kind == "webp" else {}))
+                upright = turn(image)
+                with self.subTest(how=how, kind=kind):
+                    np.testing.assert_array_equal(data.read_image(path), upright)
+                    np.testing.assert_array_equal(data.read_image(path, upright.shape[:2]), upright)
+                    mask = save(self.tmp / "upright.png", upright[..., 0])
+                    self.assertEqual(data.shape_of(path, mask), upright.shape[:2])
+                    if upright.shape != image.shape and kind != "tif":      # Pillow turns a TIFF
+                        np.testing.assert_array_equal(data.read_image(path, (4, 9)), image)
+                        mask = save(self.tmp / "stored.png", image[..., 0])
+                        self.assertEqual(data.shape_of(path, mask), (4, 9))
+
+    def test_sixteen_bits_are_never_black(self):
+        deep = self.rng.integers(0, 2**16, (5, 7), np.uint16)
+
+        def png(pixels):                # of RGB with 16 bits, which Pillow does not write
+            chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + (
+                struct.pack(">I", zlib.crc32(kind + content)))
+            h, w, _ = pixels.shape
+            rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+            return (b"\x89PNG\r\n\x1a\n" + chunk(
+                b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0))
+                + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+        (self.tmp / "rgb.png").write_bytes(png(np.dstack([deep] * 3)))
+        np.testing.assert_array_equal(data.read_image(self.tmp / "rgb.png"),
+                                      np.dstack([deep >> 8] * 3))
+        for top in 220, 1023, 4095:
+            (self.tmp / "dark rgb.png").write_bytes(png(np.dstack([deep % (top + 1)] * 3)))
+            save(self.tmp / "dark.png", np.where(deep > 9, deep % (top + 1), top).astype(np.uint16))
+            save(self.tmp / "dark.tif", np.where(deep > 9, deep % (top + 1), top).astype(np.uint16))
+            for name in "dark.png", "dark.tif", "dark rgb.png":
+                with self.fails(name, "16 bits", "it would be black", "8 bits", "65535"):
+                    data.read_image(self.tmp / name)
+        self.assertFalse(data.read_image(save(self.tmp / "black.png", deep * 0)).any())
+
+    def test_pages_and_kinds_that_cannot_be_read(self):
+        pages = [Image.fromarray(self.noise(6, 6, 3)) for _ in range(3)]
+        for name in "a.gif", "a.webp", "a.png", "a.tif", "a.apng":
+            pages[0].save(self.tmp / name, "PNG" if "png" in name else None, save_all=True,
+                          append_images=pages[1:])
+            with self.fails(name, "3 pages", "a file of its own"):
+                data.read_image(self.tmp / name)
+            with self.fails(name, "3 pages"):
+                data.read_ids(self.tmp / name)
+        pages[0].save(self.tmp / "a.mpo", save_all=True, append_images=pages[1:], quality=95)
+        self.assertEqual(data.read_image(self.tmp / "a.mpo").shape, (6, 6, 3))
+        smaller = [page.resize((3, 3)) for page in pages[1:]]
+        for page in smaller:
+            page.encoderinfo = {"tiffinfo": {254: 1}}
+        pages[0].encoderinfo = {}
+        pages[0].save(self.tmp / "previews.tif", save_all=True, append_images=smaller)
+        np.testing.assert_array_equal(data.read_image(self.tmp / "previews.tif"), pages[0])
+
+        def tiff(bits, sign, channels):
+            tags = [(256, 3, 5), (257, 3, 4), (258, 3, bits), (259, 3, 1), (262, 3, 1),
+                    (273, 4, 200), (277, 3, channels), (278, 3, 4),
+                    (279, 4, 20 * channels * bits // 8), (339, 3, sign)]
+            header = b"II" + struct.pack("<HIH", 42, 8, len(tags))
+            for tag, kind, value in tags:
+                header += struct.pack("<HHIHxx" if kind == 3 else "<HHII", tag, kind, 1, value)
+            return header.ljust(200, b"\0") + bytes(20 * channels * bits // 8)
+
+        for name, content, *words in (
+                ("bands.tif", tiff(8, 1, 8), "8 channels of 8 bits?", "8-bit grey or RGB"),
+                ("signed.tif", tiff(16, 2, 1), "signed 16 bits", "without a sign"),
+                ("float.tif", tiff(32, 3, 1), "32 bits"),
+                ("a.heic", b"\0\0\0\x18ftypheic", "Pillow cannot read", "RGB"),
+                ("a.dng", tiff(8, 1, 1), "a camera's own?")):
+            (self.tmp / name).write_bytes(content)
+            with self.fails(name, *words):
+                data.read_image(self.tmp / name)
+
+    def test_ids_in_floats_and_in_three_equal_channels(self):
+        ids = self.noise(6, 7) % 5
+        save(self.tmp / "f.tif", ids.astype(np.float32))
+        save(self.tmp / "i.tif", ids.astype(np.int32))
+        save(self.tmp / "rgb.png", np.dstack([ids] * 3))
+        save(self.tmp / "rgba.png", np.dstack([ids] * 3 + [np.full_like(ids, 255)]))
+        Image.merge("LA", [Image.fromarray(ids), Image.new("L", (7, 6), 255)]).save(
+            self.tmp / "la.png")
+        for name in "f.tif", "i.tif", "rgb.png", "rgba.png", "la.png":
+            np.testing.assert_array_equal(data.read_ids(self.tmp / name), ids)
+        for value in 0.5, np.nan, -1.0, 256.0:
+            with self.fails("g.tif", "32-bit floats", "8-bit PNG"):
+                data.read_ids(save(self.tmp / "g.tif", np.full((3, 3), value, np.float32)))
 
     def test_broken_pictures_are_one_line_with_the_file(self):
         whole = save(self.tmp / "whole.png", self.noise(64, 64, 3)).read_bytes()
@@ -213,8 +304,9 @@ class Reading(Case):
         numbers.putpalette([9, 9, 9, 0, 0, 0] + self.noise(254, 3).ravel().tolist())
         numbers.save(self.tmp / "g.bmp")
         np.testing.assert_array_equal(data.read_label(self.tmp / "g.bmp", glands), shades > 0)
-        with self.fails("b.png", "colour mask", "--palette"):
-            data.read_label(self.tmp / "b.png", glands)
+        np.testing.assert_array_equal(data.read_label(self.tmp / "b.png", glands), shades > 0)
+        with self.fails("h.png", "colour mask", "--palette"):
+            data.read_label(save(self.tmp / "h.png", self.noise(4, 4, 3)), polyps)
 
     def test_a_checkpoint_keeps_the_threshold_and_an_old_one_has_none(self):
         for name in "polyp", "glas", "voc":
@@ -250,7 +342,7 @@ class Reading(Case):
         self.assertEqual([item.stem for item in items], ["1", "100", "300", "612"])
         for item in items:                      # not compressed: the pixels start at byte 8
             raw, mask = (np.frombuffer(p.read_bytes(), np.uint8)[8:] for p in item[1:])
-            image, label = data.read_pair(item, data.info("polyp"), None, 0)
+            image, label = data.read_pair(item, data.info("polyp"), 0)
             np.testing.assert_array_equal(image, raw[:288 * 384 * 3].reshape(288, 384, 3))
             np.testing.assert_array_equal(label, mask[:288 * 384].reshape(288, 384) > 127)
             self.assertTrue(0.01 < label.mean() < 0.3)
@@ -265,32 +357,36 @@ class Reading(Case):
         with self.fails("deep.png", "300", "0..255"):
             data.read_label(save(self.tmp / "deep.png", np.array([[0, 300]], np.uint16)), info)
         grey_in_rgb = save(self.tmp / "rgb.png", np.ones((4, 4, 3), np.uint8))
-        with self.fails("rgb.png", "colour mask", "--palette"):
-            data.read_label(grey_in_rgb, info)
-        with self.fails("rgb.png", "1 1 1", "palette voc"):
-            data.read_label(grey_in_rgb, info, "voc")
+        self.assertTrue((data.read_label(grey_in_rgb, info) == 1).all())
+        with self.fails("rgb.png", "1 1 1", "not in the palette"):
+            data.read_label(grey_in_rgb, data.load_palette("voc"))
+        half = np.full((4, 4, 4), 1, np.uint8)
+        half[0, 0, 3] = 0
+        with self.fails("rgba.png", "colour mask", "--palette"):
+            data.read_label(save(self.tmp / "rgba.png", half), info)
 
     def test_colour_masks_against_a_loop(self):
         for name, void in ("voc", (224, 224, 192)), ("cityscapes", (0, 0, 0)):
             info = data.info(name)
             colors = np.array([*info.colors, void], np.uint8)
             which = self.rng.integers(0, len(colors), (9, 10))
-            label = data.read_label(save(self.tmp / f"{name}.png", colors[which]), info, name)
+            label = data.read_label(save(self.tmp / f"{name}.png", colors[which]),
+                                    data.load_palette(name))
             expected = [[c if c < len(info.colors) else 255 for c in row] for row in which]
             np.testing.assert_array_equal(label, expected)
 
     def test_palette_file(self):
         file = self.tmp / "colors.txt"
         file.write_text("0 0 0 background\n255 255 255 an object\n\n10 20 30 void\n")
-        info, _ = data.load_palette(str(file))
+        info = data.load_palette(str(file))
         self.assertEqual(info.classes, ("background", "an object"))
         mask = np.array([[0, 255, 255], [0, 0, 255]], np.uint8)            # greys are colours here
         np.testing.assert_array_equal(
-            data.read_label(save(self.tmp / "a.png", mask), info, str(file)), mask > 0)
+            data.read_label(save(self.tmp / "a.png", mask), info), mask > 0)
         rgb = np.stack([mask] * 3, 2)
         rgb[0, 0] = 10, 20, 30
         np.testing.assert_array_equal(
-            data.read_label(save(self.tmp / "b.png", rgb), info, str(file)),
+            data.read_label(save(self.tmp / "b.png", rgb), info),
             [[255, 1, 1], [0, 0, 1]])
         for i, wrong in enumerate(("0 0 0\n1 1 1 b\n", "0 0 300 a\n1 1 1 b\n",
                                    "0 0 0 a\n0 0 0 b\n", "0 0 0 a\n1 1 1 a\n",
@@ -557,8 +653,6 @@ class Named(Case):
                          + ["val"])
         for name in data.SOURCES:
             self.assertIn(data.eval_split(name), data.SOURCES[name].splits)
-        with self.fails("did you mean polyp?"):
-            data.eval_split("polyps")
 
     def test_what_is_neither_dataset_nor_folder(self):
         with self.fails("camvit", "did you mean camvid?", "shapes, voc, cityscapes, camvid"):
@@ -1197,17 +1291,22 @@ class OwnFolder(Case):
         root = self.folder(n=6, classes=2)
         for path in (root / "masks").iterdir():
             save(path, np.asarray(Image.open(path)) * np.uint8(255))
-        advice = "0 and 255", "void", "--palette", "`0 0 0 background`", "`255 255 255 object`"
+        advice = "0 and 255", "void", "--palette binary"
         with self.fails(*advice):
             data.Dataset(str(root), "", "train", size=8)
         (root / "classes.txt").write_text("background\nobject\n")
         with self.fails(*advice):
             data.Dataset(str(root), "", "train", size=8)
         (palette := self.tmp / "p.txt").write_text("0 0 0 background\n255 255 255 object\n")
-        dataset = data.Dataset(str(root), "", "train", size=8, palette=str(palette))
-        self.assertEqual(dataset.info.classes, ("background", "object"))
-        mask = np.asarray(Image.open(dataset.items[0].mask))
-        np.testing.assert_array_equal(dataset.stored(0)[1], mask // 255)
+        for given in str(palette), "binary":
+            dataset = data.Dataset(str(root), "", "train", size=8, palette=given)
+            self.assertEqual(dataset.info.classes, ("background", "object"))
+            mask = np.asarray(Image.open(dataset.items[0].mask))
+            np.testing.assert_array_equal(dataset.stored(0)[1], mask // 255)
+        for path in (root / "masks").iterdir():                     # ids are not black and white
+            save(path, np.asarray(Image.open(path)) // np.uint8(255))
+        with self.fails("no grey", "above 127", "leave --palette binary out"):
+            data.Dataset(str(root), "", "train", size=8, palette="binary")
 
     def test_sizes_are_compared_where_files_are_not_all_read(self):
         root = self.folder(n=6, sub="train")
@@ -1219,7 +1318,7 @@ class OwnFolder(Case):
 
     def test_shades_are_not_classes(self):
         root = self.folder(n=6, classes=100)
-        with self.fails("ids up to 99", "classes.txt", "shades"):
+        with self.fails("ids up to 99", "classes.txt", "--palette binary"):
             data.Dataset(str(root), "", "train", size=8)
 
     def test_each_fault_is_one_line(self):
@@ -1318,6 +1417,12 @@ class Check(Case):
             save(path, self.noise(12, 16) // 128 * np.uint8(255))
         (root / "classes.txt").write_text("a\nb\nc\n")
         self.assertEqual(len(data.Dataset(str(root), "", "val", size=8)), 2)
+        with contextlib.redirect_stdout(io.StringIO()):
+            problems, *_ = data.check(str(root), "", None)
+        self.assertEqual(len(problems), 1)          # but 0 and 255 alone may be a mistake
+        self.assertIn("the masks of val hold nothing but void (255) and class 0", problems[0])
+        for path in (root / "val/masks").iterdir():
+            save(path, np.zeros((12, 16), np.uint8))
         with contextlib.redirect_stdout(io.StringIO()):
             self.assertEqual(data.check(str(root), "", None)[0], [])
 
@@ -1623,7 +1728,7 @@ class SemiData(Case):
             self.assertEqual((zeros.dtype, zeros.max()), (np.uint8, 0))
         for k, item in enumerate(labelled):
             np.testing.assert_array_equal(
-                data.read_pair(mixed.items[k], mixed.info, None, 16)[1],
+                data.read_pair(mixed.items[k], mixed.info, 16)[1],
                 full.stored(there.index(item.stem))[1])
         with self.assertRaises(UserError):          # the garbage is garbage
             data.Dataset(str(root), "", "train", **kwargs)
@@ -2762,14 +2867,14 @@ class LmaeComplete(Case):
             image.save(self.tmp / f"labels/p{i}.png")
             save(self.tmp / f"images/p{i}.jpg", self.noise(*size, 3))
 
-    def checkpoint(self, name, ratio, info=None, model=None, palette=None, **fields):
+    def checkpoint(self, name, ratio, info=None, model=None, **fields):
         cfg = lmae.Config(**{**TINY, "crop": 32, "mask_ratio": ratio, "data": "own", **fields})
         info = info or data.Info("own", ("a", "b", "c"), ((0, 0, 0),) * 3, (0, 1, 2))
         weights = lmae.ClassWeights(torch.ones(len(info.classes)))
         common.save_checkpoint(self.tmp / name, {
             "method": "lmae", "config": dataclasses.asdict(cfg), "info": dataclasses.asdict(info),
             "model": (model or self.model).state_dict(), "weights": weights.state_dict(),
-            "scores": {"pa_miou": 72.8, "pa_miou_nearest": 62.4}, "palette": palette})
+            "scores": {"pa_miou": 72.8, "pa_miou_nearest": 62.4}})
         return self.tmp / name
 
     def complete(self, *extra):
@@ -2926,9 +3031,10 @@ class LmaeComplete(Case):
             save(self.tmp / f"images/p{i}.png", self.noise(32, 32, 3))
         (self.tmp / "images/p1.jpg").unlink(), (self.tmp / "images/p0.jpg").unlink()
         (self.tmp / "images/p2.jpg").unlink()
-        info = data.Info("own", ("background", "object"), ((0, 0, 0), (255, 255, 255)), (0, 1))
-        self.ckpt = self.checkpoint("two.pt", 0.5, info, lmae.LMAE(2, **TINY),
-                                    {(0, 0, 0): 0, (255, 255, 255): 1})
+        colors = (0, 0, 0), (255, 255, 255)
+        info = data.Info("own", ("background", "object"), colors, (0, 1),
+                         palette=tuple(zip(colors, (0, 1))))
+        self.ckpt = self.checkpoint("two.pt", 0.5, info, lmae.LMAE(2, **TINY))
         done = self.complete()
         self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1), done.stderr)
         self.assertIn("--broken background", done.stderr)
@@ -2995,10 +3101,13 @@ class LmaeComplete(Case):
             labels[at][4:20, 6:30] = 255
             save(self.tmp / f"labels/{at}.png", labels[at])
             save(self.tmp / f"images/{at}.jpg", self.noise(40, 33, 3))
-        info = data.Info("own", ("background", "cat", "dog"), tuple(map(tuple, colors.tolist())),
-                         (0, 1, 2))
-        meaning = {tuple(c): i for i, c in enumerate(colors.tolist())} | {(255, 255, 255): 255}
-        self.ckpt = self.checkpoint("colors.pt", 0.5, info, palette=meaning)
+        (self.tmp / "labelmap.txt").write_text(
+            "# label:color_rgb:parts:actions\ncat:48,112,32::\nbackground:0,0,0::\n"
+            "dog:176,112,32::\nvoid:255,255,255::\n")
+        info = data.load_palette(str(self.tmp / "labelmap.txt"))
+        self.assertEqual((info.classes, info.colors), (
+            ("cat", "background", "dog"), ((48, 112, 32), (0, 0, 0), (176, 112, 32))))
+        self.ckpt = self.checkpoint("colors.pt", 0.5, info)
         before = {p: p.read_bytes() for p in (self.tmp / "labels").rglob("*.png")}
         done = self.complete()
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -5594,7 +5703,7 @@ class BadData(Case):
             ("an id out of range", put(mask(), np.full((12, 16), 7, np.uint8)),
              [mask(), "id 7", "classes 0..2 and void 255", "correct the mask"]),
             ("0 and 255 as two classes", everywhere("masks", lambda p: save(p, binary)),
-             ["nothing but 0 and 255", "--palette", "`255 255 255 object`"]),
+             ["nothing but 0 and 255", "--palette binary"]),
             ("colour masks", put(mask(2), self.noise(12, 16, 3)),
              [mask(2), "a colour mask", "--palette"]),
             ("a mask of another size", put(mask(1), np.zeros((5, 6), np.uint8)),
@@ -5620,8 +5729,24 @@ class BadData(Case):
             ("a mask without an image", lambda root: (root / image(2)).unlink(),
              [mask(2), "no picture called p002", "remove the mask"]),
             ("masks with other names", everywhere("masks", lambda p: p.rename(
-                p.with_stem(p.stem + "_mask"))),
-             ["masks/p000_mask.png", "no picture called p000_mask", "rename"]),
+                p.with_stem("mask of " + p.stem))),
+             ["masks/mask of p000.png", "no picture called mask of p000", "rename"]),
+            ("anti-aliased masks", everywhere("masks", lambda p: save(p, self.noise(12, 16))),
+             ["has classes 0..2", "--palette binary"]),
+            ("masks that are all void", everywhere("masks", lambda p: save(p, np.full(
+                (12, 16), 255, np.uint8))), ["255", "label"]),
+            ("a stack of pages", lambda root: [(root / image()).unlink(), Image.fromarray(
+                self.noise(12, 16)).save(root / "train/images/p000.tif", save_all=True,
+                                         append_images=[Image.new("L", (16, 12))] * 2)],
+             ["p000.tif", "3 pages", "a file of its own"]),
+            ("16 bits that end at 4095", put(image(1), self.noise(12, 16).astype(np.uint16) * 16),
+             [image(1), "16 bits", "it would be black", "scaled to 65535"]),
+            ("a photograph of a telephone", lambda root: [(root / image(2)).unlink(), (
+                root / "train/images/p002.HEIC").write_bytes(b"\0\0\0\x18ftypheic")],
+             ["p002.HEIC", "Pillow cannot read", "save it as 8-bit"]),
+            ("ids in fractions", lambda root: [(root / mask()).unlink(), save(
+                root / "train/masks/p000.tif", np.full((12, 16), 0.5, np.float32))],
+             ["p000.tif", "32-bit floats", "save them as 8-bit PNG"]),
             ("images without masks", everywhere("masks", Path.unlink),
              [image(), "no mask belongs to it", "add masks"]),
             ("a loop of links", loop, ["train/images", "symbolic links", "mend that"]),
@@ -5781,8 +5906,19 @@ class BadData(Case):
                     self.refused(name, [*argv, flag, path], path, *words)
             # of another class count
             self.refused(name, ["--eval", out / "last.pt", "--data", four], four, "other classes")
-            self.refused(name, [*BRIEF[name], "--data", four, "--out", self.tmp / "new",
-                                "--init", out / "last.pt"], "--init", "does not fit", "classes")
+            status, text, error = outcome(name, *BRIEF[name], "--data", four, "--max-steps", 1,
+                                          "--lr", "1e-30", "--out", self.tmp / f"four {name}",
+                                          "--init", out / "last.pt")
+            self.assertEqual((status, error), (0, ""))
+            anew = re.search(r"start anew: (.*)", text)[1].split(", ")
+            new = saved(self.tmp / f"four {name}/last.pt")["model"]
+            for key, value in good["model"].items():        # all the rest is as it was
+                if key not in anew and value.is_floating_point() and "running" not in key:
+                    torch.testing.assert_close(new[key], value, atol=1e-6, rtol=1e-6)
+            self.assertEqual({k for k in new if new[k].shape != good["model"][k].shape}, set(anew))
+            self.refused(name, [*brief, "--out", self.tmp / "new", "--init", out / "last.pt",
+                                *{"lmae.py": ("--enc-dim", 16, "--patch", 16)}.get(
+                                    name, ("--width", 8))], "--init", "does not fit", "flags")
             for flag in "--eval", "--ckpt":
                 self.refused(name, [*uses[flag], flag, self.tmp / "old.pt"], "old.pt",
                              "another version")
