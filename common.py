@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import inspect
 import io
@@ -118,6 +119,12 @@ class Parser(ArgumentParser):
         raise UserError(message)
 
 
+@functools.lru_cache
+def reasons(Config):
+    """{field: the comment behind it}, the help texts."""
+    return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+
+
 def parse(Config, recipes, doc, argv=None, by="recipe"):
     """Fill the dataclass Config from its defaults, then recipes[--data], then recipes[--BY], which
     is "small" for a folder of one's own where nothing is said, then the command line.
@@ -128,7 +135,7 @@ def parse(Config, recipes, doc, argv=None, by="recipe"):
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
     fields = dataclasses.fields(Config)
-    why = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    why = reasons(Config)
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     for field in fields:

@@ -2,24 +2,16 @@
 
     python data.py                                  # check the dataset that this file draws
     python data.py --data voc                       # Pascal VOC 2012, downloaded if missing
-    python data.py --data camvid --root /datasets
     python data.py --data my/folder --palette colors.txt
 
 Run as a script it is the check to make before training: counts, sizes, the share of each class,
-the score of the best answer that is the same class everywhere, all problems with their files and
-what to do (exit status 1 if there are any), and a contact sheet of images and labels,
-out/check-NAME.png. Whatever is guessed is a line. README.md has the table of what is read.
+the score of the best answer that is the same class everywhere, every guess, all problems with
+their files and what to do (exit status 1 if there are any), and a contact sheet of images and
+labels, out/check-NAME.png. README.md has the tables of what is read, and the licences.
 
-Lines 60 to 400 are how a folder becomes batches: one file, a folder of your own, the dataset, the
-loaders. Then come the published datasets, what is labelled in semi-supervised training, downloads,
-the images drawn here, the strong view, and the check.
-
-An image without a mask is unlabelled: supervised training leaves it out, semi-supervised training
-(labeled_split) learns from it too, and takes away the masks of what it is to treat as unlabelled.
-
-Licences: shapes is drawn by this file, and as free as it is. The photographs of Pascal VOC belong
-to users of Flickr; Cityscapes is for non-commercial use, CamVid for research, GlaS, Kvasir-SEG and
-CVC-ClinicDB for research and education; NYUv2's page has its terms. None is included.
+The first section is how a folder becomes batches. An image without a mask is unlabelled:
+supervised training leaves it out, semi-supervised training (labeled_split) learns from it too, and
+takes away the masks of what it is to treat as unlabelled.
 """
 import contextlib
 import functools
@@ -69,6 +61,8 @@ for order in b"II", b"MM":
     TiffImagePlugin.OPEN_INFO.setdefault((order, 1, (1,), 1, (8, 8, 8), ()), ("RGB", "RGB"))
 
 
+# ------------------------------------------------------------------------- from a folder to batches
+
 @dataclass(frozen=True)
 class Info:
     """What the labels of a dataset mean: a label is the index of a class, 0..C-1, or 255, void."""
@@ -90,194 +84,8 @@ class Item(NamedTuple):
     mask: Path | None
 
 
-# -------------------------------------------------------------------------------- reading one file
-
-told = set()
-
-
-def say(line):
-    """Print what was guessed, once, from one process."""
-    if line not in told and os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-    told.add(line)
-
-
-@contextmanager
-def opened(path):
-    """Image.open for a with block, of a file of one page; whatever goes wrong in it becomes one
-    UserError line."""
-    try:
-        if Path(path).suffix.lower() in FOREIGN:
-            raise UnidentifiedImageError
-        with Image.open(path) as image:
-            if not all(image.size):
-                raise ValueError("it has no pixels")
-            pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1   # previews
-            if pages > 1 and not (image.format == "TIFF" and only_previews(image, pages)):
-                raise UserError(f"{path}: {pages} pages: save each as a file of its own")
-            yield image
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: add it, or take it off the list") from None
-    except PermissionError:
-        raise UserError(f"{path}: you may not read it: change its permissions") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}: save it smaller, or in parts") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a whole picture, or of a kind that Pillow cannot read (a "
-                        "camera's own? 8 channels of 8 bits?): replace or remove it, or save it "
-                        "as 8-bit grey or RGB") from None
-    except Exception as error:      # a broken file raises nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a whole picture ({reason[:90]}): "
-                        "replace or remove it") from None
-
-
-def only_previews(image, pages):
-    """Whether all further pages of a TIFF are marked as smaller copies of the first."""
-    kinds = []
-    for page in range(1, pages):
-        image.seek(page)
-        kinds.append(image.tag_v2.get(254, 0) & 1)
-    image.seek(0)
-    return all(kinds)
-
-
-def turned(image):
-    """Whether EXIF notes a turn or a mirroring that is still to be done."""
-    return image.getexif().get(0x0112, 1) not in (0, 1)
-
-
-def shape_of(path, mask=None):
-    """(H, W) of an image as read_image() reads it, by the headers of the two files."""
-    with opened(path) as image:
-        stored = upright = image.size[::-1]
-        if turned(image) and image.getexif()[0x0112] > 4:
-            upright = stored[::-1]
-    if mask is None or upright == stored:
-        return upright
-    with opened(mask) as drawn:
-        return stored if drawn.size[::-1] == stored else upright
-
-
-def read_image(path, mask=None):
-    """An image as uint8 (H, W, 3): grey, indexed, CMYK, alpha become RGB, 16 bits the high 8.
-
-    It is turned upright as EXIF notes, as viewers and drawing tools do; but where the shape (H, W)
-    of its mask is that of the pixels as they are stored, and not of the upright ones, it is left
-    as stored. Raises UserError for what is not a whole picture, has 32 or signed bits a pixel, or
-    16 bits of which only a small part is used, which would be black.
-    """
-    with opened(path) as image:
-        kind = str(image.tile[0].args) if image.tile else ""    # loading forgets it
-        if turned(image):
-            upright = ImageOps.exif_transpose(image)
-            as_stored = mask not in (None, upright.size[::-1]) and mask == image.size[::-1]
-            say(f"{Path(path).parent}: EXIF notes some images as turned: "
-                + ("left as they are stored, as their masks are" if as_stored else
-                   "read upright" + ("" if mask is None or image.size != upright.size else
-                                     "; sizes do not tell whether their masks were drawn so")))
-            image = image if as_stored else upright
-        if re.search("16S|[IF];32", kind) or image.mode == "F":
-            raise UserError(f"{path}: {'signed 16 bits' if '16S' in kind else '32 bits'} a pixel: "
-                            "save it with 8 bits, or 16 without a sign")
-        pixels = np.asarray(image) if image.mode.startswith("I") else np.array(image.convert("RGB"))
-        if image.mode.startswith("I"):
-            pixels = pixels.astype(np.int32) << 4 if "I;12" in kind else pixels
-            used, pixels = pixels.max(), np.dstack([pixels >> 8] * 3).astype(np.uint8)
-        else:
-            used = (int(pixels.max()) << 8) + 255 if ";16" in kind else 0
-        if 0 < used < 8192:
-            raise UserError(f"{path}: 16 bits, but its values end at {used}: it would be black: "
-                            "save it with 8 bits, or scaled to 65535")
-        return pixels
-
-
-def read_ids(path, greys=False):
-    """The ids in a mask as they are on disk, uint8 (H, W). Raises UserError for colours, and for
-    what is no id of 0..255.
-
-    greys: the mask is a picture of greys, stored in whatever way, RGB too, and these are the ids.
-    """
-    with opened(path) as image:
-        kind = {"F": "32-bit floats"}.get(image.mode, image.mode)
-        if image.mode in ("1", "L", "P"):
-            return np.array(image.convert("L") if greys else image, dtype=np.uint8)
-        if not image.mode.startswith(("I", "F", "RGB")):
-            image = image.convert("RGBA" if "A" in image.mode else "RGB")
-        ids, luma = np.array(image), np.array(image.convert("L")) if greys else None
-    if ids.ndim == 3:           # three equal channels are one, but for what JPEG makes of them
-        channels = ids[..., :3].astype(np.int16)
-        if np.ptp(channels, 2).max() > 40 * greys or (ids[..., 3:] != 255).any():
-            raise UserError(f"{path}: a colour mask ({kind}), not one of class ids: say what its "
-                            "colours mean with --palette voc|cityscapes|FILE")
-        if not greys:
-            say(f"{Path(path).parent}: some masks have three equal channels: read as ids")
-        return luma if greys else ids[..., 0]
-    if greys and kind.startswith("I;16") and ids.max() > 255:
-        return (ids >> 8).astype(np.uint8)
-    with np.errstate(invalid="ignore"):
-        whole = ids.astype(np.uint8)
-    if not (ids == whole).all():
-        raise UserError(f"{path}: ids from {ids.min()} to {ids.max()} ({kind}): renumber them to "
-                        "0..255, and save them as 8-bit PNG")
-    return whole
-
-
-BINARY = "if it is black and white, give --palette binary"
-
-
-def read_label(path, info):
-    """A mask as uint8 (H, W) of class indices and 255, by its ids, greys or colours, see Info.
-
-    Raises UserError, with the file, for ids and colours that mean nothing in this dataset.
-    """
-    if info.palette:
-        return read_colors(path, dict(info.palette))
-    if info.threshold is not None:
-        return (read_ids(path, info.threshold > 0) > info.threshold).astype(np.uint8)
-    ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
-    table[list(info.ids)] = range(len(info.ids))
-    known[[*info.ids, *info.void, VOID]] = True
-    if not known[ids].all():
-        bad = np.unique(ids[~known[ids]]).tolist()
-        lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif")
-        raise UserError(f"{path}: {'ids' if len(bad) > 1 else 'id'} {runs(bad)}, but {info.name} "
-                        f"has classes {runs(info.ids)} and void {runs((*info.void, VOID))}: "
-                        + (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
-                           "correct the mask" + f"; {BINARY}" * (len(bad) > 9)))
-    return table[ids]
-
-
-def read_colors(path, meaning):
-    """A colour mask as uint8 (H, W) of class indices and 255; greys count as colours too."""
-    with opened(path) as image:
-        codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
-    known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
-    at = np.searchsorted(list(known), codes).clip(max=len(known) - 1)
-    unknown = codes[np.array(list(known))[at] != codes]
-    if unknown.size:
-        strange = [(c >> 16, c >> 8 & 255, c & 255) for c in np.unique(unknown).tolist()]
-        grey = all(max(c) - min(c) < 25 for c in [*strange, *meaning]) and len(meaning) == 2
-        raise UserError(f"{path}: {len(strange)} of its colours are not in the palette "
-                        f"({', '.join('%d %d %d' % c for c in strange[:4])}"
-                        f"{', ..' * (len(strange) > 4)}): add them to a palette file, or correct "
-                        "the mask" + f"; {BINARY}" * grey)
-    return np.array(list(known.values()), np.uint8)[at]
-
-
-def runs(ids):
-    """Ints in few characters: '0..18, 255'."""
-    ids = sorted(set(ids))
-    firsts, lasts = [i for i in ids if i - 1 not in ids], [i for i in ids if i + 1 not in ids]
-    return ", ".join(f"{a}..{b}" if b > a else f"{a}" for a, b in zip(firsts, lasts))
-
-
-# ------------------------------------------------------------------------------ a folder of images
-
 IMAGES = "images", "JPEGImages", "imgs", "img", "image"         # the first that is there
-MASKS = "masks", "SegmentationClass", "mask", "labels", "annotations"
+MASKS = "masks", "SegmentationClassPNG", "SegmentationClass", "mask", "labels", "annotations"
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 
 
@@ -315,25 +123,15 @@ def one_of(folder, names):
 
 
 def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
-    """Items of two folders and the folders in them, paired by the path below, without the suffix.
-    Where none agree, but each mask would without an ending that all share, so without it."""
+    """Items of two folders and the folders in them, paired by the path below, without the suffix
+    and, where that pairs none, without an ending that all masks share (or all images)."""
     sides = [one_of(folder, (names,) if isinstance(names, str) else names) / part
              for names in (images, masks)]
     files = [tree(side) for side in sides]
     names = [{p: p.relative_to(side).with_suffix("").as_posix() for p in paths}
              for side, paths in zip(sides, files)]
-    if not set(names[0].values()) & set(names[1].values()) and all(names):
-        ends = [os.path.commonprefix([n[::-1] for n in side.values()])[::-1] for side in names]
-        # none, or what begins like an ending: 10_mask is not the mask of 1, nor 20 that of 2
-        ends = [[""] + [e[k:] for k in range(len(e)) if not e[k].isdigit()] for e in ends]
-        for a, b in itertools.product(*ends):
-            if {n.removesuffix(b) for n in names[1].values()} <= {
-                    n.removesuffix(a) for n in names[0].values()}:
-                names = [{p: n.removesuffix(end) for p, n in side.items()}
-                         for side, end in zip(names, (a, b))]
-                say(f"{folder}: masks end in {b}" + f", images in {a}" * bool(a)
-                    + ": paired without that")
-                break
+    if all(names) and not set(names[0].values()) & set(names[1].values()):
+        names = without_endings(folder, *names)
     return pair(*files, key=(names[0] | names[1]).get)
 
 
@@ -372,74 +170,6 @@ def own_folder(folder, split, protocol):
         say(f"{folder}: no val/: {len(drawn)} of {len(masked)} images, drawn by name, are the "
             f"validation set ({some})")
     return [i for i in found if (i.stem in drawn) == (split == "val")]
-
-
-# ------------------------------------------------------------------------------------- the dataset
-
-@contextmanager
-def waiting(what):
-    """Say what is being waited for, if it takes more than three seconds (one process)."""
-    timer = threading.Timer(3, print, (f"{what} ..",), {"flush": True})
-    if os.environ.get("RANK", "0") == "0":
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def read_pair(item, info, size):
-    """An Item's image uint8 (H, W, 3) and label uint8 (H, W), which is 0 if it has no mask.
-    size is that of a drawn one."""
-    if item.image == DRAWN:
-        image, label = draw_shapes(item.stem, size)
-        return image, label if item.mask else np.zeros_like(label)
-    label = None if item.mask is None else read_label(item.mask, info)
-    image = read_image(item.image, None if label is None else label.shape)
-    if label is None:
-        return image, np.zeros(image.shape[:2], np.uint8)
-    same_size(item, image.shape, label.shape)
-    return image, label
-
-
-def same_size(item, image, mask):
-    """Compare two shapes (H, W, ..)."""
-    if image[:2] != mask[:2]:
-        with opened(item.image) as file:
-            exif = " (noted as turned in EXIF: save it upright)" if turned(file) else ""
-        raise UserError(f"{item.mask}: {mask[1]}x{mask[0]}, but its picture {item.image} is "
-                        f"{image[1]}x{image[0]}{exif}: make them the same")
-
-
-def window(length, crop, size, scale, place):
-    """What a crop sees along one axis: from where to where in the picture before it was scaled
-    (floats), and the first and the end of the `size` pixels that this part fills (ints)."""
-    scaled = max(1, round(length * scale))
-    start = round(place * (scaled - crop))          # below 0 where the picture is the smaller one
-    a, b = max(start, 0), min(start + crop, scaled)
-    first = min(round((a - start) * size / crop), size - 1)
-    end = max(round((b - start) * size / crop), first + 1)
-    return a * length / scaled, b * length / scaled, first, end
-
-
-def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=False):
-    """Scale, crop, pad, resize and flip a picture and its label alike.
-
-    image uint8 (H, W, 3), label uint8 (H, W) -> uint8 (size, size, 3), uint8 (size, size). Scaled
-    by `scale`, cut to crop x crop at place (x, y) of 0..1, padded where the picture is the smaller
-    (0 in the image, 255 in the label), and resized: in one resampling, bilinear and nearest.
-    crop None: the whole picture is resized, whatever its proportions.
-    """
-    H, W = label.shape
-    x = window(W, crop or W, size, scale if crop else 1, place[0])
-    y = window(H, crop or H, size, scale if crop else 1, place[1])
-    box, shape = (x[0], y[0], x[1], y[1]), (x[3] - x[2], y[3] - y[2])
-    out_image = np.zeros((size, size, 3), np.uint8)
-    out_label = np.full((size, size), VOID, np.uint8)
-    seen = slice(y[2], y[3]), slice(x[2], x[3])
-    out_image[seen] = Image.fromarray(image).resize(shape, Image.BILINEAR, box)
-    out_label[seen] = Image.fromarray(label).resize(shape, Image.NEAREST, box)
-    return (out_image[:, ::-1], out_label[:, ::-1]) if flip else (out_image, out_label)
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -550,8 +280,6 @@ class Dataset(torch.utils.data.Dataset):
         return image, torch.from_numpy(label.copy()), index
 
 
-# ------------------------------------------------------------------------------------ the loaders
-
 def steps_per_epoch(n, batch):
     """Whole batches in n pictures: the incomplete last one is dropped, but one there always is."""
     return max(1, n // batch)
@@ -588,26 +316,6 @@ class Steps(torch.utils.data.Sampler):
             yield [(epoch, index) for index in batch[self.rank::self.world]]
 
 
-class Stream(Steps):
-    """As Steps, but one permutation after another without end: no picture is dropped, and every
-    batch is full, even of fewer pictures than it holds: one then comes again, an epoch later.
-
-    Position p of the sequence is (epoch p // n, picture p % n of that epoch's permutation); step s
-    has the positions s * batch * world .. of it, and rank r every world-th of them, from the r-th.
-    """
-
-    def __iter__(self):
-        order, of_epoch = None, None
-        for step in self.steps:
-            batch = []
-            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
-                epoch, i = divmod(p, self.n)
-                if epoch != of_epoch:
-                    order, of_epoch = permutation(self.n, self.seed, epoch), epoch
-                batch.append((epoch, order[i]))
-            yield batch
-
-
 def leave_ctrl_c(worker):
     """To the main process, which has a step to finish first; a terminal tells the workers too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -626,12 +334,6 @@ def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0,
     return loader(dataset, steps, workers)
 
 
-def stream_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
-    """As train_loader, of a Stream: for pictures that go along with those of another loader."""
-    steps = Stream(len(dataset), batch_size, seed, start, stop, rank, world)
-    return loader(dataset, steps, workers)
-
-
 def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
     """Every picture exactly once over all processes, in order; the last batch may be smaller."""
     mine = list(range(len(dataset)))[rank::world]
@@ -639,7 +341,275 @@ def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
     return loader(dataset, batches, workers, persistent_workers=workers > 0)
 
 
-# -------------------------------------------------------------------------- the published datasets
+# ---------------------------------------------------------------------------------- pairs and crops
+
+told = set()
+
+
+def say(line):
+    """Print what was guessed, once, from one process."""
+    if line not in told and not told.add(line) and os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+@contextmanager
+def waiting(what):
+    """Say what is being waited for, if it takes more than three seconds (one process)."""
+    timer = threading.Timer(3, print, (f"{what} ..",), {"flush": True})
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def without_endings(folder, images, masks):
+    """Two {file: name} without the endings of the names, if all masks have an image then."""
+    # an ending begins like one: 10_mask is not the mask of 1, nor 20 that of 2
+    ends = [os.path.commonprefix([name[::-1] for name in side.values()])[::-1]
+            for side in (images, masks)]
+    ends = [[""] + [end[k:] for k in range(len(end)) if not end[k].isdigit()] for end in ends]
+    for a, b in itertools.product(*ends):
+        short = [{p: name.removesuffix(end) for p, name in side.items()}
+                 for side, end in ((images, a), (masks, b))]
+        if set(short[1].values()) <= set(short[0].values()):
+            say(f"{folder}: masks end in {b}" + f", images in {a}" * bool(a)
+                + ": paired without that")
+            return short
+    return images, masks
+
+
+def read_pair(item, info, size):
+    """An Item's image uint8 (H, W, 3) and label uint8 (H, W), which is 0 if it has no mask.
+    size is that of a drawn one."""
+    if item.image == DRAWN:
+        image, label = draw_shapes(item.stem, size)
+        return image, label if item.mask else np.zeros_like(label)
+    label = None if item.mask is None else read_label(item.mask, info)
+    image = read_image(item.image, None if label is None else label.shape)
+    if label is None:
+        return image, np.zeros(image.shape[:2], np.uint8)
+    same_size(item, image.shape, label.shape)
+    return image, label
+
+
+def same_size(item, image, mask):
+    """Compare two shapes (H, W, ..)."""
+    if image[:2] != mask[:2]:
+        with opened(item.image) as file:
+            exif = " (noted as turned in EXIF: save it upright)" if turned(file) else ""
+        raise UserError(f"{item.mask}: {mask[1]}x{mask[0]}, but its picture {item.image} is "
+                        f"{image[1]}x{image[0]}{exif}: make them the same")
+
+
+def window(length, crop, size, scale, place):
+    """What a crop sees along one axis: from where to where in the picture before it was scaled
+    (floats), and the first and the end of the `size` pixels that this part fills (ints)."""
+    scaled = max(1, round(length * scale))
+    start = round(place * (scaled - crop))          # below 0 where the picture is the smaller one
+    a, b = max(start, 0), min(start + crop, scaled)
+    first = min(round((a - start) * size / crop), size - 1)
+    end = max(round((b - start) * size / crop), first + 1)
+    return a * length / scaled, b * length / scaled, first, end
+
+
+def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=False):
+    """Scale, crop, pad, resize and flip a picture and its label alike.
+
+    image uint8 (H, W, 3), label uint8 (H, W) -> uint8 (size, size, 3), uint8 (size, size). Scaled
+    by `scale`, cut to crop x crop at place (x, y) of 0..1, padded where the picture is the smaller
+    (0 in the image, 255 in the label), and resized: in one resampling, bilinear and nearest.
+    crop None: the whole picture is resized, whatever its proportions.
+    """
+    H, W = label.shape
+    x = window(W, crop or W, size, scale if crop else 1, place[0])
+    y = window(H, crop or H, size, scale if crop else 1, place[1])
+    box, shape = (x[0], y[0], x[1], y[1]), (x[3] - x[2], y[3] - y[2])
+    out_image = np.zeros((size, size, 3), np.uint8)
+    out_label = np.full((size, size), VOID, np.uint8)
+    seen = slice(y[2], y[3]), slice(x[2], x[3])
+    out_image[seen] = Image.fromarray(image).resize(shape, Image.BILINEAR, box)
+    out_label[seen] = Image.fromarray(label).resize(shape, Image.NEAREST, box)
+    return (out_image[:, ::-1], out_label[:, ::-1]) if flip else (out_image, out_label)
+
+
+# --------------------------------------------------------------------------------- reading one file
+
+@contextmanager
+def opened(path):
+    """Image.open for a with block, of a file of one page; whatever goes wrong in it becomes one
+    UserError line."""
+    try:
+        if Path(path).suffix.lower() in FOREIGN:
+            raise UnidentifiedImageError
+        with Image.open(path) as image:
+            if not all(image.size):
+                raise ValueError("it has no pixels")
+            pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1   # previews
+            if pages > 1 and not (image.format == "TIFF" and only_previews(image, pages)):
+                raise UserError(f"{path}: {pages} pages: save each as a file of its own")
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: add it, or take it off the list") from None
+    except PermissionError:
+        raise UserError(f"{path}: you may not read it: change its permissions") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {error}: save it smaller, or in parts") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a whole picture, or of a kind that Pillow cannot read (a "
+                        "camera's own? 8 channels of 8 bits?): replace or remove it, or save it "
+                        "as 8-bit grey or RGB") from None
+    except Exception as error:      # a broken file raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a whole picture ({reason[:90]}): "
+                        "replace or remove it") from None
+
+
+def only_previews(image, pages):
+    """Whether all further pages of a TIFF are marked as smaller copies of the first."""
+    kinds = []
+    for page in range(1, pages):
+        image.seek(page)
+        kinds.append(image.tag_v2.get(254, 0) & 1)
+    image.seek(0)
+    return all(kinds)
+
+
+def turned(image):
+    """Whether EXIF notes a turn or a mirroring that is still to be done."""
+    return image.getexif().get(0x0112, 1) not in (0, 1)
+
+
+def shape_of(path, mask=None):
+    """(H, W) of an image as read_image() reads it, by the headers of the two files."""
+    with opened(path) as image:
+        stored = upright = image.size[::-1]
+        if turned(image) and image.getexif()[0x0112] > 4:
+            upright = stored[::-1]
+    if mask is None or upright == stored:
+        return upright
+    with opened(mask) as drawn:
+        return stored if drawn.size[::-1] == stored else upright
+
+
+def read_image(path, mask=None):
+    """An image as uint8 (H, W, 3): grey, indexed, CMYK, alpha become RGB, 16 bits the high 8.
+
+    It is turned upright as EXIF notes, as viewers and drawing tools do; but where the shape (H, W)
+    of its mask is that of the pixels as they are stored, and not of the upright ones, it is left
+    as stored. Raises UserError for what is not a whole picture, has 32 or signed bits a pixel, or
+    16 bits of which only a small part is used, which would be black.
+    """
+    with opened(path) as image:
+        kind = str(image.tile[0].args) if image.tile else ""    # loading forgets it
+        if turned(image):
+            upright = ImageOps.exif_transpose(image)
+            as_stored = mask not in (None, upright.size[::-1]) and mask == image.size[::-1]
+            say(f"{Path(path).parent}: EXIF notes some images as turned: "
+                + ("left as they are stored, as their masks are" if as_stored else
+                   "read upright" + ("" if mask is None or image.size != upright.size else
+                                     "; sizes do not tell whether their masks were drawn so")))
+            image = image if as_stored else upright
+        if re.search("16S|[IF];32", kind) or image.mode == "F":
+            raise UserError(f"{path}: {'signed 16 bits' if '16S' in kind else '32 bits'} a pixel: "
+                            "save it with 8 bits, or 16 without a sign")
+        pixels = np.asarray(image) if image.mode.startswith("I") else np.array(image.convert("RGB"))
+        if image.mode.startswith("I"):
+            pixels = pixels.astype(np.int32) << 4 if "I;12" in kind else pixels
+            used, pixels = pixels.max(), np.dstack([pixels >> 8] * 3).astype(np.uint8)
+        else:
+            used = (int(pixels.max()) << 8) + 255 if ";16" in kind else 0
+        if 0 < used < 8192:
+            raise UserError(f"{path}: 16 bits, but its values end at {used}: it would be black: "
+                            "save it with 8 bits, or scaled to 65535")
+        return pixels
+
+
+def read_ids(path, greys=False):
+    """The ids in a mask as they are on disk, uint8 (H, W). Raises UserError for colours, and for
+    what is no id of 0..255.
+
+    greys: the mask is a picture of greys, stored in whatever way, RGB too, and these are the ids.
+    """
+    with opened(path) as image:
+        kind = {"F": "32-bit floats"}.get(image.mode, image.mode)
+        if image.mode in ("1", "L", "P"):
+            return np.array(image.convert("L") if greys else image, dtype=np.uint8)
+        if not image.mode.startswith(("I", "F")):
+            # three equal channels are one, but for what JPEG makes of them: a sample will do
+            pixels = np.asarray(image.convert("RGBA" if "A" in kind else "RGB"))
+            some = pixels[::4, ::4].astype(np.int16) if greys else pixels
+            off = np.abs(some[..., 1:3] - some[..., :1]).max()
+            if off > 40 * greys or (some[..., 3:] != 255).any():
+                raise UserError(f"{path}: a colour mask ({kind}), not one of class ids: say what "
+                                "its colours mean with --palette voc|cityscapes|FILE")
+            if not greys:
+                say(f"{Path(path).parent}: some masks have three equal channels: read as ids")
+            return np.array(image.convert("L")) if greys else pixels[..., 0]
+        ids = np.array(image)
+    if greys and kind.startswith("I;16") and ids.max() > 255:
+        return (ids >> 8).astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        whole = ids.astype(np.uint8)
+    if not (ids == whole).all():
+        raise UserError(f"{path}: ids from {ids.min()} to {ids.max()} ({kind}): renumber them to "
+                        "0..255, and save them as 8-bit PNG")
+    return whole
+
+
+BINARY = "if it is black and white, give --palette binary"
+
+
+def read_label(path, info):
+    """A mask as uint8 (H, W) of class indices and 255, by its ids, greys or colours, see Info.
+
+    Raises UserError, with the file, for ids and colours that mean nothing in this dataset.
+    """
+    if info.palette:
+        return read_colors(path, dict(info.palette))
+    if info.threshold is not None:
+        return (read_ids(path, info.threshold > 0) > info.threshold).astype(np.uint8)
+    ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
+    table[list(info.ids)] = range(len(info.ids))
+    known[[*info.ids, *info.void, VOID]] = True
+    if not known[ids].all():
+        bad = np.unique(ids[~known[ids]]).tolist()
+        lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif")
+        raise UserError(f"{path}: {'ids' if len(bad) > 1 else 'id'} {runs(bad)}, but {info.name} "
+                        f"has classes {runs(info.ids)} and void {runs((*info.void, VOID))}: "
+                        + (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
+                           "correct the mask" + f"; {BINARY}" * (len(bad) > 9)))
+    return table[ids]
+
+
+def read_colors(path, meaning):
+    """A colour mask as uint8 (H, W) of class indices and 255; greys count as colours too."""
+    with opened(path) as image:
+        codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
+    known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
+    at = np.searchsorted(list(known), codes).clip(max=len(known) - 1)
+    unknown = codes[np.array(list(known))[at] != codes]
+    if unknown.size:
+        strange = [(c >> 16, c >> 8 & 255, c & 255) for c in np.unique(unknown).tolist()]
+        grey = all(max(c) - min(c) < 25 for c in [*strange, *meaning]) and len(meaning) == 2
+        raise UserError(f"{path}: {len(strange)} of its colours are not in the palette "
+                        f"({', '.join('%d %d %d' % c for c in strange[:4])}"
+                        f"{', ..' * (len(strange) > 4)}): add them to a palette file, or correct "
+                        "the mask" + f"; {BINARY}" * grey)
+    return np.array(list(known.values()), np.uint8)[at]
+
+
+def runs(ids):
+    """Ints in few characters: '0..18, 255'."""
+    ids = sorted(set(ids))
+    firsts, lasts = [i for i in ids if i - 1 not in ids], [i for i in ids if i + 1 not in ids]
+    return ", ".join(f"{a}..{b}" if b > a else f"{a}" for a, b in zip(firsts, lasts))
+
+
+# --------------------------------------------------------------------------- the published datasets
 
 class Source(NamedTuple):
     """How to find a dataset and list its files."""
@@ -836,7 +806,7 @@ VOID_COLORS = {
 }
 
 
-# ------------------------------------------------------------------------------ finding a dataset
+# -------------------------------------------------------------------------------- finding a dataset
 
 def source_of(name):
     """The entry of a named dataset, or OWN for a folder."""
@@ -873,7 +843,7 @@ def short_side(name, root):
     """The shorter side of the pictures of the training split, in pixels: the median of some 50."""
     items = [item for item in list_items(name, root, "train") if item.image]
     sides = []
-    for item in items[::max(1, len(items) // 50)] if items[0].image != DRAWN else ():
+    for item in items[::max(1, len(items) // 50)] if name != "shapes" else ():
         with contextlib.suppress(UserError), opened(item.image) as image:
             sides.append(min(image.size))
     return sorted(sides)[len(sides) // 2] if sides else None
@@ -1046,7 +1016,7 @@ def doubt(name, info, pixels=None):
     return None
 
 
-# ------------------------------------------------------ which pictures are labelled, which are not
+# --------------------------------------------------------- which images are labelled, which are not
 
 def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     """The Items of the train split as two lists in its order: (labelled, unlabelled).
@@ -1055,8 +1025,8 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     (rounded up): the first by a hash of the seed and the name, so that the draw is the same
     everywhere and 1/16 is inside 1/8. Or the path of a file that lists them, `image mask` or only
     a stem a line, of which the names alone count: the masks are the dataset's.
-    unlabelled: all others, without their masks, which so nothing can read; if there are none, the
-    labelled ones without theirs. Pictures that are missing are in neither.
+    unlabelled: all others, without their masks, which so nothing can read; if there are none (a
+    line says so), the labelled ones without theirs. Pictures that are missing are in neither.
 
     Raises UserError for a number or fraction that cannot be, and for a list that is empty or names
     a picture twice, or one that is not there or has no mask.
@@ -1086,6 +1056,8 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     stems = {i.stem for i in chosen}
     labelled = [i for i in items if i.stem in stems]
     rest = [i for i in items if i.stem not in stems]
+    if not rest:
+        say(f"{name}: nothing is unlabelled: the {len(labelled)} labelled images serve as such too")
     return labelled, [i._replace(mask=None) for i in rest or labelled]
 
 
@@ -1139,7 +1111,33 @@ def labeled_lines(items):
     return "".join(line(item) + "\n" for item in items)
 
 
-# ------------------------------------------------------------------------------------ downloading
+class Stream(Steps):
+    """As Steps, but one permutation after another without end: no picture is dropped, and every
+    batch is full, even of fewer pictures than it holds: one then comes again, an epoch later.
+
+    Position p of the sequence is (epoch p // n, picture p % n of that epoch's permutation); step s
+    has the positions s * batch * world .. of it, and rank r every world-th of them, from the r-th.
+    """
+
+    def __iter__(self):
+        order, of_epoch = None, None
+        for step in self.steps:
+            batch = []
+            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
+                epoch, i = divmod(p, self.n)
+                if epoch != of_epoch:
+                    order, of_epoch = permutation(self.n, self.seed, epoch), epoch
+                batch.append((epoch, order[i]))
+            yield batch
+
+
+def stream_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
+    """As train_loader, of a Stream: for pictures that go along with those of another loader."""
+    steps = Stream(len(dataset), batch_size, seed, start, stop, rank, world)
+    return loader(dataset, steps, workers)
+
+
+# -------------------------------------------------------------------------------------- downloading
 
 def fetch(url, md5, target):
     """Download url to the file target, by way of target.part, which a later try goes on from.
@@ -1277,7 +1275,7 @@ def published(pretrained, url, key):
                         f"from {url}") from None
 
 
-# ----------------------------------------------------------------------------- shapes, drawn by us
+# ------------------------------------------------------------------------------ shapes, drawn by us
 
 def draw_shapes(stem, size):
     """Picture `split-index` of shapes: uint8 (size, size, 3), and its label, uint8 (size, size).
@@ -1354,9 +1352,9 @@ def clutter(rng, image):
     return image
 
 
-# ------------------------------------------------------------- the strong view, batches at a time
-# All of it runs where the pictures are and waits for no device: what is to be done with which
-# picture is known from noise on the CPU, and goes to the device in two copies.
+# --------------------------------------------------------------- the strong view, batches at a time
+# All of it runs where the images are and waits for no device: what is to be done with which
+# image is known from noise on the CPU, and goes to the device in two copies.
 
 def strong_view(image, noise):
     """Colours and sharpness changed at random: image float (B, 3, H, W) of 0..1 -> a new one.
@@ -1385,7 +1383,7 @@ def strong_view(image, noise):
     return out
 
 
-# Each of pictures (B, 3, H, W) of 0..1 and amounts (B, 1, 1, 1), as Pillow and torchvision do it.
+# Each of images (B, 3, H, W) of 0..1 and amounts (B, 1, 1, 1), as Pillow and torchvision do it.
 
 def grey(image):
     """(B, 1, H, W): the brightness that the eye sees."""
@@ -1464,7 +1462,7 @@ def partners(index):
     return (n + other) % len(index)
 
 
-# ------------------------------------------------------------------------------ python data.py
+# ----------------------------------------------------------------------------------- python data.py
 
 @dataclass
 class Config:

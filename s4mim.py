@@ -863,8 +863,9 @@ def train(cfg, machine, interrupt):
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
         loaders[1] = itertools.repeat(None)
+    same = [i.stem for i in labeled.items] == [i.stem for i in unlabeled.items]
     run.begin(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} labelled "
-              f"(list {digest}) and {len(unlabeled)} unlabelled pictures, "
+              f"(list {digest}) and {0 if same else len(unlabeled)} unlabelled pictures, "
               f"{len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures")
     for step, *batches in zip(range(run.start, run.stop), *loaders):
         # 1. the rates
