@@ -5936,6 +5936,186 @@ class BadData(Case):
                           (self.tmp / "to").exists()], [False] * 3)
 
 
+class AsFoundFiles(Case):
+    """Folders, names and kinds as people have them: the right files, splits and pixels, and a line
+    that says what was guessed."""
+
+    def setUp(self):
+        super().setUp()
+        data.told.clear()
+
+    def put(self, root, *names, images="images/{}.png", masks="masks/{}.png", shape=(12, 16)):
+        """Pairs; returns {name: (image, label)}."""
+        found = {}
+        for name in names:
+            found[name] = self.noise(*shape, 3), self.noise(*shape) % 3
+            for where, pixels in zip((images, masks), found[name]):
+                save(self.tmp / root / where.format(name), pixels)
+        return found
+
+    def items(self, root, split="train"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            items = data.list_items(str(self.tmp / root), "", split)
+        return items, out.getvalue()
+
+    def test_masks_whose_names_share_an_ending(self):
+        names = [f"im{i:02d}" for i in range(10)]
+        for i, (images, masks, told) in enumerate((
+                ("images/{}.jpg", "masks/{}_segmentation.png", "masks end in _segmentation"),
+                ("images/{}.png", "masks/{}.jpg.png", "masks end in .jpg"),
+                ("images/{}-photo.png", "masks/{}-label.png", "-label, images in -photo"))):
+            self.put(f"d{i}", *names, images=images, masks=masks)
+            (train, text), (val, _) = self.items(f"d{i}"), self.items(f"d{i}", "val")
+            self.assertIn(told, text)
+            for item in train + val:
+                self.assertIn(item.image.name[:4], names)
+                self.assertEqual(item.image.name[:4], item.mask.name[:4])
+            self.assertEqual(len(train + val), 10)
+        # not the mask of another number
+        self.put("n", "10", "20", masks="gone/{}.png")
+        self.put("n", "1", "2", images="gone/{}.png", masks="masks/{}_m.png")
+        items, text = self.items("n")
+        self.assertNotIn("paired without", text)
+        self.assertFalse(any(i.image and i.mask for i in items))
+
+    def test_folders_in_folders(self):
+        pairs = self.put("deep", *(f"{at}{i}" for at in ("", "day2/", "day2/b/") for i in range(5)))
+        self.put("deep", ".hidden/x", "day2/.trash/y")
+        (train, _), (val, _) = self.items("deep"), self.items("deep", "val")
+        self.assertEqual(sorted(i.stem for i in train + val), sorted(pairs))
+        for item in train:
+            np.testing.assert_array_equal(np.asarray(Image.open(item.image)), pairs[item.stem][0])
+            np.testing.assert_array_equal(np.asarray(Image.open(item.mask)), pairs[item.stem][1])
+        labelled, rest = data.labeled_split(str(self.tmp / "deep"), "", "3")
+        (self.tmp / "list.txt").write_text(data.labeled_lines(labelled))
+        self.assertEqual(data.labeled_split(str(self.tmp / "deep"), "",
+                                            str(self.tmp / "list.txt"))[0], labelled)
+        # predictions come in the same tree, from several paths, and say what they left out
+        out = self.tmp / "run"
+        flags = (*BRIEF["masksup.py"], "--data", self.tmp / "deep", "--max-steps", 1, "--out", out)
+        self.assertEqual(outcome("masksup.py", *flags)[0], 0)
+        (self.tmp / "deep/images/notes.txt").write_text("x")
+        save(self.tmp / "one.jpg", self.noise(9, 9, 3))
+        (self.tmp / "deep/images/day2/z.heic").write_bytes(b"\0\0\0\x18ftypheic")
+        status, text, error = outcome(
+            "masksup.py", "--predict", self.tmp / "deep/images", self.tmp / "one.jpg", "--ckpt",
+            out / "last.pt", "--to", self.tmp / "to")
+        self.assertEqual((status, error.count("\n")), (1, 1), error)
+        self.assertIn("z.heic", error)
+        self.assertIn("16 segmented, 1 failed", text)
+        self.assertRegex(text, r"\d+ files that are no pictures are left out")
+        for name in [*pairs, "one"]:
+            self.assertTrue((self.tmp / f"to/{name}.png").exists(), name)
+
+    def test_names_of_splits(self):
+        for i, (images, masks) in enumerate((("{0}/images/{1}.png", "{0}/masks/{1}.png"),
+                                             ("images/{0}/{1}.png", "labels/{0}/{1}.png"),
+                                             ("{0}/JPEGImages/{1}.png",
+                                              "{0}/SegmentationClass/{1}.png"))):
+            for val in "valid", "validation", "val", "dev":
+                root = f"{val}{i}"
+                for split in "train", val, "test":
+                    for k in range(4):
+                        for where in images, masks:
+                            save(self.tmp / root / where.format(split, f"{split}{k}"),
+                                 self.noise(4, 4) % 2)
+                (train, text), (found, _) = self.items(root), self.items(root, "val")
+                self.assertEqual([[i.stem for i in items] for items in (train, found)],
+                                 [[f"{s}{k}" for k in range(4)] for s in ("train", val)])
+                self.assertEqual(f"{val} is taken for val" in text, val != "val")
+                self.assertIn("not used: test", text)
+
+    def test_a_few_images_or_a_few_masks(self):
+        for n in range(2, 12):
+            self.put(f"few{n}", *(f"im{i:02d}" for i in range(n)))
+            (train, text), (val, _) = self.items(f"few{n}"), self.items(f"few{n}", "val")
+            self.assertTrue(train and val and len(train + val) == n)
+            self.assertIn(f"{len(val)} of {n} images, drawn by name", text)
+        pairs = self.put("part", *(f"p{i}" for i in range(60)))
+        for name in list(pairs)[15:]:
+            (self.tmp / f"part/masks/{name}.png").unlink()
+        (train, _), (val, _) = self.items("part"), self.items("part", "val")
+        self.assertTrue(all(i.mask for i in val) and 1 <= len(val) <= 7)
+        self.assertEqual(sum(i.mask is None for i in train), 45)
+
+    def test_void_among_the_names_and_folders_below_root(self):
+        self.put("sets/zero", *map(str, range(10)))
+        (self.tmp / "sets/zero/classes.txt").write_text("void\nroad\ncar\n")
+        dataset = data.Dataset("zero", self.tmp / "sets", "train", size=8, whole=True)
+        self.assertEqual((dataset.info.classes, dataset.info.ids), (("road", "car"), (1, 2)))
+        for i, item in enumerate(dataset.items):
+            mask = np.asarray(Image.open(item.mask))
+            np.testing.assert_array_equal(dataset[i][1], np.array([255, 0, 1])[mask])
+
+    def test_black_and_white(self):
+        pairs = self.put("bw", *map(str, range(10)))
+        for name in pairs:
+            shades = self.noise(12, 16)
+            (self.tmp / f"bw/masks/{name}.png").unlink()
+            save(self.tmp / f"bw/masks/{name}.jpg", np.dstack([shades] * 3), quality=70)
+        dataset = data.Dataset(str(self.tmp / "bw"), "", "train", size=8, whole=True,
+                               palette="binary")
+        for i, item in enumerate(dataset.items):
+            grey = np.asarray(Image.open(item.mask).convert("L"))
+            np.testing.assert_array_equal(dataset[i][1], grey > 127)
+
+    def test_the_check_tells_like_problems_once(self):
+        self.put("own", *(f"name{i}" for i in range(30)))
+        for i in range(20):
+            save(self.tmp / f"own/masks/name{i}.png", self.noise(5 + i, 9) % 3)
+            save(self.tmp / f"own/masks/stray{i}.png", self.noise(5, 9) % 3)
+        status, text, _ = outcome("data.py", "--data", self.tmp / "own", "--out",
+                                  self.tmp / "x.png")
+        self.assertEqual((status, text.count("PROBLEM"), text.count("and 15 more")), (1, 2, 2))
+        self.assertIn("40 problems", text)
+        (self.tmp / "none/images").mkdir(parents=True)
+        (self.tmp / "none/masks").mkdir()
+        for part in "images", "masks":
+            (self.tmp / f"none/{part}/a.png").write_bytes(b"nothing")
+        _, text, _ = outcome("data.py", "--data", self.tmp / "none", "--out", self.tmp / "y.png")
+        self.assertNotIn("nothing but :", text)
+
+    def test_a_folder_that_moved_and_a_palette_that_is_missing(self):
+        colors = np.array([(0, 0, 0), (9, 9, 200), (200, 9, 9)], np.uint8)
+        (self.tmp / "p.txt").write_text("0 0 0 a\n9 9 200 b\n200 9 9 c\n")
+        for name, (_, label) in self.put("here", *map(str, range(8))).items():
+            save(self.tmp / f"here/masks/{name}.png", colors[label])
+        for script, brief in BRIEF.items():
+            argv = [*brief, "--epochs", 2, "--out", self.tmp / script, "--data"]
+            palette = "--palette", self.tmp / "p.txt"
+            self.assertEqual(outcome(script, *argv, self.tmp / "here", *palette, "--max-steps",
+                                     1)[0], 0)
+            shutil.copytree(self.tmp / "here", self.tmp / "there", dirs_exist_ok=True)
+            status, _, error = outcome(script, *argv, self.tmp / "there", "--resume")
+            self.assertEqual((status, error.count("\n")), (2, 1))
+            self.assertIn("was begun with --palette", error)
+            status, _, error = outcome(script, *argv, self.tmp / "there", *palette, "--resume")
+            self.assertEqual((status, error), (0, ""))
+
+    def test_a_score_that_is_no_number_leaves_a_best_checkpoint(self):
+        with mock.patch.object(common, "miou", lambda matrix: math.nan):
+            for script, brief in BRIEF.items():
+                status, _, error = outcome(script, *brief, "--max-steps", 1, "--out",
+                                           self.tmp / script)
+                self.assertEqual((status, error), (0, ""))
+                self.assertTrue((self.tmp / script / "best.pt").exists())
+
+    def test_nothing_is_unlabelled(self):
+        self.put("own", *map(str, range(10)))
+        _, text, _ = outcome("s4mim.py", *BRIEF["s4mim.py"], "--data", self.tmp / "own",
+                             "--max-steps", 1, "--out", self.tmp / "run")
+        self.assertIn("nothing is unlabelled", text)
+        self.assertIn("and 0 unlabelled", text)
+
+    def test_devices(self):
+        for script, brief in BRIEF.items():
+            for device, words in ("cuda:1", "torch finds none here"), ("gpu", "cuda:1, mps, cpu"):
+                status, _, error = outcome(script, *brief, "--device", device, "--out",
+                                           self.tmp / "x")
+                self.assertEqual((status, error.count("\n")), (2, 1))
+                self.assertIn(words, error)
+
+
 # Runs a script that kills itself with signal 9 in the n-th file that it writes: when half of it
 # is in the .part, before that is moved to its place, or just after.
 SUICIDE = """
