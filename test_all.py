@@ -38,7 +38,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import common
 import data
@@ -6634,6 +6634,81 @@ class Fuzz(Case):
             path.mkdir() if kind == "folder" else path.symlink_to(rng.choice([path, other]))
         return f"{kind} {path.relative_to(root)!s} {other.relative_to(root)!s}"
 
+    def as_found(self, root, rng):
+        """Perhaps one of the ways in which people have files; what it was."""
+        kind = str(rng.choice(["as it is"] * 4 + ["turned", "deep", "pages", "nested", "ending",
+                                                  "suffix", "channels"]))
+        images, masks = (sorted(p for p in root.glob(f"train/{part}/*")) for part in
+                         ("images", "masks"))
+        k = int(rng.integers(len(images)))
+        path, mask = images[k], masks[k]
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+        if kind == "turned":            # the mask is drawn on the upright image, or as stored
+            exif, how = Image.Exif(), int(rng.integers(2, 9))
+            exif[0x0112] = how
+            path.unlink()
+            path = save(path.with_suffix(".png"), pixels, exif=exif)
+            if rng.random() < 0.5:
+                with Image.open(path) as image:
+                    size = ImageOps.exif_transpose(image).size
+                mask.unlink()
+                save(mask.with_suffix(".png"), self.noise(*size[::-1]) % 3)
+        elif kind == "deep":
+            path.unlink()
+            deep = rng.integers(0, rng.choice([256, 4096, 65536]), pixels.shape[:2])
+            save(path.with_suffix(rng.choice([".png", ".tif"])), deep.astype(np.uint16))
+        elif kind == "pages":
+            path.unlink()
+            Image.fromarray(pixels).save(path.with_suffix(rng.choice([".tif", ".gif", ".webp"])),
+                                         save_all=True, append_images=[Image.new("RGB", (24, 20))])
+        elif kind == "nested":
+            for file in path, mask:
+                (file.parent / "day 2").mkdir()
+                file.rename(file.parent / "day 2" / file.name)
+        elif kind == "ending":
+            for file in root.glob("*/masks/*"):
+                file.rename(file.with_stem(file.stem + "_mask"))
+        elif kind == "suffix":
+            path.unlink()
+            suffix = rng.choice([".jfif", ".JPG", ".jp2", ".tga", ".ppm", ".heic"])
+            Image.fromarray(pixels).save(path.with_suffix(suffix), {
+                ".jp2": "JPEG2000", ".tga": "TGA", ".ppm": "PPM"}.get(suffix, "JPEG"))
+        elif kind == "channels":
+            with Image.open(mask) as image:
+                save(mask, np.dstack([np.array(image)] * 3))
+        return kind
+
+    def same_as_pillow_s(self, root):
+        """What training sees is what Pillow's own calls read: no image turned, dark, or of another
+        page, and no mask of another image."""
+        turns = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+                 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+                 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}
+        for split in "train", "val":
+            dataset = data.Dataset(str(root), "", split, size=8, whole=True)
+            for i, item in enumerate(dataset.items):
+                self.assertEqual(item.image.stem, item.mask.stem.removesuffix("_mask"))
+                self.assertEqual(item.image.parent.name in ("images",),
+                                 item.mask.parent.name in ("masks",))
+                with Image.open(item.mask) as file:
+                    ids = np.array(file)
+                ids = ids[..., 0] if ids.ndim == 3 else ids
+                with Image.open(item.image) as file:
+                    self.assertIn(getattr(file, "n_frames", 1), (0, 1))
+                    how = file.getexif().get(0x0112, 1)
+                    if file.mode.startswith("I"):
+                        pixels = np.dstack([np.asarray(file) // 256] * 3)
+                        self.assertGreater(pixels.max(), 30)
+                    else:
+                        pixels = np.array(file.convert("RGB"))
+                upright = turns.get(how, np.asarray)(pixels)
+                image, label, _ = dataset[i]
+                np.testing.assert_array_equal(image.permute(1, 2, 0), upright if
+                                              upright.shape[:2] == ids.shape else pixels)
+                np.testing.assert_array_equal(
+                    label, np.array([*range(3), *[255] * 253])[ids.astype(int)])
+
     def test_each_run_ends_well_or_with_one_line(self):
         self.sound(self.tmp / "sound")
         ends = []
@@ -6641,7 +6716,9 @@ class Fuzz(Case):
             rng, name = np.random.default_rng(i), [*SCRIPTS, "data.py"][i % 4]
             root, out = self.tmp / f"d{i}", self.tmp / f"r{i}"
             shutil.copytree(self.tmp / "sound", root)
-            done = [self.change(root, rng) for _ in range(rng.integers(1, 4))]
+            done = [self.as_found(root, rng)]
+            n = rng.integers(1, 4) if done == ["as it is"] else rng.integers(2)
+            done += [self.change(root, rng) for _ in range(n)]
             argv = ["--data", root, "--out", out / "x" if name == "data.py" else out]
             with self.subTest(i=i, name=name, done=done), at_most(60):
                 if name == "data.py":
@@ -6650,6 +6727,9 @@ class Fuzz(Case):
                 else:
                     status, text, error = outcome(name, *BRIEF[name], *argv, "--max-steps", 1)
                 ends.append(status)
+                if status == 0 and (root / "classes.txt").is_file():
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        self.same_as_pillow_s(root)
                 self.assertEqual(error.count("\n"), 1 if status == 2 else 0, error)
                 self.assertIn(status, (0, 1, 2) if name == "data.py" else (0, 2))
                 if status == 2:
