@@ -190,7 +190,7 @@ def settle_epochs(cfg, per_epoch, steps=3000):
     """Where --epochs is 0, as many as make `steps` steps, with 20 evaluations."""
     if not cfg.epochs:
         cfg.epochs = -(-steps // per_epoch)
-        cfg.eval_every = max(1, cfg.epochs // 20)
+        cfg.eval_every = cfg.eval_every if cfg.eval_every > 1 else max(1, cfg.epochs // 20)
 
 
 def at_least(cfg, least, *names):

@@ -54,6 +54,7 @@ SHARED = MAIN.parent / "shared/data"
 
 KILLS = 2       # of each script; python test_all.py --kills 50 Broken
 IDLE = common.idle_processors       # which the tests replace
+SECONDS = {}    # how long the longest classes take
 FUZZ = 40       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
 
 
@@ -565,6 +566,21 @@ class Loaders(Case):
             torch.testing.assert_close(there, here, rtol=0, atol=0)
         self.assertEqual((here[0][0].dtype, here[0][0].shape), (torch.uint8, (3, 3, 16, 16)))
         self.assertEqual((here[0][1].dtype, here[0][1].shape), (torch.uint8, (3, 16, 16)))
+
+    def test_crops_at_the_borders(self):
+        """With border 1 a quarter of them at each end of an axis, the others evenly between."""
+        columns = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None], (40, 64, 3))
+        for part in "images", "masks":
+            save(self.tmp / f"own/train/{part}/a.png", columns if part == "images" else
+                 self.noise(40, 64) % 2)
+        for border, ends in (0, 1 / 66), (1, 1 / 4):
+            dataset = data.Dataset(str(self.tmp / "own"), "", "train", size=32, crop=32,
+                                   train=True, border=border)
+            starts = [dataset[epoch, 0][0][0, 0, 0].item() for epoch in range(2000)]
+            self.assertEqual((min(starts), max(starts)), (0, 32))
+            for end in 0, 32:
+                self.assertLess(abs(np.mean(np.equal(starts, end)) - ends), 0.04)
+            self.assertLess(abs(np.mean(starts) - 16), 1.2)
 
     def test_resumed_is_unbroken(self):
         whole = indices(13, 4, stop=20)
@@ -6168,7 +6184,8 @@ class Broken(Case):
         self.runs = {name: [*brief, "--data", self.root, "--batch-size", 4, "--epochs", 8,
                             "--eval-every", 2, "--seed", 5] for name, brief in BRIEF.items()}
         self.runs["s4mim.py"] += ["--batch-size", 8, "--labeled", "1/2", "--psi", 0.2]
-        self.runs["lmae.py"] += ["--schedule", "plateau", "--warmup", 3]
+        self.runs["lmae.py"] += ["--schedule", "plateau", "--warmup", 3, "--supplement", "nearest",
+                                 "--punch", 0.9]
 
     def start(self, name, out, *more, wrap=()):
         resume = ["--resume"] if (out / "config.json").exists() else []
@@ -6744,6 +6761,25 @@ class Fuzz(Case):
         self.assertTrue(0.1 < np.mean(np.equal(ends, 0)) < 0.6, Counter(ends))
 
 
+def in_two_processes():
+    """All classes, in two processes of about the same length; the exit status."""
+    tests = unittest.TestLoader().getTestCaseNames
+    names = [name for name, value in globals().items() if isinstance(value, type)
+             and issubclass(value, unittest.TestCase) and tests(value)]
+    halves = [], []
+    for name in sorted(names, key=lambda name: SECONDS.get(name, 3), reverse=True):
+        min(halves, key=lambda half: sum(SECONDS.get(n, 3) for n in half)).append(name)
+    with tempfile.TemporaryFile("w+") as later:
+        runs = [subprocess.Popen([sys.executable, __file__, *half], stdout=to, stderr=to)
+                for half, to in zip(halves, (None, later))]
+        status = max(run.wait() for run in runs)
+        later.seek(0)
+        print(later.read(), file=sys.stderr)
+    return status
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 1 and (os.cpu_count() or 1) > 1:
+        sys.exit(in_two_processes())
     KILLS, FUZZ = option("--kills", KILLS), option("--fuzz", FUZZ)
     unittest.main()
