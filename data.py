@@ -96,12 +96,20 @@ def pictures(folder):
 
 
 def tree(folder):
-    """The images in a folder and in the folders in it; names that begin with a dot are left out."""
-    found = pictures(Path(folder))
-    for sub in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
-        if not sub.name.startswith(".") and sub.suffix.lower() not in SUFFIXES:
-            found += tree(sub)
+    """The images in a folder and in the folders in it; names that begin with a dot are left out.
+    A folder that is called like an image counts as one: opening it will say what it is."""
+    found = []
+    for at, inside, _ in os.walk(folder, onerror=raise_it, followlinks=True):
+        found += pictures(Path(at))
+        up = [Path(os.path.realpath(at)), *Path(os.path.realpath(at)).parents]          # where a link may lead again
+        inside[:] = sorted(name for name in inside if name[0] != "."
+                           and Path(name).suffix.lower() not in SUFFIXES
+                           and Path(os.path.realpath(Path(at, name))) not in up)
     return found
+
+
+def raise_it(error):
+    raise error
 
 
 def pair(images, masks, key=lambda path: path.stem):
@@ -118,8 +126,14 @@ def pair(images, masks, key=lambda path: path.stem):
 
 
 def one_of(folder, names):
-    """The first of these folders that is there, else where it should be."""
-    return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
+    """The folder in `folder` that has one of these names, in any case, else where it should be.
+    Raises UserError if there are two."""
+    inside = [p for p in sorted(folder.iterdir()) if p.is_dir()] if folder.is_dir() else []
+    found = [p for p in inside if p.name.lower() in [name.lower() for name in names]]
+    if len(found) > 1 and "SegmentationClassPNG" not in {p.name for p in found}:
+        raise UserError(f"{found[0]} and {found[1]}: either may be the {names[0]} that is meant: "
+                        "rename one of them")
+    return found[-1] if found else folder / names[0]
 
 
 def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
@@ -144,7 +158,7 @@ def fingerprint(stem):
 def own_folder(folder, split, protocol):
     """train/ and val/ with images/ and masks/ inside, or the other way round; without a val/ a
     fifth of what has a mask, drawn by name, is the validation set: of two or more at least one."""
-    inside = (one_of(folder, IMAGES) / "train").is_dir()
+    inside = one_of(one_of(folder, IMAGES), TRAIN).is_dir()
     base = one_of(folder, IMAGES) if inside else folder
     train, val = one_of(base, TRAIN), one_of(base, VAL)
     parts = [p.name for p in (train, val) if p.is_dir()]
@@ -233,8 +247,7 @@ class Dataset(torch.utils.data.Dataset):
     def same_shape(self, item, shape):
         """What can be told of a mask by its header, where not every file is read at the start."""
         if item.mask and item.mask != DRAWN:
-            with opened(item.mask) as mask:
-                same_size(item, shape, (mask.height, mask.width))
+            same_size(item, shape, shape_of(item.mask))
 
     def decode(self, pool):
         """Fill self.pixels, one flat tensor: workers share a tensor, but copy lists of arrays."""
@@ -486,13 +499,11 @@ def turned(image):
 def shape_of(path, mask=None):
     """(H, W) of an image as read_image() reads it, by the headers of the two files."""
     with opened(path) as image:
-        stored = upright = image.size[::-1]
-        if turned(image) and image.getexif()[0x0112] > 4:
-            upright = stored[::-1]
+        stored = image.size[::-1]
+        upright = stored[::-1] if turned(image) and image.getexif()[0x0112] > 4 else stored
     if mask is None or upright == stored:
         return upright
-    with opened(mask) as drawn:
-        return stored if drawn.size[::-1] == stored else upright
+    return stored if shape_of(mask) == stored else upright
 
 
 def read_image(path, mask=None):
@@ -522,7 +533,7 @@ def read_image(path, mask=None):
             used, pixels = pixels.max(), np.dstack([pixels >> 8] * 3).astype(np.uint8)
         else:
             used = (int(pixels.max()) << 8) + 255 if ";16" in kind else 0
-        if 0 < used < 8192:
+        if 0 < used < 1 << 14:
             raise UserError(f"{path}: 16 bits, but its values end at {used}: it would be black: "
                             "save it with 8 bits, or scaled to 65535")
         return pixels
@@ -536,8 +547,12 @@ def read_ids(path, greys=False):
     """
     with opened(path) as image:
         kind = {"F": "32-bit floats"}.get(image.mode, image.mode)
+        bits = re.search("'L;([24])", f"'{image.tile[0].args}") if image.tile else None
+        image = ImageOps.exif_transpose(image) if turned(image) else image
         if image.mode in ("1", "L", "P"):
-            return np.array(image.convert("L") if greys else image, dtype=np.uint8)
+            ids = np.array(image.convert("L") if greys else image, dtype=np.uint8)
+            # PNGs of 2 and 4 bits are spread out to 0..255, which ids are not
+            return ids // {"2": 85, "4": 17}[bits[1]] if bits and not greys else ids
         if not image.mode.startswith(("I", "F")):
             # three equal channels are one, but for what JPEG makes of them: a sample will do
             pixels = np.asarray(image.convert("RGBA" if "A" in kind else "RGB"))
@@ -588,6 +603,7 @@ def read_label(path, info):
 def read_colors(path, meaning):
     """A colour mask as uint8 (H, W) of class indices and 255; greys count as colours too."""
     with opened(path) as image:
+        image = ImageOps.exif_transpose(image) if turned(image) else image
         codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
     known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
     at = np.searchsorted(list(known), codes).clip(max=len(known) - 1)

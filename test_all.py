@@ -187,7 +187,7 @@ class Reading(Case):
         (self.tmp / "rgb.png").write_bytes(png(np.dstack([deep] * 3)))
         np.testing.assert_array_equal(data.read_image(self.tmp / "rgb.png"),
                                       np.dstack([deep >> 8] * 3))
-        for top in 220, 1023, 4095:
+        for top in 220, 1023, 4095, 16383:
             (self.tmp / "dark rgb.png").write_bytes(png(np.dstack([deep % (top + 1)] * 3)))
             save(self.tmp / "dark.png", np.where(deep > 9, deep % (top + 1), top).astype(np.uint16))
             save(self.tmp / "dark.tif", np.where(deep > 9, deep % (top + 1), top).astype(np.uint16))
@@ -6040,6 +6040,33 @@ class AsFoundFiles(Case):
                                  [[f"{s}{k}" for k in range(4)] for s in ("train", val)])
                 self.assertEqual(f"{val} is taken for val" in text, val != "val")
                 self.assertIn("not used: test", text)
+
+    def test_names_in_any_case_two_of_a_kind_and_links_that_lead_up(self):
+        pairs = self.put("caps", *map(str, range(6)), images="Images/{}.PNG", masks="MASKS/{}.png")
+        (self.tmp / "caps/Images/up").symlink_to(self.tmp / "caps")
+        (train, _), (val, _) = self.items("caps"), self.items("caps", "val")
+        self.assertEqual({i.stem for i in train + val}, set(pairs))
+        self.put("two", *map(str, range(6)))
+        self.put("two", *map(str, range(6)), images="JPEGImages/{}.png")
+        with self.fails("two/JPEGImages", "two/images", "rename one"):
+            self.items("two")
+
+    def test_masks_of_few_bits_and_masks_that_are_turned(self):
+        for bits in 1, 2, 4:
+            label = self.noise(9, 16) % min(2 ** bits, 5)
+            rows = [b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits:]).tobytes()
+                    for row in label]
+            chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + (
+                struct.pack(">I", zlib.crc32(kind + content)))
+            (self.tmp / "few.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(
+                b"IHDR", struct.pack(">IIBBBBB", 16, 9, bits, 0, 0, 0, 0))
+                + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+            np.testing.assert_array_equal(data.read_ids(self.tmp / "few.png"), label)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        save(self.tmp / "turned.png", label, exif=exif)
+        np.testing.assert_array_equal(data.read_ids(self.tmp / "turned.png"), np.rot90(label, -1))
+        self.assertEqual(data.shape_of(self.tmp / "turned.png"), (16, 9))
 
     def test_a_few_images_or_a_few_masks(self):
         for n in range(2, 12):
