@@ -101,7 +101,8 @@ def tree(folder):
     found = []
     for at, inside, _ in os.walk(folder, onerror=raise_it, followlinks=True):
         found += pictures(Path(at))
-        up = [Path(os.path.realpath(at)), *Path(os.path.realpath(at)).parents]          # where a link may lead again
+        real = Path(os.path.realpath(at))
+        up = [real, *real.parents]                              # where a link may lead again
         inside[:] = sorted(name for name in inside if name[0] != "."
                            and Path(name).suffix.lower() not in SUFFIXES
                            and Path(os.path.realpath(Path(at, name))) not in up)
