@@ -379,17 +379,24 @@ def waiting(what):
 
 
 def without_endings(folder, images, masks):
-    """Two {file: name} without the endings of the names, if all masks have an image then."""
-    # an ending begins like one: 10_mask is not the mask of 1, nor 20 that of 2
-    ends = [os.path.commonprefix([name[::-1] for name in side.values()])[::-1]
-            for side in (images, masks)]
-    ends = [[""] + [end[k:] for k in range(len(end)) if not end[k].isdigit()] for end in ends]
-    for a, b in itertools.product(*ends):
-        short = [{p: name.removesuffix(end) for p, name in side.items()}
-                 for side, end in ((images, a), (masks, b))]
+    """Two {file: name}, the masks' without a word before or after that all of them share, or the
+    images' as well, if all masks have an image then."""
+    def shared(names):              # a word begins or ends like one: 10_mask is not that of 1
+        end = os.path.commonprefix([name[::-1] for name in names])[::-1]
+        start = os.path.commonprefix([name.rpartition("/")[2] for name in names])
+        return [("", "")] + [("", end[k:]) for k in range(len(end)) if not end[k].isdigit()] + [
+            (start[:k], "") for k in range(1, len(start) + 1) if not start[k - 1].isalnum()]
+
+    def bare(name, before, after):
+        at, slash, name = name.removesuffix(after).rpartition("/")
+        return at + slash + name.removeprefix(before)
+
+    for a, b in itertools.product(shared(images.values()), shared(masks.values())):
+        short = [{p: bare(name, *word) for p, name in side.items()}
+                 for side, word in ((images, a), (masks, b))]
         if set(short[1].values()) <= set(short[0].values()):
-            say(f"{folder}: masks end in {b}" + f", images in {a}" * bool(a)
-                + ": paired without that")
+            say(f"{folder}: masks are called {b[0]}NAME{b[1]}"
+                + f", images {a[0]}NAME{a[1]}" * any(a) + ": paired by NAME")
             return short
     return images, masks
 
@@ -493,8 +500,12 @@ def only_previews(image, pages):
 
 
 def turned(image):
-    """Whether EXIF notes a turn or a mirroring that is still to be done."""
-    return image.getexif().get(0x0112, 1) not in (0, 1)
+    """Whether EXIF notes a turn or a mirroring that is still to be done: of a TIFF Pillow has done
+    it, and to look for EXIF in a PNG that says of none would decode all of it."""
+    if image.format == "TIFF" or image.format == "PNG" and not {
+            "exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
+        return False
+    return image.getexif().get(0x0112, 1) in range(2, 9)
 
 
 def shape_of(path, mask=None):
@@ -548,12 +559,11 @@ def read_ids(path, greys=False):
     """
     with opened(path) as image:
         kind = {"F": "32-bit floats"}.get(image.mode, image.mode)
-        bits = re.search("'L;([24])", f"'{image.tile[0].args}") if image.tile else None
+        full = spread(image, path)
         image = ImageOps.exif_transpose(image) if turned(image) else image
         if image.mode in ("1", "L", "P"):
             ids = np.array(image.convert("L") if greys else image, dtype=np.uint8)
-            # PNGs of 2 and 4 bits are spread out to 0..255, which ids are not
-            return ids // {"2": 85, "4": 17}[bits[1]] if bits and not greys else ids
+            return ids if greys or full == 1 else np.rint(ids / full).astype(np.uint8)
         if not image.mode.startswith(("I", "F")):
             # three equal channels are one, but for what JPEG makes of them: a sample will do
             pixels = np.asarray(image.convert("RGBA" if "A" in kind else "RGB"))
@@ -565,7 +575,7 @@ def read_ids(path, greys=False):
             if not greys:
                 say(f"{Path(path).parent}: some masks have three equal channels: read as ids")
             return np.array(image.convert("L")) if greys else pixels[..., 0]
-        ids = np.array(image)
+        ids = np.array(image) if greys or full == 1 else np.rint(np.array(image) / full)
     if greys and kind.startswith("I;16") and ids.max() > 255:
         return (ids >> 8).astype(np.uint8)
     with np.errstate(invalid="ignore"):
@@ -574,6 +584,18 @@ def read_ids(path, greys=False):
         raise UserError(f"{path}: ids from {ids.min()} to {ids.max()} ({kind}): renumber them to "
                         "0..255, and save them as 8-bit PNG")
     return whole
+
+
+def spread(image, path):
+    """By what Pillow multiplies the ids of a file just opened, to fill 8 or 16 bits: greys of 2
+    and 4 bits, and of a PGM with a smaller maximum. Raises UserError where white is 0."""
+    tile = str(image.tile)
+    if re.search("L;[1248]?I", tile):
+        raise UserError(f"{path}: its ids are stored with white as 0: save it as PNG")
+    if image.format == "PPM" and image.tile and image.tile[0][0].startswith("ppm"):
+        return (65535 if image.mode.startswith("I") else 255) / image.tile[0][3][1]
+    bits = re.search("'L;([24])'", tile)
+    return 255 / (2 ** int(bits[1]) - 1) if bits else 1
 
 
 BINARY = "if it is black and white, give --palette binary"
@@ -591,9 +613,11 @@ def read_label(path, info):
     ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
     table[list(info.ids)] = range(len(info.ids))
     known[[*info.ids, *info.void, VOID]] = True
-    if not known[ids].all():
-        bad = np.unique(ids[~known[ids]]).tolist()
-        lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif")
+    with open(path, "rb") as file:          # JPEG, and WebP with loss, whatever they are called
+        start = file.read(64)
+    lossy = start[:2] == b"\xff\xd8" or start[8:12] == b"WEBP" and b"VP8 " in start
+    if not known[ids].all() or lossy and ids.any():
+        bad = np.unique(ids[~known[ids]] if not known[ids].all() else ids).tolist()
         raise UserError(f"{path}: {'ids' if len(bad) > 1 else 'id'} {runs(bad)}, but {info.name} "
                         f"has classes {runs(info.ids)} and void {runs((*info.void, VOID))}: "
                         + (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
