@@ -942,9 +942,10 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
                   for path in inside]
         if not inside:
             raise UserError(f"--predict {source}: no picture there")
-        if source.is_dir() and (others := sum(p.is_file() for p in source.rglob("*")
-                                              if p not in set(inside))):
-            print(f"{source}: {others} files that are no pictures are left out")
+        others = [p.name for p in source.rglob("*") if p.is_file() and p not in set(inside)]
+        if others:
+            print(f"{source}: left out, as no pictures: {', '.join(others[:4])}"
+                  + f" and {len(others) - 4} more" * (len(others) > 4))
     model.to(machine.device)
     alike = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
     if len({name for _, name in found}) < len(found):

@@ -6020,7 +6020,7 @@ class AsFoundFiles(Case):
         self.assertEqual((status, error.count("\n")), (1, 1), error)
         self.assertIn("z.heic", error)
         self.assertIn("16 segmented, 1 failed", text)
-        self.assertRegex(text, r"\d+ files that are no pictures are left out")
+        self.assertRegex(text, r"left out, as no pictures: .*notes.txt")
         for name in [*pairs, "one"]:
             self.assertTrue((self.tmp / f"to/{name}.png").exists(), name)
 
@@ -6171,6 +6171,121 @@ class AsFoundFiles(Case):
                                            self.tmp / "x")
                 self.assertEqual((status, error.count("\n")), (2, 1))
                 self.assertIn(words, error)
+
+
+class Kinds(Case):
+    """Files as people have them: what is read, against the arrays that were written."""
+
+    def kinds(self):
+        """(what, how to make it of arrays {stem: (image, label)}, flags, {split: stems})."""
+        put = lambda root, folder, ext, change=lambda a: a, side=1: [
+            save(root / folder / f"{stem}{ext}", change(both[side]))
+            for stem, both in self.arrays.items()]
+
+        def images(root, folder="images", ext=".png"):
+            put(root, folder, ext, side=0)
+
+        def split(root, train, val):
+            for stem, (image, label) in self.arrays.items():
+                home = val if stem in "ab" else train
+                save(root / home.format("images") / f"{stem}.png", image)
+                save(root / home.format("masks") / f"{stem}.png", label)
+
+        def masks(ext, change=lambda a: a, folder="masks", **kwargs):
+            return lambda root: [images(root), put(root, folder, ext, change)]
+
+        def two_bits(root):
+            images(root)
+            for stem, (_, label) in self.arrays.items():
+                rows = [b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, 6:]).tobytes()
+                        for row in label]
+                chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + (
+                    struct.pack(">I", zlib.crc32(kind + content)))
+                save(root / f"masks/{stem}.png", label).write_bytes(
+                    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
+                        ">IIBBBBB", *label.shape[::-1], 2, 0, 0, 0, 0))
+                    + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+
+        def labelmap(root):
+            images(root, "JPEGImages")
+            put(root, "SegmentationClass", ".png", lambda a: colors[a])
+            (root / "map.txt").write_text("# label:color_rgb:parts:actions\nCat:48,112,32::\n"
+                                          "background:0,0,0::\nDog:176,112,32::\n")
+
+        def nested(root):
+            for i, (stem, (image, label)) in enumerate(self.arrays.items()):
+                at = ("", "day 1/", "x/y/")[i % 3] + stem
+                save(root / f"images/{at}.png", image)
+                save(root / f"masks/{at}.png", label)
+                save(root / f"images/.thumbs/{stem}.png", image)
+
+        colors = np.array([(48, 112, 32), (0, 0, 0), (176, 112, 32)], np.uint8)
+        fifth = {"val": {s for s in self.arrays
+                         if int(hashlib.sha256(s.encode()).hexdigest()[:16], 16) % 5 == 0}}
+        said = {"val": set("ab")}
+        binary = lambda a: np.uint8(255) * (a > 0)
+        return [
+            *[(f"train and {name}", lambda root, name=name: split(root, "train/{}", name + "/{}"),
+               [], said)
+              for name in ("valid", "Validation", "dev")],
+            ("splits inside the parts", lambda root: split(root, "{}/train", "{}/val"), [], said),
+            ("a test folder beside", lambda root: [split(root, "train/{}", "val/{}"),
+                                                   images(root, "test/images")], [], said),
+            *[(f"masks *{end}", masks(end), [], fifth)
+              for end in ("_mask.png", "_gt.png", "-label.png", ".jpg.png", "_segmentation.tif")],
+            *[(f"images {ext}", lambda root, ext=ext: [images(root, ext=ext),
+                                                       put(root, "masks", ".png")], [], fifth)
+              for ext in (".TIFF", ".bmp", ".jp2", ".tga", ".ppm", ".qoi")],
+            ("three equal channels", masks(".png", lambda a: np.dstack([a] * 3)), [], fifth),
+            ("and alpha", masks(".png", lambda a: np.dstack([a] * 3 + [a | 255])), [], fifth),
+            ("floats", masks(".tif", np.float32), [], fifth),
+            ("32 bits", masks(".tif", np.int32), [], fifth),
+            ("16 bits", masks(".png", np.uint16), [], fifth),
+            ("2 bits", two_bits, [], fifth),
+            ("CVAT's labelmap", labelmap, ["--palette", "map.txt"], fifth),
+            ("black and white JPEG", masks(".jpg", binary), ["--palette", "binary"], fifth),
+            ("black and white RGB", masks(".png", lambda a: np.dstack([binary(a) // 255 * np.uint8(
+                200)] * 3)), ["--palette", "binary"], fifth),
+            ("black and white in 16 bits", masks(".png", lambda a: np.uint16(65535) * (a > 0)),
+             ["--palette", "binary"], fifth),
+            ("folders in folders", nested, [], None),
+        ]
+
+    def test_what_is_read_is_what_was_written(self):
+        self.arrays = {}
+        for stem in "abcdefghijklmnopqrstuvw":
+            label = np.repeat(np.repeat(self.rng.integers(0, 3, (2, 2), np.uint8), 8, 0), 8, 1)
+            label.flat[:3] = label[8:, 8:].flat[:3]
+            label[:8, :8], label[:8, 8:], label[8:, :8] = 0, 1, 2
+            self.arrays[stem] = self.noise(16, 16, 3), label
+        for i, (what, make, flags, splits) in enumerate(self.kinds()):
+            root = self.tmp / f"k{i}"
+            make(root)
+            flags = [root / f if f.endswith(".txt") else f for f in flags]
+            palette = str(flags[1]) if flags else None
+            with self.subTest(what):
+                seen = {}
+                for split in "train", "val":
+                    with contextlib.redirect_stdout(io.StringIO()) as out:
+                        found = data.Dataset(str(root), "", split, size=8, palette=palette)
+                    for k, item in enumerate(found.items):
+                        stem = item.stem.rpartition("/")[2]
+                        image, label = self.arrays[stem]
+                        np.testing.assert_array_equal(found.stored(k)[0], image)
+                        want = label > 0 if palette == "binary" else label
+                        np.testing.assert_array_equal(found.stored(k)[1], want)
+                        seen.setdefault(stem, []).append(split)
+                self.assertEqual({s: len(v) for s, v in seen.items()},
+                                 dict.fromkeys(self.arrays, 1))
+                if splits:
+                    self.assertEqual({s for s in seen if seen[s] == ["val"]}, splits["val"])
+                status, text, error = outcome("data.py", "--data", root, *flags, "--out",
+                                              self.tmp / f"{i}.png")
+                self.assertEqual((status, error), (0, ""), text)
+                name = list(SCRIPTS)[i % 3]
+                status, run, error = outcome(name, *BRIEF[name], "--data", root, *flags, "--out",
+                                             self.tmp / f"r{i}", "--max-steps", 1)
+                self.assertEqual((status, error), (0, ""))
 
 
 # Runs a script that kills itself with signal 9 in the n-th file that it writes: when half of it
