@@ -144,10 +144,10 @@ SMALL = dict(crop=0, epochs=0, lr=1e-3, schedule="cosine", warmup=100, weight_de
 RECIPES = {                        # what differs from the defaults above, by dataset
     # two minutes on two CPU cores: small patches and few of them, a small model, and "random", for
     # a model that must first learn to look at its neighbours learns that later from "mixed"
-    "shapes": dict(epochs=32, batch_size=16, lr=2e-3, crop=48, size=48, patch=4, enc_blocks=1,
+    "shapes": dict(epochs=44, batch_size=16, lr=2e-3, crop=48, size=48, patch=4, enc_blocks=1,
                    dec_blocks=2, enc_dim=128, dec_dim=128, heads=4, drop_path=0.0,
                    weight_decay=0.0, schedule="cosine", warmup=50, mask_strategy="random",
-                   eval_every=4),
+                   supplement="nearest", eval_every=4),
     "voc": {}, "nyuv2": {}, "glas": {},
     "cityscapes": dict(batch_size=48, size=448, scored="all", eval_every=10),
     "camvid": dict(crop=320, supplement="nearest"),     # its pictures are 480 x 360
