@@ -194,7 +194,6 @@ class Dataset(torch.utils.data.Dataset):
     epoch, index), so that it depends on no worker, no order, and no resuming.
     train: the scale is drawn from the range `scale`, the place of the crop at random, and half the
     pictures are mirrored if `flip`. Else the crop is the centre; nothing is scaled or mirrored.
-    border: a share border / (1 + border) of the crops lies at each pair of borders.
     whole, which is not for training: pictures as they are, (3, H, W) and (H, W).
     items: Items to take instead of the split's, see labeled_split. One without a mask is an
     unlabelled picture: its label is 0 in the picture and 255 in the padding, and no mask is read.
@@ -206,11 +205,11 @@ class Dataset(torch.utils.data.Dataset):
 
     def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
                  train=False, seed=0, protocol="lists", palette=None, items=None, whole=False,
-                 in_memory=2.0, border=0.0):
+                 in_memory=2.0):
         assert not (whole and train)
         self.info = info(name, root, palette)
         self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
-        self.train, self.seed, self.whole, self.border = train, seed, whole, border
+        self.train, self.seed, self.whole = train, seed, whole
         listed = list_items(name, root, split, protocol) if items is None else list(items)
         for line in misfits(listed):
             raise UserError(line)
@@ -286,8 +285,6 @@ class Dataset(torch.utils.data.Dataset):
             u = np.random.default_rng(seed_of(self.seed, epoch, index)).random(4)
             scale = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
             place, flip = u[1:3], self.flip and u[3] < 0.5
-            if self.border:
-                place = (0.5 + (place - 0.5) * (1 + self.border)).clip(0, 1)
         if not self.whole:
             image, label = geometry(image, label, self.size, self.crop, scale, place, flip)
         image = torch.from_numpy(image.transpose(2, 0, 1).copy())

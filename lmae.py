@@ -105,8 +105,6 @@ class Config:
     class_weights: Literal["learned", "fixed", "none", "literal"] = "fixed"  # of Eq. 10
     drop_path: float = 0.1         # of the last block, rising from 0 at the first; our choice
     flip: bool = True              # mirror half of the training crops; our choice
-    border: float = 0.0            # 1: half of the crops lie at the borders of pictures, which are
-    #                                else seen less often: a corner hardly ever
     schedule: Literal["plateau", "cosine"] = "plateau"  # the paper's; cosine suits short runs
     warmup: int = 0                # steps over which the rate rises to lr
     eval_every: int = 1            # epochs between evaluations
@@ -140,7 +138,7 @@ class Config:
 
 # small models from scratch: see RECIPES["shapes"]; and they are there to repair labels
 SMALL = dict(crop=0, epochs=0, lr=1e-3, schedule="cosine", warmup=100, weight_decay=0.0,
-             drop_path=0.0, mask_strategy="random", supplement="nearest", punch=0.9, border=1.0)
+             drop_path=0.0, mask_strategy="random", supplement="nearest", punch=0.9)
 RECIPES = {                        # what differs from the defaults above, by dataset
     # two minutes on two CPU cores: small patches and few of them, a small model, and "random", for
     # a model that must first learn to look at its neighbours learns that later from "mixed"
@@ -510,7 +508,7 @@ def loss_fn(logits, label, weights, patch, add=lambda sums: sums):
 def dataset(cfg, split):
     train = split == "train"
     return data.Dataset(cfg.data, cfg.root, split, size=cfg.size, crop=cfg.crop, train=train,
-                        flip=cfg.flip, seed=cfg.seed, protocol="lmae", border=cfg.border,
+                        flip=cfg.flip, seed=cfg.seed, protocol="lmae",
                         palette=cfg.palette or None, in_memory=cfg.in_memory)
 
 
@@ -907,10 +905,10 @@ def patch_span(cfg):
 def windows(length, side, step):
     """Where windows of `side` start so that they cover `length` and overlap by half: about evenly
     spaced, on multiples of `step` (what a patch spans), so that damage in such cells meets whole
-    patches."""
+    patches; but the last ends where the picture does: training has seen no padding."""
     rest = max(0, length - side)
     n = math.ceil(rest / max(step, side // 2 // step * step))
-    return [0] + [math.ceil(rest * i / n / step) * step for i in range(1, n + 1)]
+    return [math.ceil(rest * i / n / step) * step for i in range(n)] + [rest]
 
 
 def rebuild(models, image, label, missing, broken, share, machine):
@@ -1469,7 +1467,7 @@ def check(cfg):
                     "dec_dim", "heads", "eval_every", "augment_epochs")
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "crop", "max_steps", "lr", "weight_decay", "warmup",
-                    "drop_path", "threads", "save_every", "in_memory", "sure", "punch", "border")
+                    "drop_path", "threads", "save_every", "in_memory", "sure", "punch")
     for name in "sure", "punch":
         if getattr(cfg, name) > 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: a share, of at most 1")
