@@ -96,11 +96,15 @@ def pictures(folder):
 
 
 def tree(folder):
-    """The images in a folder and in the folders in it; names that begin with a dot are left out.
-    A folder that is called like an image counts as one: opening it will say what it is."""
-    found = []
+    """The images in a folder and in the folders in it; names that begin with a dot are left out,
+    and what --complete and --predict write beside their labels. A folder that is called like an
+    image counts as one: opening it will say what it is."""
+    found, ours = [], {"confidence", "overlay", "preview"}
     for at, inside, _ in os.walk(folder, onerror=raise_it, followlinks=True):
         found += pictures(Path(at))
+        if Path(at) == Path(folder) and ours & set(inside):
+            say(f"{folder}: {', '.join(sorted(ours & set(inside)))} left out")
+            inside[:] = set(inside) - ours
         real = Path(os.path.realpath(at))
         up = [real, *real.parents]                              # where a link may lead again
         inside[:] = sorted(name for name in inside if name[0] != "."

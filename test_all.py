@@ -2631,7 +2631,7 @@ class LmaeRuns(Case):
         self.assertEqual([config[k] for k in ("crop", "supplement", "epochs", "eval_every",
                                               "enc_blocks")], [56, "nearest", 3000, 150, 2])
         self.assertEqual(config["epochs"] * per_epoch, 3000)
-        # and its own masks, completed: as they were, but for what was missing
+        # and its own masks, completed: as they were, but for what was missing; and good to train on
         done = inside("lmae.py", "--complete", self.tmp / "mine", "--ckpt",
                       self.tmp / "run/best.pt", "--to", self.tmp / "whole")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
@@ -2639,6 +2639,15 @@ class LmaeRuns(Case):
             old, new = (np.array(Image.open(self.tmp / f"{at}/masks/{i}.png"))
                         for at in ("mine", "whole"))
             self.assertTrue((old[old != 255] == new[old != 255]).all() and (new < 3).all())
+        shutil.copytree(self.tmp / "mine/images", self.tmp / "again/images")
+        done = inside("lmae.py", "--complete", self.tmp / "mine/masks", "--images",
+                      self.tmp / "mine/images", "--ckpt", self.tmp / "run/best.pt", "--to",
+                      self.tmp / "again/masks")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        again = [i for split in ("train", "val")
+                 for i in data.list_items(str(self.tmp / "again"), "", split)]
+        self.assertEqual([i.mask for i in sorted(again)],
+                         [self.tmp / f"again/masks/{i}.png" for i in range(10)])
         parse = lambda *argv: common.parse(lmae.Config, lmae.RECIPES, "", list(map(str, argv)),
                                            by="model")[0]
         self.assertEqual(parse("--data", self.tmp / "mine", "--model", "paper"),
