@@ -2107,8 +2107,8 @@ class CommandLine(Case):
         for more, line in (([], "standard output: No space left on device; mend that and run this "
                                 "again"),
                            (["--data", "camvit"], "--data camvit: neither a dataset (shapes, voc, "
-                            "cityscapes, camvid, nyuv2, glas, polyp) nor a folder (did you mean "
-                            "camvid?)")):
+                            "cityscapes, camvid, nyuv2, glas, polyp) nor a folder, here or in data "
+                            "(did you mean camvid?)")):
             with open("/dev/full", "w") as full:
                 done = subprocess.run([*argv, *more], stdout=full, stderr=subprocess.PIPE,
                                       text=True)
