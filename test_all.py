@@ -4984,7 +4984,7 @@ class S4mimTraining(S4mimCase):
                 ({"ratio": 0.0}, ["--ratio 0.0"]), ({"ratio": 1.0}, ["--ratio 1.0"]),
                 ({"ratio": 0.02}, ["--ratio 0.02", "36 patches", "at least one"]),
                 ({"patch": 99}, ["--patch 99", "1 patches"]), ({"patch": 0}, ["--patch 0"]),
-                ({"epochs": 0}, ["--epochs 0"]), ({"lr": -1.0}, ["--lr -1"]),
+                ({"epochs": -1}, ["--epochs -1"]), ({"lr": -1.0}, ["--lr -1"]),
                 ({"lr": float("nan")}, ["--lr nan"]), ({"zoom": 0.0}, ["--zoom"]),
                 ({"tau": 0.0}, ["--tau"]), ({"decoder_lr": 0.0}, ["--decoder-lr"]),
                 ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
