@@ -54,8 +54,8 @@ SHARED = MAIN.parent / "shared/data"
 
 KILLS = 2       # of each script; python test_all.py --kills 50 Broken
 IDLE = common.idle_processors       # which the tests replace
-SECONDS = {"BadData": 55, "MaskSupRuns": 45, "LmaeRuns": 40, "Broken": 40, "S4mimRuns": 40, "Kinds": 23,
-           "SemiData": 20, "AsFoundFiles": 14, "Fuzz": 13, "CommandLine": 11}    # about
+SECONDS = {"BadData": 55, "MaskSupRuns": 45, "LmaeRuns": 40, "Broken": 40, "S4mimRuns": 40,
+           "Kinds": 23, "SemiData": 20, "AsFoundFiles": 14, "Fuzz": 13, "CommandLine": 11}
 FUZZ = 40       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
 
 
