@@ -481,7 +481,8 @@ def class_sums(logits, label, patch):
     """
     N = logits.shape[-1]
     y = patchify(label[:, None].long(), patch)                        # in the order of the logits
-    # as they lie in memory, planes of classes: a softmax over the last axis takes 4 times as long
+    # as they lie in memory, planes of classes: of 11 classes last, log_softmax alone took 122 ms
+    # of a step of 8 x 224 x 224 on one core, and so 3
     ce = F.cross_entropy(logits.float().transpose(2, 3).flatten(0, 1), y.flatten(0, 1),
                          ignore_index=255, reduction="none").view_as(y)                 # Eq. 11
     # A row of bins for each patch, then their sum: one bin a class for the whole batch is 1 % off
@@ -798,8 +799,9 @@ def evaluate_only(cfg, origin):
     pictures with the lowest PA-mIoU (Fig. 8)."""
     strategy = cfg.mask_strategy if origin.get("mask_strategy") == "flag" else "random"
     asked, at, lines = cfg, sorted(float(r) for r in cfg.ratios), {}
+    first = cfg if origin.get("mask_ratio") == "flag" else load(cfg.eval[0])[0]
     folder = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.eval[0]).parent
-              / f"eval-{cfg.mask_ratio:g}-{strategy}")
+              / f"eval-{first.mask_ratio:g}-{strategy}")
     folders = common.result_folders(cfg.eval, folder)
     for path in cfg.eval:
         theirs, info, model, state = load(path)
