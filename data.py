@@ -34,7 +34,6 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -95,26 +94,19 @@ def pictures(folder):
             if p.suffix.lower() in SUFFIXES | FOREIGN and not p.name.startswith(".")]
 
 
-def tree(folder):
+def tree(folder, top=True):
     """The images in a folder and in the folders in it; names that begin with a dot are left out,
     and what --complete and --predict write beside their labels. A folder that is called like an
     image counts as one: opening it will say what it is."""
-    found, ours = [], {"confidence", "overlay", "preview"}
-    for at, inside, _ in os.walk(folder, onerror=raise_it, followlinks=True):
-        found += pictures(Path(at))
-        if Path(at) == Path(folder) and ours & set(inside):
-            say(f"{folder}: {', '.join(sorted(ours & set(inside)))} left out")
-            inside[:] = set(inside) - ours
-        real = Path(os.path.realpath(at))
-        up = [real, *real.parents]                              # where a link may lead again
-        inside[:] = sorted(name for name in inside if name[0] != "."
-                           and Path(name).suffix.lower() not in SUFFIXES
-                           and Path(os.path.realpath(Path(at, name))) not in up)
-    return found
-
-
-def raise_it(error):
-    raise error
+    real = Path(os.path.realpath(folder))
+    inside = [p for p in sorted(Path(folder).iterdir())
+              if p.name[0] != "." and p.suffix.lower() not in SUFFIXES and p.is_dir()
+              and Path(os.path.realpath(p)) not in (real, *real.parents)]       # a link upwards
+    ours = [p.name for p in inside if top and p.name in ("confidence", "overlay", "preview")]
+    if ours:
+        say(f"{folder}: {', '.join(ours)} left out")
+    below = [tree(p, top=False) for p in inside if p.name not in ours]
+    return sum(below, pictures(Path(folder)))
 
 
 def pair(images, masks, key=lambda path: path.stem):
@@ -221,19 +213,15 @@ class Dataset(torch.utils.data.Dataset):
         if not self.items:
             raise none_labelled(name, split, listed)
         left_out = len(listed) - len(self.items)
-        if left_out and os.environ.get("RANK", "0") == "0":
-            print(f"{name} {split}: {left_out} pictures without a mask left out")
+        if left_out:
+            say(f"{name} {split}: {left_out} pictures without a mask left out")
         self.pixels = None
         # one thread draws: that holds the GIL
-        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool, \
+        with ThreadPoolExecutor(1 if name in DRAW else None) as pool, \
                 waiting(f"reading {len(self.items)} pictures of {name}, {split}"):
             self.shapes = list(pool.map(self.shape, self.items))
             self.starts = np.cumsum([0] + [4 * h * w for h, w in self.shapes])
-            if self.starts[-1] <= in_memory * 2**30:
-                counts = self.decode(pool)
-            else:
-                counts = None
-                list(pool.map(self.same_shape, self.items, self.shapes))
+            counts = self.decode(pool) if self.starts[-1] <= in_memory * 2**30 else None
         # those of val, or a few chosen pictures, may well hold no object; but 0 and 255 alone in
         # several of them are a sign
         telling = counts is not None and (items is None or counts[VOID] and len(items) > 1)
@@ -245,13 +233,13 @@ class Dataset(torch.utils.data.Dataset):
             raise UserError(line if items is None else f"{line}; or choose other pictures")
 
     def shape(self, item):
-        """(H, W), by the headers only."""
-        return (self.size,) * 2 if item.image == DRAWN else shape_of(item.image, item.mask)
-
-    def same_shape(self, item, shape):
-        """What can be told of a mask by its header, where not every file is read at the start."""
-        if item.mask and item.mask != DRAWN:
+        """(H, W) of an image; by the headers only, which have to agree with those of its mask."""
+        if item.image == DRAWN:
+            return (self.size,) * 2
+        shape = shape_of(item.image, item.mask)
+        if item.mask:
             same_size(item, shape, shape_of(item.mask))
+        return shape
 
     def decode(self, pool):
         """Fill self.pixels, one flat tensor: workers share a tensor, but copy lists of arrays."""
@@ -300,22 +288,19 @@ def steps_per_epoch(n, batch):
     return max(1, n // batch)
 
 
-def permutation(n, seed, epoch):
-    """The order of an epoch, a list of 0..n-1, which depends on nothing but (seed, epoch)."""
-    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-    return torch.randperm(n, generator=generator).tolist()
-
-
 class Steps(torch.utils.data.Sampler):
     """The batches of steps start..stop-1 as lists of (epoch, index), for one of `world` processes.
 
     Each epoch is a permutation that depends on nothing but (seed, epoch): a run resumed at any
-    step sees what an unbroken one does. Rank r has every world-th picture, from the r-th.
+    step sees what an unbroken one does. An epoch is whole batches, and a last one that is smaller
+    is dropped. endless: the permutations follow one another without a gap, no image is dropped,
+    and every batch is full. Rank r has every world-th position of a batch, from the r-th.
     """
 
-    def __init__(self, n, batch, seed, start, stop, rank, world):
+    def __init__(self, n, batch, seed, start, stop, rank, world, endless=False):
         self.n, self.batch, self.seed, self.steps = n, batch * world, seed, range(start, stop)
         self.rank, self.world = rank, world
+        self.per_epoch = n if endless else steps_per_epoch(n, self.batch) * self.batch
 
     def __len__(self):
         return len(self.steps)
@@ -323,12 +308,16 @@ class Steps(torch.utils.data.Sampler):
     def __iter__(self):
         order, of_epoch = None, None
         for step in self.steps:
-            epoch, i = divmod(step, steps_per_epoch(self.n, self.batch))
-            if epoch != of_epoch:
-                order, of_epoch = permutation(self.n, self.seed, epoch), epoch
-                order *= -(-self.world // self.n)       # fewer pictures than processes: once more
-            batch = order[i * self.batch:(i + 1) * self.batch]
-            yield [(epoch, index) for index in batch[self.rank::self.world]]
+            batch = []
+            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
+                epoch, i = divmod(p, self.per_epoch)
+                if epoch != of_epoch:
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+                    order, of_epoch = torch.randperm(self.n, generator=generator).tolist(), epoch
+                    order *= -(-self.world // self.n)   # fewer images than processes: once more
+                if i < len(order):
+                    batch.append((epoch, order[i]))
+            yield batch
 
 
 def leave_ctrl_c(worker):
@@ -343,9 +332,11 @@ def loader(dataset, batches, workers, **kwargs):
         generator=torch.Generator(), worker_init_fn=leave_ctrl_c, **kwargs)
 
 
-def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
-    """The batches of steps start..stop-1, batch_size a process: one loop is a whole run."""
-    steps = Steps(len(dataset), batch_size, seed, start, stop, rank, world)
+def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1,
+                 endless=False):
+    """The batches of steps start..stop-1, batch_size a process: one loop is a whole run. endless,
+    for images that go along with those of another loader: see Steps."""
+    steps = Steps(len(dataset), batch_size, seed, start, stop, rank, world, endless)
     return loader(dataset, steps, workers)
 
 
@@ -367,7 +358,7 @@ def say(line):
         print(line, flush=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def waiting(what):
     """Say what is being waited for, if it takes more than three seconds (one process)."""
     timer = threading.Timer(3, print, (f"{what} ..",), {"flush": True})
@@ -406,7 +397,7 @@ def read_pair(item, info, size):
     """An Item's image uint8 (H, W, 3) and label uint8 (H, W), which is 0 if it has no mask.
     size is that of a drawn one."""
     if item.image == DRAWN:
-        image, label = draw_shapes(item.stem, size)
+        image, label = DRAW[info.name](item.stem, size)
         return image, label if item.mask else np.zeros_like(label)
     label = None if item.mask is None else read_label(item.mask, info)
     image = read_image(item.image, None if label is None else label.shape)
@@ -458,7 +449,7 @@ def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=Fa
 
 # --------------------------------------------------------------------------------- reading one file
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path):
     """Image.open for a with block, of a file of one page; whatever goes wrong in it becomes one
     UserError line."""
@@ -474,20 +465,16 @@ def opened(path):
             yield image
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: add it, or take it off the list") from None
-    except PermissionError:
-        raise UserError(f"{path}: you may not read it: change its permissions") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}: save it smaller, or in parts") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a whole picture, or of a kind that Pillow cannot read (a "
-                        "camera's own? 8 channels of 8 bits?): replace or remove it, or save it "
-                        "as 8-bit grey or RGB") from None
     except Exception as error:      # a broken file raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a whole picture ({reason[:90]}): "
-                        "replace or remove it") from None
+        what = {FileNotFoundError: "no such file: add it, or take it off the list",
+                PermissionError: "you may not read it: change its permissions",
+                Image.DecompressionBombError: f"{reason}: save it smaller, or in parts",
+                UnidentifiedImageError: "not a whole picture, or of a kind that Pillow cannot read "
+                "(a camera's own? 8 channels of 8 bits?): replace or remove it, or save it as "
+                "8-bit grey or RGB"}
+        raise UserError(f"{path}: " + what.get(
+            type(error), f"not a whole picture ({reason[:90]}): replace or remove it")) from None
 
 
 def only_previews(image, pages):
@@ -668,11 +655,11 @@ class Source(NamedTuple):
 
 
 DRAWN = Path("drawn at run time")       # in place of the files of an Item
-SHAPES = {"train": 512, "val": 128}
+COUNTS = {"train": 512, "val": 128}
 
 
-def shapes(folder, split, protocol):
-    return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(SHAPES[split])]
+def drawn(folder, split, protocol):
+    return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(COUNTS[split])]
 
 
 def voc(folder, split, protocol):
@@ -698,9 +685,9 @@ def voc(folder, split, protocol):
             known = set(stems)
             unlabelled = [Item(s, folder / "JPEGImages" / f"{s}.jpg", None)
                           for s in listed("train_aug") if s not in known]
-        elif os.environ.get("RANK", "0") == "0":
-            print("voc: no ImageSets/Segmentation/train_aug.txt (SBD's list of 10582): only the "
-                  "1464 of train.txt are used")
+        else:
+            say("voc: no ImageSets/Segmentation/train_aug.txt (SBD's list of 10582): only the "
+                "1464 of train.txt are used")
     items = [Item(s, folder / "JPEGImages" / f"{s}.jpg", masks / f"{s}.png") for s in stems]
     for item in items:
         if not (item.mask.is_file() or item.image.is_file()):
@@ -768,7 +755,11 @@ SOURCES = {
         Info("shapes", ("background", "disc", "square", "triangle", "ring", "cross"),
              ((40, 40, 48), (230, 85, 60), (70, 130, 220), (80, 180, 90), (235, 180, 50),
               (190, 80, 200)), ids=tuple(range(6))),
-        ("train", "val"), shapes),
+        ("train", "val"), drawn),
+    "materials": Source(
+        Info("materials", ("plain", "fine stripes", "coarse stripes", "dots"),
+             ((40, 40, 48), (230, 85, 60), (70, 130, 220), (235, 180, 50)), ids=(0, 1, 2, 3)),
+        ("train", "val"), drawn),
     "voc": Source(
         Info("voc", ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car",
                      "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person",
@@ -885,7 +876,7 @@ def short_side(name, root):
     """The shorter side of the pictures of the training split, in pixels: the median of some 50."""
     items = [item for item in list_items(name, root, "train") if item.image]
     sides = []
-    for item in items[::max(1, len(items) // 50)] if name != "shapes" else ():
+    for item in items[::max(1, len(items) // 50)] if name not in DRAW else ():
         with contextlib.suppress(UserError), opened(item.image) as image:
             sides.append(min(image.size))
     return sorted(sides)[len(sides) // 2] if sides else None
@@ -1153,32 +1144,6 @@ def labeled_lines(items):
     return "".join(line(item) + "\n" for item in items)
 
 
-class Stream(Steps):
-    """As Steps, but one permutation after another without end: no picture is dropped, and every
-    batch is full, even of fewer pictures than it holds: one then comes again, an epoch later.
-
-    Position p of the sequence is (epoch p // n, picture p % n of that epoch's permutation); step s
-    has the positions s * batch * world .. of it, and rank r every world-th of them, from the r-th.
-    """
-
-    def __iter__(self):
-        order, of_epoch = None, None
-        for step in self.steps:
-            batch = []
-            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
-                epoch, i = divmod(p, self.n)
-                if epoch != of_epoch:
-                    order, of_epoch = permutation(self.n, self.seed, epoch), epoch
-                batch.append((epoch, order[i]))
-            yield batch
-
-
-def stream_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1):
-    """As train_loader, of a Stream: for pictures that go along with those of another loader."""
-    steps = Stream(len(dataset), batch_size, seed, start, stop, rank, world)
-    return loader(dataset, steps, workers)
-
-
 # -------------------------------------------------------------------------------------- downloading
 
 def fetch(url, md5, target):
@@ -1210,18 +1175,15 @@ def stream(url, part):
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            if response.status != 206:          # 200: this server knows no ranges and starts over
-                have = 0
+            have *= response.status == 206      # 200: this server knows no ranges, and starts over
             total = have + int(response.headers.get("Content-Length", 0))
             need_room(part.parent, total - have)
-            shown = 0
             with open(part, "ab" if have else "wb") as file:
                 while block := response.read(1 << 18):
                     have += file.write(block)
-                    if sys.stderr.isatty() and (have >= total or time.monotonic() > shown + 0.2):
+                    if sys.stderr.isatty():
                         print(f"\r\033[K{part.stem}: {have >> 20} of {total >> 20} MB", flush=True,
                               end="\n" if have >= total else "", file=sys.stderr)
-                        shown = time.monotonic()
     except urllib.error.HTTPError as error:
         if error.code == 416:                   # there is nothing behind what we have
             return True
@@ -1317,7 +1279,13 @@ def published(pretrained, url, key):
                         f"from {url}") from None
 
 
-# ------------------------------------------------------------------------------ shapes, drawn by us
+# ------------------------------------------------------- drawn by us: shapes and materials
+
+def scene(stem):
+    """The generator of random numbers of picture `split-index`."""
+    split, index = stem.split("-")
+    return np.random.default_rng(seed_of(list(COUNTS).index(split), int(index)))
+
 
 def draw_shapes(stem, size):
     """Picture `split-index` of shapes: uint8 (size, size, 3), and its label, uint8 (size, size).
@@ -1325,8 +1293,7 @@ def draw_shapes(stem, size):
     Two to four shapes and, in one picture of five, a small cross on top. Colour and texture are
     drawn without regard to the class: only the outline tells. A scene is the same at every size.
     """
-    split, index = stem.split("-")
-    rng = np.random.default_rng(seed_of(list(SHAPES).index(split), int(index)))
+    rng = scene(stem)
     image, tone = texture(rng, size)
     image = clutter(rng, image)
     label = np.zeros((size, size), np.uint8)
@@ -1372,8 +1339,7 @@ def texture(rng, size, unlike=None):
     while unlike is not None and np.abs(tone - unlike).max() < 60:
         tone = rng.uniform(40, 215, 3)
     kind, angle, pitch = rng.integers(3), rng.uniform(0, np.pi), rng.uniform(30, 70)
-    clouds = Image.fromarray(rng.standard_normal((7, 7)).astype(np.float32))
-    pattern = np.array(clouds.resize((size, size), Image.BICUBIC))
+    pattern = clouds(rng, size)
     x = np.arange(size) / size * pitch
     along = x * np.cos(angle) + x[:, None] * np.sin(angle)
     if kind == 1:
@@ -1392,6 +1358,41 @@ def clutter(rng, image):
         color = rng.uniform(0, 255, 3).astype(np.float32)
         image = image + (color - image) * stamp(len(image), polygons)
     return image
+
+
+def clouds(rng, size, cells=7):
+    """Smooth noise of a standard deviation near 1, float32 (size, size)."""
+    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+    return np.array(coarse.resize((size, size), Image.BICUBIC))
+
+
+def draw_materials(stem, size):
+    """Picture `split-index` of materials: uint8 (size, size, 3), and its label, uint8 (size, size).
+
+    A mosaic of five to eight pieces with wavy borders. The class of a piece is its texture; its
+    two colours, the direction, and where the pattern starts are drawn without regard to the class.
+    """
+    rng = scene(stem)
+    n = rng.integers(5, 9)
+    classes, centers = rng.integers(0, 4, n), rng.random((n, 2))
+    tone, contrast = rng.uniform(60, 195, (n, 3)), rng.standard_normal((n, 3))
+    contrast *= rng.uniform(30, 90, (n, 1)) / np.linalg.norm(contrast, axis=1, keepdims=True)
+    angle, start = rng.uniform(0, 2 * np.pi, (2, n))
+    y, x = np.mgrid[:size, :size] / size
+    bent = np.stack([y + 0.05 * clouds(rng, size), x + 0.05 * clouds(rng, size)], -1)
+    piece = ((bent[..., None, :] - centers) ** 2).sum(-1).argmin(-1)        # Voronoi's, (S, S)
+    u = x * np.cos(angle[piece]) + y * np.sin(angle[piece])                 # along the pattern
+    v = y * np.cos(angle[piece]) - x * np.sin(angle[piece])                 # and across
+    wave = lambda along, count: np.sin(2 * np.pi * count * along + start[piece])
+    pattern = np.choose(classes[piece], [np.sin(start[piece]), wave(u, 16), wave(u, 7),
+                                         (wave(u, 9) + wave(v, 9)).clip(-0.5) * 0.8 - 0.6])
+    image = tone[piece] + contrast[piece] * pattern[..., None]
+    image += 15 * clouds(rng, size, 4)[..., None]                           # light
+    image += 6 * rng.standard_normal((size, size, 1))                       # grain
+    return image.clip(0, 255).round().astype(np.uint8), classes[piece].astype(np.uint8)
+
+
+DRAW = {"shapes": draw_shapes, "materials": draw_materials}
 
 
 # --------------------------------------------------------------- the strong view, batches at a time
@@ -1527,7 +1528,7 @@ def examine(item, info):
 
     image = label = None
     if item.image == DRAWN:
-        image, label = draw_shapes(item.stem, 96)
+        image, label = DRAW[info.name](item.stem, 96)
     elif item.mask:
         label = attempt(read_label, item.mask, info)
     if item.image and image is None:
@@ -1553,7 +1554,7 @@ def check(name, root, palette):
         except UserError as error:
             problems.append(str(error))
             continue
-        with ThreadPoolExecutor(1 if name == "shapes" else None) as pool:
+        with ThreadPoolExecutor(1 if name in DRAW else None) as pool:
             facts = list(pool.map(lambda item: examine(item, labels), items))
         problems += misfits(items) + [line for _, _, lines, _ in facts for line in lines]
         for item, (*_, digest) in zip(items, facts):

@@ -858,7 +858,7 @@ def train(cfg, machine, interrupt):
         compile_parts(model)
 
     # two streams with an order of their own: no picture meets the same others in each epoch
-    loaders = [data.stream_loader(pictures, B, seed=common.seed_of(cfg.seed, kind),
+    loaders = [data.train_loader(pictures, B, seed=common.seed_of(cfg.seed, kind), endless=True,
                                   start=run.start, stop=run.stop, **machine.loading)
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
@@ -951,8 +951,8 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     pseudo-label is what L_u leaves out; the last row is one head alone, of the largest object."""
     model.eval()
     C, size = len(info.classes), (cfg.size, cfg.size)
-    batches = [next(iter(data.stream_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1)))
-               for pictures in (labeled, unlabeled)]
+    batches = [next(iter(data.train_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1,
+                                           endless=True))) for pictures in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
     with machine.autocast():

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -518,11 +519,36 @@ class Shapes(unittest.TestCase):
         self.assertLess(np.ptp(means, axis=0).max(), 18)         # colour says nothing of the class
         self.assertFalse(any((val[0][0] == train[i][0]).all() for i in range(512)))
 
+    def test_materials_differ_by_texture_alone(self):
+        train = data.Dataset("materials", "", "train", size=128)
+        radius, height, means = {c: [] for c in range(4)}, {c: [] for c in range(4)}, []
+        rows = np.fft.fftfreq(32)[:, None] * 128                # in periods a picture
+        far = np.hypot(rows, rows.T)
+        for image, label, _ in (train[i] for i in range(0, 512, 4)):
+            for y, x in itertools.product(range(0, 128, 32), repeat=2):
+                part = image[:, y:y + 32, x:x + 32].double().numpy()
+                here = np.unique(label[y:y + 32, x:x + 32])
+                if len(here) == 1:                      # a window with nothing but one texture
+                    c = int(here[0])
+                    means.append((c, *part.mean((1, 2))))
+                    part = (part - part.mean((1, 2), keepdims=True)) * np.hanning(32)[:, None]
+                    power = (np.abs(np.fft.fft2(part * np.hanning(32))) ** 2).sum(0)
+                    power[far < 5] = 0                  # light
+                    radius[c].append(far.ravel()[power.argmax()])
+                    height[c].append(power.max())
+        self.assertGreater(min(map(len, radius.values())), 60)
+        self.assertLess(abs(np.median(radius[1]) - 16), 1.5)
+        self.assertLess(abs(np.median(radius[2]) - 7), 1.5)
+        self.assertLess(abs(np.median(radius[3]) - 9), 1.5)
+        self.assertLess(np.median(height[0]) * 20, min(np.median(height[c]) for c in (1, 2, 3)))
+        means = np.array(means)
+        by_class = [means[means[:, 0] == c, 1:].mean(0) for c in range(4)]
+        self.assertLess(np.ptp(by_class, axis=0).max(), 18)     # colour says nothing of the class
+
     def test_the_scene_is_the_same_at_every_size_and_time(self):
-        for i in range(8):
-            image, label = data.draw_shapes(f"train-{i:03d}", 64)
-            again, big = (data.draw_shapes(f"train-{i:03d}", 64)[0],
-                          data.draw_shapes(f"train-{i:03d}", 128)[1])
+        for draw, i in itertools.product((data.draw_shapes, data.draw_materials), range(8)):
+            image, label = draw(f"train-{i:03d}", 64)
+            again, big = draw(f"train-{i:03d}", 64)[0], draw(f"train-{i:03d}", 128)[1]
             np.testing.assert_array_equal(image, again)
             self.assertGreater((big[::2, ::2] == label).mean(), 0.96)
 
@@ -1488,8 +1514,7 @@ class Check(Case):
 
 
 def stream(n, batch, **kwargs):
-    return list(data.Stream(
-        n, batch, **{"seed": 3, "start": 0, "stop": 9, "rank": 0, "world": 1, **kwargs}))
+    return indices(n, batch, endless=True, **kwargs)
 
 
 def strong_by_hand(image, u):
@@ -1817,7 +1842,7 @@ class SemiData(Case):
                     for whole, *parts in zip(steps, *ranks):
                         self.assertEqual([parts[k % world][k // world] for k in range(batch)],
                                          whole)
-        self.assertEqual(len(data.Stream(5, 2, 0, 3, 9, 0, 1)), 6)
+        self.assertEqual(len(data.Steps(5, 2, 0, 3, 9, 0, 1, endless=True)), 6)
 
     def test_two_streams_pair_the_pictures_anew_in_each_epoch(self):
         for n in 8, 16:                         # as many unlabelled pictures, and twice as many
@@ -1833,15 +1858,15 @@ class SemiData(Case):
         dataset = data.Dataset("shapes", "", "val", size=16, crop=12, train=True, scale=(0.5, 2),
                                items=data.list_items("shapes", "", "val")[:3])
         state = torch.get_rng_state()
-        kwargs = dict(seed=2, stop=4, rank=1, world=2)
-        whole = batches(data.stream_loader(dataset, 4, **kwargs))
-        for step, (image, label, index) in zip(stream(3, 4, **kwargs), whole):
+        kwargs = dict(seed=2, stop=4, rank=1, world=2, endless=True)
+        whole = batches(data.train_loader(dataset, 4, **kwargs))
+        for step, (image, label, index) in zip(indices(3, 4, **kwargs), whole):
             self.assertEqual(index, [i for _, i in step])
             for k, key in enumerate(step):
                 torch.testing.assert_close((image[k], label[k], index[k]), dataset[key],
                                            rtol=0, atol=0)
         self.assertEqual(len(whole), 4)
-        torch.testing.assert_close(batches(data.stream_loader(dataset, 4, start=2, **kwargs)),
+        torch.testing.assert_close(batches(data.train_loader(dataset, 4, start=2, **kwargs)),
                                    whole[2:], rtol=0, atol=0)
         self.assertTrue(torch.get_rng_state().equal(state))
 
@@ -5017,8 +5042,8 @@ class S4mimTraining(S4mimCase):
                              (True, True, 32, (0.5, 2)))
         # which labelled picture goes with which unlabelled one, epoch after epoch
         n, met = len(unlabeled), []
-        loaders = [data.stream_loader(part, 1, seed=common.seed_of(0, kind), stop=3 * n)
-                   for kind, part in enumerate((labeled, unlabeled))]
+        loaders = [data.train_loader(part, 1, seed=common.seed_of(0, kind), stop=3 * n,
+                                     endless=True) for kind, part in enumerate((labeled, unlabeled))]
         pairs = [(int(a[2]), int(b[2])) for a, b in zip(*loaders)]
         for epoch in range(3):
             met.append(dict((b, a) for a, b in pairs[epoch * n:(epoch + 1) * n]))
