@@ -673,11 +673,11 @@ class Named(Case):
             self.assertTrue(set(info.background) < set(range(len(info.classes))))
             self.assertEqual(info.name, name)
         self.assertEqual(
-            [len(data.info(n).classes) for n in data.SOURCES], [6, 21, 19, 11, 40, 2, 2])
+            [len(data.info(n).classes) for n in data.SOURCES], [6, 4, 21, 19, 11, 40, 2, 2])
 
     def test_the_split_to_score_on(self):
         names = [*data.SOURCES, self.tmp]
-        self.assertEqual([data.eval_split(str(n)) for n in names], ["val"] * 5 + ["test"] * 2
+        self.assertEqual([data.eval_split(str(n)) for n in names], ["val"] * 6 + ["test"] * 2
                          + ["val"])
         for name in data.SOURCES:
             self.assertIn(data.eval_split(name), data.SOURCES[name].splits)
