@@ -35,6 +35,9 @@ Departures from the paper, and what it leaves open:
   paper's other tables have the deep one: --stem deep --pretrained FILE.
 - Losses are means over the valid pixels of a batch, of which a picture may have more than another.
 - CutMix takes its box from another picture of the batch, which needs no pass of its own.
+- BatchNorm's running averages come from the pass of x_l and x_w alone, in which p_l and p_w are
+  made; p_fp, p_s and Phase II have batches of their own. UniMatch decodes p_fp together with
+  these, and all its passes move the averages.
 - Terms that are switched off leave the divisor of Eq. 14 too.
 - Void and padding count in none of the losses but L_mimpi; the paper says so of the features only.
 - Labels, masks and confidences of features are those of the pixels they are centred on.
@@ -46,6 +49,7 @@ import itertools
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -662,6 +666,18 @@ class Seen(NamedTuple):
     c_fp: tuple             # c1 and c4 of x_w, perturbed
 
 
+@contextmanager
+def averages_kept(model):
+    """BatchNorm takes the statistics of its batch, as always in training, but its running averages
+    stay. Only the passes of x_l and x_w move these: they look like what is evaluated."""
+    norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
+
+
 def phase_one(model, v, cfg, machine):
     """Phase I, FixMatch with UniPerb, on Views v. PiD has no part in it.
 
@@ -676,9 +692,10 @@ def phase_one(model, v, cfg, machine):
         return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
     with machine.autocast():
         c = model.E(torch.cat([v.x_l, v.x_w]))
+        p_l, p_w = model.SeD(*c, size).chunk(2)
         c_fp = perturb((x[B:] for x in c), v.drop)
-        p_l, p_w, p_fp = model.SeD(*map(torch.cat, zip(c, c_fp)), size).chunk(3)
-        p_s = model(v.x_s)
+        with averages_kept(model):
+            p_s, p_fp = model(v.x_s), model.SeD(*c_fp, size)
 
     conf, y_w = p_w.detach().softmax(1).max(1)
     conf_s, y_s = mix(conf, v.partner, v.box), mix(y_w, v.partner, v.box)
@@ -704,7 +721,7 @@ def phase_two(model, prototypes, v, seen, cfg, machine):
     L_pi = L_fea = L_se = torch.zeros((), device=v.x_l.device)
     x, m = torch.cat([v.x_l, v.x_s, v.x_w]), v.m.repeat(3, 1, 1, 1)
     void = torch.cat([v.y_l == 255, v.void_s, v.void_w])
-    with machine.autocast():
+    with machine.autocast(), averages_kept(model):
         c = model.E(x * m)
         # the third stream is perturbed as in Phase I
         c = [torch.cat([a[:2 * B], b]) for a, b in zip(c, perturb((a[2 * B:] for a in c), v.drop))]
@@ -949,13 +966,13 @@ def draw_samples(model, pictures, cfg, machine, info, path, n=6):
 def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     """step.png: what a training step sees of n unlabelled pictures, and makes of them. Grey in a
     pseudo-label is what L_u leaves out; the last row is one head alone, of the largest object."""
-    model.eval()
+    model.train()               # BatchNorm as in a step: PiD has no averages
     C, size = len(info.classes), (cfg.size, cfg.size)
     batches = [next(iter(data.stream_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1)))
                for pictures in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
-    with machine.autocast():
+    with machine.autocast(), averages_kept(model):
         conf, y_w = model(v.x_w).softmax(1).max(1)
         m = torch.ones_like(v.box[:, None]) if v.m is None else v.m     # None: no Phase II
         c = model.E(v.x_s * m)

@@ -7,6 +7,7 @@ Real data is used where ../shared/data is there; where it is not, the test says 
 """
 import colorsys
 import contextlib
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -4820,6 +4821,31 @@ class S4mimPhases(S4mimCase):
             for key, w in expected.items():
                 torch.testing.assert_close(model.get_parameter(key).detach(), w, rtol=1e-4,
                                            atol=1e-6)
+
+    def test_running_averages_are_those_of_the_clean_views_alone(self):
+        """Those of E and SeD after a step are what one pass of x_l and x_w makes of them; PiD, which
+        is never evaluated, has none. All passes have the statistics of their batch."""
+        v, start = self.views(), small(self.C).state_dict()
+        for method in "s4mim", "fixmatch":
+            cfg = tiny(method=method)
+            machine, stepped = common.Machine(cfg), s4mim.build(cfg, self.C).train()
+            stepped.load_state_dict({k: start[k] for k in stepped.state_dict()})
+            clean, seen = copy.deepcopy(stepped), []
+            for norm in stepped.modules():
+                if isinstance(norm, torch.nn.BatchNorm2d):
+                    norm.register_forward_hook(lambda norm, x, y: seen.append(
+                        (y - norm.bias[:, None, None]).float().mean((0, 2, 3)).abs().max().item()))
+            s4mim.train_step(stepped, s4mim.Prototypes(self.C, 16),
+                             s4mim.make_optimizer(stepped, cfg), machine.scaler(), machine, cfg, v)
+            self.assertLess(max(seen), 1e-3)            # normalised by the batch's own mean
+            clean(torch.cat([v.x_l, v.x_w]))
+            moved, expected = stepped.state_dict(), clean.state_dict()
+            for name in expected:
+                if name.endswith(("running_mean", "running_var", "batches_tracked")):
+                    torch.testing.assert_close(moved[name], expected[name], msg=name)
+                    self.assertEqual(name.startswith("PiD"), moved[name].equal(start[name]), name)
+            self.assertTrue(all(m.track_running_stats for m in stepped.modules()
+                                if isinstance(m, torch.nn.BatchNorm2d)))
 
     def test_a_batch_without_anything_to_learn_from(self):
         v, everywhere = self.views(), torch.ones(self.B, self.S, self.S).bool()
