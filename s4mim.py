@@ -39,6 +39,8 @@ Departures from the paper, and what it leaves open:
   made; p_fp, p_s and Phase II have batches of their own. UniMatch decodes p_fp together with
   these, and all its passes move the averages.
 - Terms that are switched off leave the divisor of Eq. 14 too.
+- Blur and removed patches have the paper's pixels in crops of 321 and more (it keeps them at 513
+  and 801); smaller crops have the same share of their side, patches rounded and at least 2.
 - Void and padding count in none of the losses but L_mimpi; the paper says so of the features only.
 - Labels, masks and confidences of features are those of the pixels they are centred on.
 - One mask m serves the three streams of a step; removed pixels show the mean colour; the streams
@@ -104,7 +106,7 @@ class Config:
     lambda_mp: float = 1 / 3
     lambda_mf: float = 0.05
     lambda_ms: float = 0.1 / 3
-    patch: int = 6                 # side of a removed patch, pixels (Fig. 4)
+    patch: int = 0                 # side of a removed patch; 0: 6 pixels (Fig. 4), fewer below 321
     ratio: float = 0.4             # share of the patches that is removed (Fig. 4)
     alpha: float = 0.99            # moving average of the prototypes
     tau: float = 10.0              # temperature of Eq. 10
@@ -1149,6 +1151,14 @@ def check(cfg):
         raise UserError("--ckpt and --to go with --predict")
 
 
+def settle(cfg):
+    """Put the numbers that 0 stands for in --zoom and --patch into cfg."""
+    if not cfg.zoom:
+        cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
+    # as large a share of a small crop as the paper's 6 pixels are of 321, but at least 2 pixels
+    cfg.patch = cfg.patch or max(2, round(6 * data.of_321(cfg.size)))
+
+
 def main():
     cfg, origin = common.parse(Config, RECIPES, __doc__)
     cfg.out = cfg.out or str(Path("out") / f"s4mim-{Path(cfg.data).name}")
@@ -1158,8 +1168,7 @@ def main():
         return evaluate_only(cfg, origin)
     if cfg.method == "suponly":
         cfg.baseline = "none"
-    if not cfg.zoom:
-        cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
+    settle(cfg)
     check(cfg)
     common.show_config(cfg, origin)
     if cfg.bench >= 0:

@@ -1853,6 +1853,7 @@ class SemiData(Case):
         u[:, 0] = 0
         return u
 
+    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
     def test_each_change_of_the_strong_view_against_pillow(self):
         rough = Image.fromarray(self.noise(9, 12, 3)).resize((60, 45), Image.BICUBIC)
         pixels = np.asarray(rough)
@@ -1883,6 +1884,7 @@ class SemiData(Case):
             self.assertLess(wrong.mean(), 1)
         self.assertLess(differs(9, 0.1, rough.convert("L").convert("RGB")).max(), 1)
 
+    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
     def test_the_strong_view_against_a_loop_over_pixels(self):
         noise = torch.from_numpy(self.rng.random((72, 12), np.float32))
         image = torch.from_numpy(self.rng.random((72, 3, 6, 5), np.float32))
@@ -1902,6 +1904,7 @@ class SemiData(Case):
         orders = {tuple(row) for row in noise[:, 5:9].argsort(1).tolist()}
         self.assertGreater(len(orders), 18)                             # of 24
 
+    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
     def test_how_often_and_how_much_the_strong_view_changes(self):
         n = 2000
         image = torch.from_numpy(self.rng.random((1, 3, 2, 2), np.float32)).repeat(n, 1, 1, 1)
@@ -1922,6 +1925,18 @@ class SemiData(Case):
         there = data.strong_view(image.to("meta"), draws)
         self.assertEqual((there.device.type, there.shape), ("meta", image.shape))
         self.assertEqual(data.cutmix_boxes(draws[:, :5].to("meta"), 9).shape, (n, 9, 9))
+
+    def test_blur_in_a_small_crop_has_the_same_share_of_its_side(self):
+        """A point becomes a Gaussian, whose variance is the square of sigma."""
+        noise = self.still(1)
+        noise[0, 10:] = torch.tensor([0.1, 0.9])                # sigma 1.81 in crops of 321
+        for (h, w), sigma in (((321, 321), 1.81), ((513, 801), 1.81), ((161, 161), 0.9078),
+                              ((400, 240), 1.3533)):
+            image = torch.zeros(1, 3, h, w)
+            image[..., h // 2, w // 2] = 1
+            row = data.strong_view(image, noise)[0, 0].sum(0).double()
+            variance = (row * (torch.arange(w) - w // 2) ** 2).sum() / row.sum()
+            self.assertAlmostEqual(variance.sqrt().item(), sigma, delta=0.002)
 
     def test_cutmix_boxes(self):
         n, size = 2000, 96
@@ -3950,7 +3965,7 @@ S4MIM = ("--labeled 8 --width 4 --size 32 --batch-size 8 --baseline none --save-
 def tiny(**changes):
     """A configuration for tests that call the functions themselves."""
     return s4mim.Config(**{"backbone": "resnet18", "width": 4, "size": 32, "batch_size": 4,
-                           "pretrained": "none", "device": "cpu", **changes})
+                           "pretrained": "none", "device": "cpu", "patch": 6, **changes})
 
 
 def small(classes=4, seed=0, **changes):
@@ -4984,9 +4999,17 @@ class S4mimTraining(S4mimCase):
                       decoder_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
             cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
+            s4mim.settle(cfg)
             for key, value in expected.items():
                 self.assertEqual(getattr(cfg, key), value, (name, key))
             s4mim.check(cfg)
+
+    def test_patches_in_small_crops_have_the_same_share_of_their_side(self):
+        for size, side in (32, 2), (97, 2), (161, 3), (257, 5), (321, 6), (513, 6), (801, 6):
+            for given, expected in (0, side), (4, 4):
+                cfg = tiny(size=size, patch=given)
+                s4mim.settle(cfg)
+                self.assertEqual(cfg.patch, expected, size)
 
     def test_rates(self):
         cfg = tiny(lr=0.1, decoder_lr=5.0)
