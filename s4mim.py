@@ -45,7 +45,8 @@ Departures from the paper, and what it leaves open:
 - Labels, masks and confidences of features are those of the pixels they are centred on.
 - One mask m serves the three streams of a step; removed pixels show the mean colour; the streams
   of Phase II go through E together. What is painted of the whole x_w, the target of the third
-  stream, starts from the features of Phase I: the weights have not changed since.
+  stream, starts from the features of Phase I, as the weights have not changed since, and goes
+  through PiD in one batch with the streams, for the same BatchNorm statistics.
 """
 import itertools
 import json
@@ -728,12 +729,12 @@ def phase_two(model, prototypes, v, seen, cfg, machine):
         # the third stream is perturbed as in Phase I
         c = [torch.cat([a[:2 * B], b]) for a, b in zip(c, perturb((a[2 * B:] for a in c), v.drop))]
         if mp or mf:
-            fea = model.PiD(*c)                                                         # Eq. 3
+            # in one batch with the whole x_w: r^fp and its target have the same BatchNorm
+            fea, whole = model.PiD(*map(torch.cat, zip(c, seen.c_fp))).split([3 * B, B])  # Eq. 3
         if mp:
             classwise = cfg.method != "mim"
             r = model.PiD.paint(fea, seen.group, size, classwise)                       # Eq. 6-7
             with torch.no_grad():       # x^fp: what is painted where nothing is removed
-                whole = model.PiD(*seen.c_fp)
                 x_fp = model.PiD.paint(whole, seen.group[2 * B:], size, classwise)
         if ms:
             p_m = model.SeD(*c, size)
@@ -1054,10 +1055,8 @@ def bench(cfg):
         model, x = S4MIM(C, cfg.backbone, cfg.stem, cfg.width).eval(), torch.empty(1, 3, S, S)
         gmacs, of_E = common.macs(model, x), common.macs(model.E, x)
         of_PiD = common.macs(model.PiD, *model.E(x))                        # without its heads
-    # how often a step of each method sends its B pictures through E, SeD and PiD; one pass of PiD
-    # has no backward, and counts a third
-    passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 3 + 1 / 3),
-              "s4mim": (6, 7, 3 + 1 / 3)}
+    # how often a step of each method sends its B pictures through E, SeD and PiD
+    passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 4), "s4mim": (6, 7, 4)}
     result = {"params": parameters(model.E, model.SeD), "params_E": parameters(model.E),
               "params_PiD": parameters(model.PiD), "gmacs": round(gmacs, 3)}
     print(f"{result['params']:,} parameters, {result['params_E']:,} of them in E; PiD has "

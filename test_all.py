@@ -4837,6 +4837,29 @@ class S4mimPhases(S4mimCase):
                 torch.testing.assert_close(model.get_parameter(key).detach(), w, rtol=1e-4,
                                            atol=1e-6)
 
+    def test_the_third_stream_has_no_error_where_a_perfect_painter_sees(self):
+        """E and PiD that look at single pixels paint what they see whatever is removed elsewhere:
+        r^fp and its target are equal there, though BatchNorm takes the batch's statistics."""
+        torch.manual_seed(0)
+        v, cfg, B = self.views(), tiny(), self.B
+        model = shuffled(s4mim.build(cfg, self.C)).train()
+        c1, c4 = torch.randn(4, 3, 1, 1), torch.randn(32, 3, 1, 1)
+        model.E.forward = lambda x: (F.conv2d(x[..., ::4, ::4], c1),
+                                     F.conv2d(x[..., ::16, ::16], c4))
+        with torch.no_grad():
+            model.PiD.project[0].weight.zero_()                 # nothing from far away
+            for one in (*(part[0] for part in model.PiD.fuse), model.PiD.heads):
+                one.weight *= torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+        made, heads = [], s4mim.class_heads
+        with mock.patch("s4mim.class_heads",
+                        side_effect=lambda *args: made.append(heads(*args)) or made[-1]):
+            self.phases(model, v, cfg)
+        r, x = made                                             # before they are enlarged
+        error, visible = (r[2 * B:] - x).abs().amax(1), v.m[:, 0, ::4, ::4]
+        self.assertLess(error[visible].max().item(), 1e-5)
+        self.assertGreater(error[~visible].min().item(), 1e-5)
+        self.assertGreater(error[~visible].mean().item(), 0.1 * x.std().item())
+
     def test_running_averages_are_those_of_the_clean_views_alone(self):
         """Those of E and SeD after a step are what one pass of x_l and x_w makes of them; PiD, which
         is never evaluated, has none. All passes have the statistics of their batch."""
