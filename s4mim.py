@@ -20,6 +20,7 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
     python s4mim.py --data voc                              # the paper's recipe, 92 labels
     python s4mim.py --data voc --method fixmatch            # without Phase II; or suponly, or mim
     python s4mim.py --data voc --no-fea --no-se             # rows of Table IV
+    python s4mim.py --data voc --stride 8                   # Table VIII
     python s4mim.py --data my/folder --labeled list.txt     # pictures without masks are used too
     python s4mim.py --eval out/s4mim-voc/best.pt
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
@@ -31,8 +32,9 @@ steps, two CPU cores, torch 2.13.0) end at a test mIoU of 52.1 (suponly), 56.0 (
 differ so little there, are in README.md. The paper's setting has not been run here.
 
 Departures from the paper, and what it leaves open:
-- The stem is torchvision's, whose weights are public (Table VIII has it better by 0.5); the
-  paper's other tables have the deep one: --stem deep --pretrained FILE.
+- The stem is torchvision's, whose weights are public; the paper's, as UniMatch's and CorrMatch's,
+  is the deep one: --stem deep --pretrained FILE. With --stride 8 that is Table VIII's "standard
+  backbone": CorrMatch's, which UniMatch has at stride 16 for speed.
 - Losses are means over the valid pixels of a batch, of which a picture may have more than another.
 - CutMix takes its box from another picture of the batch, which needs no pass of its own.
 - BatchNorm's running averages come from the pass of x_l and x_w alone, in which p_l and p_w are
@@ -86,7 +88,8 @@ class Config:
     conf: bool = True              # weigh features by confidence (Table VI)
     semantic: Literal["ce", "mse"] = "ce"  # L_mimse to pseudo-labels, or probabilities (Table VII)
     backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet101"  # encoder E
-    stem: Literal["standard", "deep"] = "standard"  # one 7x7, or three 3x3 (Table VIII)
+    stem: Literal["standard", "deep"] = "standard"  # one 7x7, or the paper's three 3x3
+    stride: int = 16               # of E: 16, or 8 for Table VIII's "standard backbone"
     width: int = 64                # channels of E's first stage, and a quarter of the decoders'
     pretrained: str = "imagenet"   # weights of E: imagenet (downloads), a file, or none
     init: str = ""                 # start from the weights of this checkpoint
@@ -197,13 +200,15 @@ def shortcut(i, o, stride):
 
 
 class ResNet(nn.Module):
-    """The encoder E: (B, 3, H, W) -> c1 (B, C1, H/4, W/4) and c4 (B, C4, H/16, W/16), rounded up.
+    """The encoder E: (B, 3, H, W) -> c1 (B, C1, H/4, W/4) and c4 (B, C4, H/16, W/16), rounded up;
+    with a stride of 8, c4 is (B, C4, H/8, W/8).
 
-    The last stage has stride 1 and dilation 2 in place of stride 2, its first block excepted. The
-    names of the weights are torchvision's, those of the deep stem UniMatch's, so that they load.
+    The last stage, of stride 8 the last two, doubles the dilation in place of a stride of 2, from
+    its second block on. The names of the weights are torchvision's, those of the deep stem
+    UniMatch's, so that they load.
     """
 
-    def __init__(self, name="resnet101", stem="standard", width=64):
+    def __init__(self, name="resnet101", stem="standard", width=64, stride=16):
         super().__init__()
         Block, i = Basic if name == "resnet18" else Bottleneck, width
         if stem == "deep":
@@ -213,13 +218,13 @@ class ResNet(nn.Module):
         else:
             self.conv1 = conv(3, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(i)
+        dilation, dilations = 1, (1, 1, 1, 2) if stride == 16 else (1, 1, 2, 4)
         for stage, depth in enumerate(DEPTHS[name]):
             w, blocks = width * 2 ** stage, []
             for b in range(depth):
-                stride = 2 if stage in (1, 2) and b == 0 else 1
-                dilation = 2 if stage == 3 and b > 0 else 1
-                blocks.append(Block(i, w, stride, dilation))
-                i = w * Block.expansion
+                halve = b == 0 < stage and dilations[stage] == dilation
+                blocks.append(Block(i, w, 2 if halve else 1, dilation))
+                i, dilation = w * Block.expansion, dilations[stage]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.channels = i // 8, i
         for module in self.modules():
@@ -229,7 +234,7 @@ class ResNet(nn.Module):
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))                     # H/2
         c1 = self.layer1(F.max_pool2d(x, 3, 2, 1))              # H/4
-        return c1, self.layer4(self.layer3(self.layer2(c1)))    # H/16
+        return c1, self.layer4(self.layer3(self.layer2(c1)))    # H/stride
 
 
 # -------------------------------------------------------------------------------- model: decoders
@@ -248,15 +253,15 @@ class Trunk(nn.Module):
     """DeepLabv3+ up to its last layer: (c1, c4) -> (B, 4 * width, H/4, W/4).
 
     ASPP on c4: a 1x1, three dilated 3x3 and the mean over the picture, concatenated and projected;
-    then c1, reduced to few channels, is concatenated, and two 3x3 follow.
+    then c1, reduced to few channels, is concatenated, and two 3x3 follow. stride: of c4.
     """
 
-    def __init__(self, channels, width):
+    def __init__(self, channels, width, stride=16):
         super().__init__()
         low, high = channels
         o, few = high // 8, 3 * width // 4
         self.aspp = nn.ModuleList([conv_bn_relu(high, o, 1)] + [
-            conv_bn_relu(high, o, 3, 1, dilation) for dilation in (6, 12, 18)])
+            conv_bn_relu(high, o, 3, 1, reach // stride) for reach in (96, 192, 288)])
         self.pool = conv_bn_relu(high, o, 1)
         self.project = conv_bn_relu(5 * o, o, 1)
         self.reduce = conv_bn_relu(low, few, 1)
@@ -265,7 +270,7 @@ class Trunk(nn.Module):
 
     def forward(self, c1, c4):
         pooled = self.pool(c4.mean((2, 3), keepdim=True)).expand(-1, -1, *c4.shape[2:])
-        x = self.project(torch.cat([f(c4) for f in self.aspp] + [pooled], 1))   # (B, o, H/16, ..)
+        x = self.project(torch.cat([f(c4) for f in self.aspp] + [pooled], 1))
         x = resize(x, c1.shape[2:]).to(x.dtype)         # autocast on CUDA resizes in float32
         return self.fuse(torch.cat([self.reduce(c1), x], 1))
 
@@ -273,8 +278,8 @@ class Trunk(nn.Module):
 class SeD(Trunk):
     """The semantic decoder: (c1, c4) -> logits (B, C, *size), float32."""
 
-    def __init__(self, channels, width, classes):
-        super().__init__(channels, width)
+    def __init__(self, channels, width, classes, stride=16):
+        super().__init__(channels, width, stride)
         self.classifier = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, c1, c4, size):
@@ -286,8 +291,8 @@ class SeD(Trunk):
 class PiD(Trunk):
     """The pixel decoder. Called, PiD*: (c1, c4) -> fea (B, D, H/4, W/4); paint() has the heads."""
 
-    def __init__(self, channels, width, classes):
-        super().__init__(channels, width)
+    def __init__(self, channels, width, classes, stride=16):
+        super().__init__(channels, width, stride)
         # Head_1 .. Head_C, D -> 3 channels each, without bias: their weights, one after another
         self.heads = nn.Conv2d(4 * width, 3 * classes, 3, bias=False)
 
@@ -352,11 +357,12 @@ def class_heads(fea, label, weight, block=128):
 class S4MIM(nn.Module):
     """E, SeD and, if `pixel`, PiD (Fig. 2); called, E and SeD: (B, 3, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, classes, backbone="resnet101", stem="standard", width=64, pixel=True):
+    def __init__(self, classes, backbone="resnet101", stem="standard", width=64, stride=16,
+                 pixel=True):
         super().__init__()
-        self.E = ResNet(backbone, stem, width)
-        self.SeD = SeD(self.E.channels, width, classes)
-        self.PiD = PiD(self.E.channels, width, classes) if pixel else None
+        self.E = ResNet(backbone, stem, width, stride)
+        self.SeD = SeD(self.E.channels, width, classes, stride)
+        self.PiD = PiD(self.E.channels, width, classes, stride) if pixel else None
 
     def forward(self, x):
         return self.SeD(*self.E(x), x.shape[2:])
@@ -543,7 +549,7 @@ def eval_loader(cfg, split, machine):
 def build(cfg, classes):
     """The network with random weights; PiD only where a loss needs it."""
     (_, mp, mf, _), _ = lambdas(cfg)
-    return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, pixel=mp + mf > 0)
+    return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, cfg.stride, pixel=mp + mf > 0)
 
 
 def compile_parts(model):
@@ -1052,7 +1058,8 @@ def bench(cfg):
     machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
     C, S, B, device = len(info.classes), cfg.size, cfg.batch_size // 2, machine.device
     with torch.device("meta"):           # shapes without numbers: counting takes no memory
-        model, x = S4MIM(C, cfg.backbone, cfg.stem, cfg.width).eval(), torch.empty(1, 3, S, S)
+        model = S4MIM(C, cfg.backbone, cfg.stem, cfg.width, cfg.stride).eval()
+        x = torch.empty(1, 3, S, S)
         gmacs, of_E = common.macs(model, x), common.macs(model.E, x)
         of_PiD = common.macs(model.PiD, *model.E(x))                        # without its heads
     # how often a step of each method sends its B pictures through E, SeD and PiD
@@ -1141,6 +1148,8 @@ def check(cfg):
         raise UserError("--setup aug: only voc has more masks beside its own")
     if cfg.width % 4 or cfg.size < 32:
         raise UserError(f"--width {cfg.width} --size {cfg.size}: a multiple of 4, and at least 32")
+    if cfg.stride not in (8, 16):
+        raise UserError(f"--stride {cfg.stride}: expected 8 or 16")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % (2 * world) or cfg.batch_size < 4 * world:
         # BatchNorm needs more than one value a channel, and CutMix another picture

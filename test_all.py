@@ -4113,6 +4113,30 @@ class S4mimModel(S4mimCase):
                 self.assertEqual(c4.shape[1:], (32 * wide, -(-H // 16), -(-W // 16)))
         self.assertEqual([-(-321 // 4), -(-321 // 16)], [81, 21])           # the paper's size
 
+    def test_stride_8_has_the_weights_of_stride_16_and_between_its_vectors_more(self):
+        """Dilated convolutions: every other vector of stride 8 is one of stride 16, in E and in
+        ASPP, where both have holes of 96, 192 and 288 pixels. (In ResNet-18 the second convolution
+        of a stage comes after its stride, but has the dilation of the stage before.)"""
+        for name, stem in ("resnet18", "standard"), ("resnet50", "deep"):
+            torch.manual_seed(0)
+            model = shuffled(s4mim.S4MIM(3, name, stem, 4).double()).eval()
+            dense = s4mim.S4MIM(3, name, stem, 4, stride=8).double().eval()
+            self.assertEqual({k: t.shape for k, t in dense.state_dict().items()},
+                             {k: t.shape for k, t in model.state_dict().items()})
+            dense.load_state_dict(model.state_dict())
+            for H, W in (32, 32), (33, 47), (321, 17):
+                x = torch.from_numpy(self.rng.uniform(-1, 1, (1, 3, H, W)))
+                (c1, c4), (d1, d4) = model.E(x), dense.E(x)
+                self.assertEqual(d4.shape, (1, c4.shape[1], -(-H // 8), -(-W // 8)))
+                torch.testing.assert_close(d1, c1, rtol=0, atol=0)
+                if name == "resnet18":
+                    continue
+                torch.testing.assert_close(d4[..., ::2, ::2], c4)
+                for part in "SeD", "PiD":
+                    for a, b in zip(getattr(model, part).aspp, getattr(dense, part).aspp):
+                        torch.testing.assert_close(b(d4)[..., ::2, ::2], a(c4))
+            self.assertEqual(dense(x).shape, model(x).shape)
+
     def test_network_against_its_formula(self):
         x = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 63, 81)))
         for name, depths, stem in (("resnet18", (2, 2, 2, 2), "standard"),
@@ -4861,8 +4885,8 @@ class S4mimPhases(S4mimCase):
         self.assertGreater(error[~visible].mean().item(), 0.1 * x.std().item())
 
     def test_running_averages_are_those_of_the_clean_views_alone(self):
-        """Those of E and SeD after a step are what one pass of x_l and x_w makes of them; PiD, which
-        is never evaluated, has none. All passes have the statistics of their batch."""
+        """Those of E and SeD after a step are what one pass of x_l and x_w makes of them; PiD's,
+        which is never evaluated, do not move. All passes have the statistics of their batch."""
         v, start = self.views(), small(self.C).state_dict()
         for method in "s4mim", "fixmatch":
             cfg = tiny(method=method)
@@ -5063,6 +5087,7 @@ class S4mimTraining(S4mimCase):
                 ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
                 ({"lambda_mf": -0.1}, ["--lambda"]), ({"psi": -0.5}, ["--psi"]),
                 ({"setup": "aug"}, ["--setup aug", "voc"]), ({"eval_every": 0}, ["--eval-every"]),
+                ({"stride": 4}, ["--stride 4", "8 or 16"]),
                 ({"to": "x"}, ["--predict"]), ({"ckpt": "x"}, ["--predict"])):
             with self.subTest(changes), self.fails(*words):
                 s4mim.check(tiny(**changes))
