@@ -21,6 +21,7 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
     python s4mim.py --data voc --method fixmatch            # without Phase II; or suponly, or mim
     python s4mim.py --data voc --no-fea --no-se             # rows of Table IV
     python s4mim.py --data voc --stride 8                   # Table VIII
+    python s4mim.py --data camvid --burn-in 500             # pseudo-labels after 500 steps
     python s4mim.py --data my/folder --labeled list.txt     # pictures without masks are used too
     python s4mim.py --eval out/s4mim-voc/best.pt
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
@@ -105,6 +106,7 @@ class Config:
     #                                shorter side of 1.5 crops, if that is less
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
+    burn_in: int = 0               # steps at the start that are suponly's; the paper has none
     psi: float = 0.95              # least confidence of a pseudo-label in L_u
     lambda_u: float = 1 / 2        # weights of Eq. 14
     lambda_mp: float = 1 / 3
@@ -593,12 +595,12 @@ class Views(NamedTuple):
 def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     """The Views of two batches (image uint8, label uint8, index) as the loaders give them.
 
-    channels: (C1, C4) of E.  seeds: one for each place in the batch. Of `unlabeled`, None for
-    suponly, the label says where there is padding (255), and nothing else.
+    channels: (C1, C4) of E.  seeds: one for each place in the batch. Of `unlabeled`, which suponly
+    does not look at, the label says where there is padding (255), and nothing else.
     """
     x_l, y_l, _ = labeled
     x_l, y_l = normalize(to_unit(x_l, device)), y_l.to(device, non_blocking=True)
-    if unlabeled is None:
+    if cfg.method == "suponly":
         return Views(x_l, y_l)
     image, void, index = unlabeled
     L = (-(-cfg.size // cfg.patch)) ** 2
@@ -903,8 +905,9 @@ def train(cfg, machine, interrupt):
         model.train()
         seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j)
                  for j in range(B)]
-        v = make_views(*batches, cfg, model.E.channels, seeds, device)
-        terms = train_step(model, prototypes, optimizer, scaler, machine, cfg, v)
+        now = replace(cfg, method="suponly") if step < cfg.burn_in else cfg
+        v = make_views(*batches, now, model.E.channels, seeds, device)
+        terms = train_step(model, prototypes, optimizer, scaler, machine, now, v)
 
         # 3. evaluate, log, save
         due = run.note(step, terms, *((pictures, batch[2]) for pictures, batch
@@ -1084,8 +1087,8 @@ def bench(cfg):
             optimizer, scaler = make_optimizer(model, this, machine.fused), machine.scaler()
 
             def step(i):
-                v = make_views(batch, None if method == "suponly" else batch, this,
-                               model.E.channels, range(i * B, i * B + B), device)
+                v = make_views(batch, batch, this, model.E.channels, range(i * B, i * B + B),
+                               device)
                 train_step(model, prototypes, optimizer, scaler, machine, this, v)
 
             times = np.array(passes[method]) @ (of_E, gmacs - of_E, of_PiD)
@@ -1133,7 +1136,8 @@ def check(cfg):
     common.at_least(cfg, 1, "size", "width", "eval_every", "patch", "scale")
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
-                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory")
+                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory",
+                    "burn_in")
     for name in ("lr", "decoder_lr", "tau", "zoom"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "

@@ -4366,7 +4366,7 @@ class S4mimViews(S4mimCase):
             np.testing.assert_allclose(x, self.normalised(image / 255), atol=1e-5)
         self.assertTrue(torch.equal(v.y_l, labeled[1]))
         np.testing.assert_array_equal(v.void_w, unlabeled[1] == 255)
-        only = self.views(labeled, None)
+        only = self.views(labeled, None, method="suponly")
         self.assertTrue(torch.equal(only.x_l, v.x_l) and torch.equal(only.y_l, v.y_l))
         self.assertEqual(set(only[2:]), {None})
 
@@ -5041,7 +5041,7 @@ class S4mimTraining(S4mimCase):
                      epochs=80, patch=6, ratio=0.4, alpha=0.99, tau=10, lambda_u=1 / 2,
                      lambda_mp=1 / 3, lambda_mf=0.05, lambda_ms=0.1 / 3, psi=0.95, decoder_lr=10,
                      ohem=False, window="whole", method="s4mim", semantic="ce", pi=True, fea=True,
-                     se=True, dic=True, conf=True, pretrained="imagenet", zoom=1)
+                     burn_in=0, se=True, dic=True, conf=True, pretrained="imagenet", zoom=1)
         cities = dict(size=801, lr=0.005, epochs=240, ohem=True, window="slide", psi=0,
                       decoder_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
@@ -5087,7 +5087,7 @@ class S4mimTraining(S4mimCase):
                 ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
                 ({"lambda_mf": -0.1}, ["--lambda"]), ({"psi": -0.5}, ["--psi"]),
                 ({"setup": "aug"}, ["--setup aug", "voc"]), ({"eval_every": 0}, ["--eval-every"]),
-                ({"stride": 4}, ["--stride 4", "8 or 16"]),
+                ({"burn_in": -1}, ["--burn-in -1"]), ({"stride": 4}, ["--stride 4", "8 or 16"]),
                 ({"to": "x"}, ["--predict"]), ({"ckpt": "x"}, ["--predict"])):
             with self.subTest(changes), self.fails(*words):
                 s4mim.check(tiny(**changes))
@@ -5378,6 +5378,29 @@ class S4mimRuns(S4mimCase):
                          (whole / "labeled.txt").read_text())
         self.assertEqual(saved(self.tmp / "again/last.pt")["history"][0]["loss"],
                          a["history"][0]["loss"])
+
+    def test_steps_of_the_burn_in_are_suponlys_bit_for_bit(self):
+        _, flags = self.own()
+        ends = {}
+        for name, more in (("suponly", ["--method", "suponly", "--max-steps", 2]),
+                           ("burnt", ["--burn-in", 2, "--max-steps", 2]),
+                           ("after", ["--burn-in", 2, "--max-steps", 3])):
+            here(*flags, *more, "--out", self.tmp / name)
+            ends[name] = saved(self.tmp / name / "last.pt")
+        plain, burnt, after = ends.values()
+        momentum = lambda end: {k: t["momentum_buffer"]
+                                for k, t in end["optimizer"]["state"].items()}
+        self.assertEqual(momentum(plain).keys(), momentum(burnt).keys())
+        for a, b in (plain["model"], burnt["model"]), (momentum(plain), momentum(burnt)):
+            for name, t in a.items():
+                self.assertTrue(torch.equal(t, b[name]), name)
+        self.assertEqual({k for k in burnt["model"] if k not in plain["model"]},
+                         {k for k in burnt["model"] if k.startswith("PiD.")})
+        self.assertEqual(burnt["history"][0]["loss"], plain["history"][0]["loss"])
+        self.assertFalse(burnt["prototypes"]["v"].any())
+        terms = [after["history"][0][f"loss_{k}"] for k in ("u", "pi", "fea", "se")]
+        self.assertTrue(all(terms), terms)              # of the third step
+        self.assertTrue(after["prototypes"]["v"].any())
 
     def test_a_kill_while_the_baseline_is_trained(self):
         _, flags = self.own()
