@@ -17,39 +17,18 @@ Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semanti
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
 
     python s4mim.py                                         # embedded dataset, CPU, two minutes
-    python s4mim.py --data voc                              # the paper's recipe, 92 labels
+    python s4mim.py --data voc --labeled labeled.txt        # the paper's recipe, UniMatch's list
     python s4mim.py --data voc --method fixmatch            # without Phase II; or suponly, or mim
     python s4mim.py --data voc --no-fea --no-se             # rows of Table IV
-    python s4mim.py --data voc --stride 8                   # Table VIII
+    python s4mim.py --data voc --stride 8                   # Table VIII, but for its stem
     python s4mim.py --data camvid --burn-in 500             # pseudo-labels after 500 steps
     python s4mim.py --data my/folder --labeled list.txt     # pictures without masks are used too
     python s4mim.py --eval out/s4mim-voc/best.pt
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
     torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
 
-Reduced runs on GlaS with 11 of its 85 pictures labelled (ResNet-18 of width 16 from scratch, 1440
-steps, two CPU cores, torch 2.13.0) end at a test mIoU of 52.1 (suponly), 56.0 (fixmatch), 58.2
-(with L_mimse) and 55.3 (all terms), means of three seeds. Commands, CamVid, and why the terms
-differ so little there, are in README.md. The paper's setting has not been run here.
-
-Departures from the paper, and what it leaves open:
-- The stem is torchvision's, whose weights are public; the paper's, as UniMatch's and CorrMatch's,
-  is the deep one: --stem deep --pretrained FILE. With --stride 8 that is Table VIII's "standard
-  backbone": CorrMatch's, which UniMatch has at stride 16 for speed.
-- Losses are means over the valid pixels of a batch, of which a picture may have more than another.
-- CutMix takes its box from another picture of the batch, which needs no pass of its own.
-- BatchNorm's running averages come from the pass of x_l and x_w alone, in which p_l and p_w are
-  made; p_fp, p_s and Phase II have batches of their own. UniMatch decodes p_fp together with
-  these, and all its passes move the averages.
-- Terms that are switched off leave the divisor of Eq. 14 too.
-- Blur and removed patches have the paper's pixels in crops of 321 and more (it keeps them at 513
-  and 801); smaller crops have the same share of their side, patches rounded and at least 2.
-- Void and padding count in none of the losses but L_mimpi; the paper says so of the features only.
-- Labels, masks and confidences of features are those of the pixels they are centred on.
-- One mask m serves the three streams of a step; removed pixels show the mean colour; the streams
-  of Phase II go through E together. What is painted of the whole x_w, the target of the third
-  stream, starts from the features of Phase I, as the weights have not changed since, and goes
-  through PiD in one batch with the streams, for the same BatchNorm statistics.
+What departs from the paper, what it leaves open, and what reduced runs gave is in README.md. The
+paper's setting has not been run here.
 """
 import itertools
 import json
@@ -432,12 +411,12 @@ def supervised(p_l, y_l, ohem=False, add=alone):
     """L_s, Eq. 1: CE over the pixels that are not void.
 
     p_l: logits (B, C, H, W).  y_l: (B, H, W), 255 = void.  ohem: only over the pixels whose own
-    class has a probability below 0.7, and at least the 200,000 hardest of this process's.
+    class has a probability below 0.7, and at least the hardest of this process, 100,000 a crop.
     """
     valid = y_l != 255
     ce = F.cross_entropy(p_l.float(), y_l.long(), ignore_index=255, reduction="none")
     if ohem:
-        hardest = ce.detach().flatten().topk(min(200_000, ce.numel())).values
+        hardest = ce.detach().flatten().topk(min(100_000 * len(ce), ce.numel())).values
         valid = valid & (ce >= hardest[-1].clamp(max=-math.log(0.7)))
     return means(ce, valid, add=add)[0]
 
@@ -535,6 +514,12 @@ def datasets(cfg):
                          seed=common.seed_of(cfg.seed, kind), palette=cfg.palette or None,
                          in_memory=cfg.in_memory)
             for kind, part in enumerate(items)]
+    ours, theirs = len(sets[1]), 10_582 - len(sets[0])
+    if cfg.data == "voc" and ours < theirs:
+        steps = [data.steps_per_epoch(n, cfg.batch_size // 2) for n in (ours, theirs)]
+        data.say(f"voc: {ours} unlabelled pictures instead of the paper's {theirs}, {steps[0]} "
+                 f"steps an epoch instead of {steps[1]}: get SBD's list of 10582 names, "
+                 "ImageSets/Segmentation/train_aug.txt; its pictures are in JPEGImages")
     return *sets, data.labeled_hash(items[0])
 
 

@@ -4452,20 +4452,20 @@ class S4mimLoss(S4mimCase):
             each = [-log_softmax(p_l[b, :, y, x])[int(y_l[b, y, x])]
                     for b, y, x in self.pixels(3) if y_l[b, y, x] != 255]
             self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), np.mean(each), places=5)
-            # few pixels are all among the 200,000 hardest
+            # few pixels are all among the 100,000 hardest of a crop
             self.assertAlmostEqual(s4mim.supervised(p_l, y_l, ohem=True).item(), np.mean(each),
                                    places=5)
 
     def test_hard_examples_by_sorting(self):
-        """OHEM: the pixels below a probability of 0.7, or the 200,000 hardest if these are fewer;
-        500 x 500 pixels of two classes."""
-        score = self.rng.standard_normal((500, 500))
+        """OHEM: the pixels below a probability of 0.7, or the 100,000 hardest a crop if these are
+        fewer, wherever they are; two crops of 250 x 500 pixels, two classes."""
+        score = self.rng.standard_normal((2, 250, 500))
         for shift, void, rule in ((0.0, 0, "0.7"), (4.0, 0, "200000"), (-2.0, 30, "0.7"),
                                   (6.0, 30, "200000"), (6.0, 200, "all")):
-            y_l = np.ones((1, 500, 500), np.uint8)
+            y_l = np.ones((2, 250, 500), np.uint8)
             y_l[0, :void] = 255
-            p_l = torch.from_numpy(np.stack([0 * score, score + shift])[None]).float()
-            p = np.sort(1 / (1 + np.exp(-(score + shift)[y_l[0] == 1])))
+            p_l = torch.from_numpy(np.stack([0 * score, score + shift], 1)).float()
+            p = np.sort(1 / (1 + np.exp(-(score + shift)[y_l == 1])))
             kept = {"0.7": p[p < 0.7], "200000": p[:200_000], "all": p}[rule]
             if rule != "all":
                 self.assertEqual((p < 0.7).sum() > 200_000, rule == "0.7")
@@ -5057,6 +5057,22 @@ class S4mimTraining(S4mimCase):
                 cfg = tiny(size=size, patch=given)
                 s4mim.settle(cfg)
                 self.assertEqual(cfg.patch, expected, size)
+
+    def test_voc_without_sbds_list_says_what_is_missing(self):
+        voc_tree(self.tmp, self.rng)
+        text, real = io.StringIO(), data.labeled_split
+        cfg = tiny(data="voc", root=str(self.tmp), labeled="1", batch_size=16)
+        with contextlib.redirect_stdout(text):
+            for n in 1463, 10_581:          # the labelled picture, and n times the other
+                with mock.patch("data.labeled_split", lambda *args: [
+                        part * times for part, times in zip(real(*args), (1, n))]), \
+                        mock.patch("data.Dataset", lambda *args, items, **more: items):
+                    s4mim.datasets(cfg)
+        lines = [t for t in text.getvalue().splitlines() if "instead of the paper's" in t]
+        self.assertEqual(lines, [
+            "voc: 1463 unlabelled pictures instead of the paper's 10581, 182 steps an epoch "
+            "instead of 1322: get SBD's list of 10582 names, ImageSets/Segmentation/train_aug.txt; "
+            "its pictures are in JPEGImages"])
 
     def test_rates(self):
         cfg = tiny(lr=0.1, decoder_lr=5.0)
