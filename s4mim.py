@@ -280,12 +280,12 @@ class PiD(Trunk):
     def paint(self, fea, label, size, classwise=True):
         """The reconstruction r of Eq. 7, (B, 3, *size) float32, from fea (B, D, H/4, W/4).
 
-        label: (B, H, W) long, see class_heads().  Not classwise: Eq. 4, all heads on all pixels,
-        a sum of convolutions, which is one convolution with the sum of their weights.
+        label: (B, H/4, W/4) long, see class_heads() and at_features().  Not classwise: Eq. 4, all
+        heads on all pixels, a sum of convolutions: one with the sum of their weights.
         """
         weight = self.heads.weight.unflatten(0, (-1, 3))                # (C, 3, D, 3, 3)
         if classwise:
-            r = class_heads(fea, at_features(label), weight)
+            r = class_heads(fea, label, weight)
         else:
             r = F.conv2d(fea, weight.sum(0), padding=1).float()
         return resize(r, size)
@@ -590,12 +590,11 @@ def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     image, void, index = unlabeled
     L = (-(-cfg.size // cfg.patch)) ** 2
     noise = noise_of(seeds, 12 + 5 + L + sum(channels))
-    colour, rest = noise.split([12, 5 + L + sum(channels)], 1)
     if torch.device(device).type == "cuda":     # above 64 KB a copy waits for the device, unless
-        rest = rest.contiguous().pin_memory()   # it is from pinned memory
-    cut, patches, *drop = rest.to(device, non_blocking=True).split([5, L, *channels], 1)
+        noise = noise.pin_memory()              # it is from pinned memory
+    _, cut, patches, *drop = noise.to(device, non_blocking=True).split([12, 5, L, *channels], 1)
     weak, void = to_unit(image, device), void.to(device, non_blocking=True) == 255
-    strong = data.strong_view(weak, colour)
+    strong = data.strong_view(weak, noise[:, :12])
     partner = data.partners(index).to(device, non_blocking=True)
     box = data.cutmix_boxes(cut, cfg.size)
     return Views(x_l, y_l, normalize(weak), normalize(mix(strong, partner, box)),
@@ -654,12 +653,13 @@ def masked(cfg):
 
 
 class Seen(NamedTuple):
-    """What Phase II takes from Phase I, all without gradient, of the three streams l, s and fp:
-    the labelled, the strong, and the feature-perturbed weak view."""
-    conf: torch.Tensor      # (3 B, S, S) confidence of p^l, p^s and p^fp
-    own: torch.Tensor       # (3 B, S, S) their pseudo-labels; --semantic mse: probabilities
-    group: torch.Tensor     # (3 B, S, S) pseudo-labels to group by: of p^l, p^w mixed, p^w
-    c_fp: tuple             # c1 and c4 of x_w, perturbed
+    """What Phase I leaves behind, without gradient. Its streams l, s and fp are the labelled, the
+    strong, and the feature-perturbed weak view; what is None is for Phase II alone."""
+    y: torch.Tensor                 # (3 B, S, S) their classes: of p^l, y_w mixed, y_w
+    conf_w: torch.Tensor            # (2 B, S, S) confidence of p^w, of the last two
+    conf: torch.Tensor = None       # (3 B, S, S) confidence of p^l, p^s and p^fp
+    target: torch.Tensor = None     # (3 B, S, S) argmax of these; --semantic mse: probabilities
+    c_fp: tuple = None              # c1 and c4 of x_w, perturbed
 
 
 @contextmanager
@@ -677,8 +677,8 @@ def averages_kept(model):
 def phase_one(model, v, cfg, machine):
     """Phase I, FixMatch with UniPerb, on Views v. PiD has no part in it.
 
-    Returns L_s, L_u without its weight, the share of pixels that are confident, and Seen, or None
-    where there is no Phase II.
+    Returns L_s, L_u without its weight, the share of pixels that are confident, and Seen, None for
+    suponly.
     """
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
     if v.x_w is None:                                       # suponly
@@ -693,30 +693,36 @@ def phase_one(model, v, cfg, machine):
         with averages_kept(model):
             p_s, p_fp = model(v.x_s), model.SeD(*c_fp, size)
 
-    conf, y_w = p_w.detach().softmax(1).max(1)
-    conf_s, y_s = mix(conf, v.partner, v.box), mix(y_w, v.partner, v.box)
+    conf_w, y_w = p_w.detach().softmax(1).max(1)
+    conf_w_mixed, y_w_mixed = (mix(t, v.partner, v.box) for t in (conf_w, y_w))
     L_s = supervised(p_l, v.y_l, cfg.ohem, add)                                         # Eq. 1
-    L_u = (consistency(p_s, y_s, conf_s, v.void_s, cfg.psi, add)
-           + consistency(p_fp, y_w, conf, v.void_w, cfg.psi, add))                      # Eq. 2
-    confident = means((conf >= cfg.psi).float(), ~v.void_w, add=add)[0]
-    if not masked(cfg):
-        return L_s, L_u, confident, None
-
-    p = torch.cat([p_l, p_s, p_fp]).detach().softmax(1)
-    conf, own = p.max(1)
-    group = torch.cat([own[:B], y_s, y_w])      # the labelled too: their truth has void
-    return L_s, L_u, confident, Seen(conf, p if cfg.semantic == "mse" else own, group,
-                                     tuple(x.detach() for x in c_fp))
+    L_u = (consistency(p_s, y_w_mixed, conf_w_mixed, v.void_s, cfg.psi, add)
+           + consistency(p_fp, y_w, conf_w, v.void_w, cfg.psi, add))                    # Eq. 2
+    confident = means((conf_w >= cfg.psi).float(), ~v.void_w, add=add)[0]
+    # the labelled pictures' classes are predicted, too: their truth has void
+    seen = Seen(torch.cat([p_l.detach().argmax(1), y_w_mixed, y_w]),
+                torch.cat([conf_w_mixed, conf_w]))
+    if masked(cfg):
+        p = torch.cat([p_l, p_s, p_fp]).detach().softmax(1)
+        conf, y = p.max(1)
+        seen = seen._replace(conf=conf, target=p if cfg.semantic == "mse" else y,
+                             c_fp=tuple(x.detach() for x in c_fp))
+    return L_s, L_u, confident, seen
 
 
 def phase_two(model, prototypes, v, seen, cfg, machine):
-    """Phase II, mask-induced learning. Returns the brackets of Eq. 8, 12 and 13: L_mimpi, L_mimfea
-    and L_mimse without their weights, 0 for one that is switched off. Moves the prototypes."""
+    """Phase II, mask-induced learning. Moves the prototypes.
+
+    Returns the brackets of Eq. 8, 12 and 13, L_mimpi, L_mimfea and L_mimse without their weights, 0
+    for one that is switched off; and of the masked views fea, r and p_m, None for what has no use.
+    """
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
     (_, mp, mf, ms), _ = lambdas(cfg)
     L_pi = L_fea = L_se = torch.zeros((), device=v.x_l.device)
+    fea = r = p_m = None
     x, m = torch.cat([v.x_l, v.x_s, v.x_w]), v.m.repeat(3, 1, 1, 1)
     void = torch.cat([v.y_l == 255, v.void_s, v.void_w])
+    y, conf, visible, valid = map(at_features, (seen.y, seen.conf, m[:, 0], ~void))
     with machine.autocast(), averages_kept(model):
         c = model.E(x * m)
         # the third stream is perturbed as in Phase I
@@ -726,21 +732,20 @@ def phase_two(model, prototypes, v, seen, cfg, machine):
             fea, whole = model.PiD(*map(torch.cat, zip(c, seen.c_fp))).split([3 * B, B])  # Eq. 3
         if mp:
             classwise = cfg.method != "mim"
-            r = model.PiD.paint(fea, seen.group, size, classwise)                       # Eq. 6-7
+            r = model.PiD.paint(fea, y, size, classwise)                                # Eq. 6-7
             with torch.no_grad():       # x^fp: what is painted where nothing is removed
-                x_fp = model.PiD.paint(whole, seen.group[2 * B:], size, classwise)
+                x_fp = model.PiD.paint(whole, y[2 * B:], size, classwise)
         if ms:
             p_m = model.SeD(*c, size)
     if mp:
         L_pi = pixel_loss(r, torch.cat([v.x_l, v.x_s, x_fp]), add)                      # Eq. 8
     if mf:
-        group, visible, void_f, conf = map(at_features, (seen.group, m[:, 0], void, seen.conf))
         conf = conf if cfg.conf else torch.ones_like(conf)
-        prototypes.update(fea[:B], group[:B], conf[:B], (visible & ~void_f)[:B], add)   # Eq. 9
-        L_fea = prototypes(fea, group, conf, ~visible & ~void_f, add)                   # Eq. 10-12
+        prototypes.update(fea[:B], y[:B], conf[:B], (visible & valid)[:B], add)         # Eq. 9
+        L_fea = prototypes(fea, y, conf, ~visible & valid, add)                         # Eq. 10-12
     if ms:
-        L_se = semantic_loss(p_m, seen.own, void, add)                                  # Eq. 13
-    return L_pi, L_fea, L_se
+        L_se = semantic_loss(p_m, seen.target, void, add)                               # Eq. 13
+    return (L_pi, L_fea, L_se), (fea, r, p_m)
 
 
 TERMS = ("loss", "loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se", "confident")
@@ -758,7 +763,7 @@ def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     scaler.scale(one).backward()
     two = L_pi = L_fea = L_se = torch.zeros_like(one)
     if masked(cfg):
-        L_pi, L_fea, L_se = phase_two(model, prototypes, v, seen, cfg, machine)
+        (L_pi, L_fea, L_se), _ = phase_two(model, prototypes, v, seen, cfg, machine)
         two = (mp * L_pi + mf * L_fea + ms * L_se) / divisor
         scaler.scale(two).backward()
     # once a step, and by hand: DistributedDataParallel sends after each backward pass, and wants
@@ -906,10 +911,10 @@ def train(cfg, machine, interrupt):
 
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
             for split in data.splits_beside(cfg.data)}
+    if cfg.method != "suponly":
+        draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
     if machine.main:
         draw_samples(model, val_loader.dataset, cfg, machine, info, out / "samples.png")
-        if cfg.method != "suponly":
-            draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
         write_metrics(out, run.state(), cfg, model, more)
     return run.scores
 
@@ -961,34 +966,38 @@ def draw_samples(model, pictures, cfg, machine, info, path, n=6):
 
 @torch.no_grad()
 def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
-    """step.png: what a training step sees of n unlabelled pictures, and makes of them. Grey in a
-    pseudo-label is what L_u leaves out; the last row is one head alone, of the largest object."""
-    model.train()               # BatchNorm as in a step: PiD has no averages
-    C, size = len(info.classes), (cfg.size, cfg.size)
+    """step.png: what a step sees of n unlabelled pictures, and makes of them. Grey in pseudo-labels
+    is what L_u leaves out; the last row is one head alone, of the largest object. All processes
+    call it, as the phases take sums over them."""
+    model.train()
     batches = [next(iter(data.stream_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1)))
                for pictures in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
-    with machine.autocast(), averages_kept(model):
-        conf, y_w = model(v.x_w).softmax(1).max(1)
-        m = torch.ones_like(v.box[:, None]) if v.m is None else v.m     # None: no Phase II
-        c = model.E(v.x_s * m)
-        y_s, conf_s = mix(y_w, v.partner, v.box), mix(conf, v.partner, v.box)
-        rows = {"x_w": shown(v.x_w), "y_w": painted(y_w.masked_fill(conf < cfg.psi, 255), info),
-                "x_s": shown(v.x_s),
-                "y_w mixed": painted(y_s.masked_fill(conf_s < cfg.psi, 255), info),
-                "x_s * m": shown(v.x_s * m),
-                "p of that": painted(model.SeD(*c, size).argmax(1), info)}
-        if model.PiD:
-            fea = model.PiD(*c)
-            area = F.one_hot(y_s, C).sum((1, 2))
-            area[:, list(info.background)] = 0
-            largest = area.argmax(1)[:, None, None]
-            rows["r"] = shown(model.PiD.paint(fea, y_s, size, cfg.method != "mim"))
-            if cfg.method != "mim":
-                single = torch.where(y_s == largest, y_s, C)                # C: no class
-                rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea, single, size))
-    common.sheet(list(rows.values()), path, list(rows))
+    s, C, fea, r, p_m = slice(n, 2 * n), len(info.classes), None, None, None
+    with averages_kept(model):
+        *_, seen = phase_one(model, v, cfg, machine)
+        if masked(cfg):
+            spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
+            _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
+    y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
+    rows = {"x_w": shown(v.x_w), "y_w": painted(y_w, info),
+            "x_s": shown(v.x_s), "y_w mixed": painted(y_w_mixed, info)}
+    if masked(cfg):
+        rows["x_s * m"] = shown(v.x_s * v.m)
+    if p_m is not None:
+        rows["p of that"] = painted(p_m[s].argmax(1), info)
+    if r is not None:
+        rows["r"] = shown(r[s])
+    if r is not None and cfg.method != "mim":
+        area = F.one_hot(seen.y[s], C).sum((1, 2))
+        area[:, list(info.background)] = 0
+        single = torch.where(seen.y[s] == area.argmax(1)[:, None, None], seen.y[s], C)  # C: none
+        with machine.autocast():
+            rows["Head_c(fea_c)"] = shown(
+                model.PiD.paint(fea[s], at_features(single), v.x_s.shape[2:]))
+    if machine.main:
+        common.sheet(list(rows.values()), path, list(rows))
 
 
 # ----------------------------------------------------------------------------- the other commands

@@ -4284,10 +4284,10 @@ class S4mimHeads(S4mimCase):
         label = torch.from_numpy(self.rng.integers(0, C, (2, *size)))
         near = torch.tensor([[[label[b, 4 * y, 4 * x] for x in range(10)]
                               for y in range(8)] for b in range(2)])
-        torch.testing.assert_close(pid.paint(fea, label, size).detach(),
+        torch.testing.assert_close(pid.paint(fea, near, size).detach(),
                                    stretched(self.plain(fea, near, heads), size))
         every = sum(F.conv2d(fea, head, padding=1) for head in heads)                   # Eq. 4
-        torch.testing.assert_close(pid.paint(fea, label, size, classwise=False).detach(),
+        torch.testing.assert_close(pid.paint(fea, near, size, classwise=False).detach(),
                                    stretched(every, size))
 
 
@@ -4689,7 +4689,8 @@ class S4mimPhases(S4mimCase):
         if v_0 is not None:
             prototypes.v.copy_(v_0)
         *one, seen = s4mim.phase_one(model, v, cfg, machine)
-        return one, seen, s4mim.phase_two(model, prototypes, v, seen, cfg, machine), prototypes.v
+        two, _ = s4mim.phase_two(model, prototypes, v, seen, cfg, machine)
+        return one, seen, two, prototypes.v
 
     def literal(self, model, v, psi, alpha=0.99, v_0=None, classwise=True, weighted=True,
                 semantic="ce"):
@@ -4706,15 +4707,16 @@ class S4mimPhases(S4mimCase):
             c_fp.append((c1 * v.drop[0][i], c4 * v.drop[1][i]))
             p_fp.append(SeD(*c_fp[-1], size))
         p_l, p_s, p_w, p_fp = map(torch.cat, (p_l, p_s, p_w, p_fp))
-        conf, y_w = p_w.detach().softmax(1).max(1)
-        conf_s, y_s = conf.clone(), y_w.clone()
+        conf_w, y_w = p_w.detach().softmax(1).max(1)
+        conf_w_mixed, y_w_mixed = conf_w.clone(), y_w.clone()
         for i in range(B):
             j = int(v.partner[i])
-            conf_s[i][v.box[i]], y_s[i][v.box[i]] = conf[j][v.box[i]], y_w[j][v.box[i]]
+            conf_w_mixed[i][v.box[i]] = conf_w[j][v.box[i]]
+            y_w_mixed[i][v.box[i]] = y_w[j][v.box[i]]
         L_s = average(ce(p_l, v.y_l.clamp(max=C - 1)), v.y_l != 255)
-        L_u = (average(ce(p_s, y_s) * (conf_s >= psi), ~v.void_s)
-               + average(ce(p_fp, y_w) * (conf >= psi), ~v.void_w))
-        confident = average((conf >= psi).float(), ~v.void_w)
+        L_u = (average(ce(p_s, y_w_mixed) * (conf_w_mixed >= psi), ~v.void_s)
+               + average(ce(p_fp, y_w) * (conf_w >= psi), ~v.void_w))
+        confident = average((conf_w >= psi).float(), ~v.void_w)
 
         def painted(fea, y):
             heads = PiD.heads.weight.view(C, 3, 16, 3, 3)
@@ -4723,7 +4725,7 @@ class S4mimPhases(S4mimCase):
             return stretched(sum(parts), size)
 
         L_pi, L_se, feas, confs, ys, visibles, valids = 0, 0, [], [], [], [], []
-        streams = ((v.x_l, p_l, p_l.argmax(1), v.y_l == 255), (v.x_s, p_s, y_s, v.void_s),
+        streams = ((v.x_l, p_l, p_l.argmax(1), v.y_l == 255), (v.x_s, p_s, y_w_mixed, v.void_s),
                    (v.x_w, p_fp, y_w, v.void_w))
         for k, (x, p, y, void) in enumerate(streams):                           # Phase II
             r, target, p_m = [], [], []
@@ -4759,8 +4761,9 @@ class S4mimPhases(S4mimCase):
                 cos = F.cosine_similarity(fea[at], prototypes[c][None])
                 terms.append((conf[at] * (1 - cos)).sum() / conf[at].sum() / 10)
         p = torch.cat([p_l, p_s, p_fp]).softmax(1)
-        return ((L_s, L_u, confident), (p.amax(1), p.argmax(1) if semantic == "ce" else p,
-                                        torch.cat([p_l.argmax(1), y_s, y_w]),
+        return ((L_s, L_u, confident), (torch.cat([p_l.argmax(1), y_w_mixed, y_w]),
+                                        torch.cat([conf_w_mixed, conf_w]), p.amax(1),
+                                        p.argmax(1) if semantic == "ce" else p,
                                         tuple(map(torch.cat, zip(*c_fp)))),
                 (L_pi, sum(terms) / len(terms), L_se), prototypes)
 
@@ -4803,7 +4806,7 @@ class S4mimPhases(S4mimCase):
         """The table of what learns from what; nothing that should learns from nothing."""
         model, v = small(self.C), self.views()
         one, seen, two, _ = self.phases(model, v, tiny(psi=0.3), torch.randn(self.C, 16))
-        self.assertEqual(set(seen.group.unique().tolist()), set(range(self.C)))
+        self.assertEqual(set(seen.y.unique().tolist()), set(range(self.C)))
         E, SeD, trunk, heads = "E.", "SeD.", "PiD.", "PiD.heads"
         for name, loss, reached in (("L_s", one[0], (E, SeD)), ("L_u", one[1], (E, SeD)),
                                     ("L_pi", two[0], (E, trunk, heads)),
@@ -4840,8 +4843,8 @@ class S4mimPhases(S4mimCase):
             L_s, L_u, share, what = s4mim.phase_one(model, seen, cfg, machine)
             two = [torch.zeros(())] * 3
             if any(weights[1:]):
-                two = s4mim.phase_two(model, s4mim.Prototypes(self.C, 16), seen, what, cfg,
-                                      machine)
+                two, _ = s4mim.phase_two(model, s4mim.Prototypes(self.C, 16), seen, what, cfg,
+                                         machine)
             terms = [L_u, *two]
             loss = (L_s + sum(w * t for w, t in zip(weights, terms))) / divisor
             expected = {}
@@ -4908,6 +4911,32 @@ class S4mimPhases(S4mimCase):
                     self.assertEqual(name.startswith("PiD"), moved[name].equal(start[name]), name)
             self.assertTrue(all(m.track_running_stats for m in stepped.modules()
                                 if isinstance(m, torch.nn.BatchNorm2d)))
+
+    def test_step_png_shows_what_a_step_sees_and_moves_nothing(self):
+        root = self.folder(n=12, classes=self.C, size=(40, 50))
+        common_rows = ["x_w", "y_w", "x_s", "y_w mixed"]
+        for method, rows in (("fixmatch", common_rows), ("mim", [*common_rows, "x_s * m", "r"]),
+                             ("s4mim", [*common_rows, "x_s * m", "p of that", "r",
+                                        "Head_c(fea_c)"])):
+            cfg = tiny(method=method, data=str(root), labeled="6", psi=0.3)
+            labeled, unlabeled, _ = s4mim.datasets(cfg)
+            model = small(len(labeled.info.classes), method=method)
+            before = copy.deepcopy(model.state_dict())
+            views, real = [], s4mim.make_views
+            with mock.patch("common.sheet") as sheet, mock.patch(
+                    "s4mim.make_views", lambda *args: views.append(real(*args)) or views[0]):
+                s4mim.draw_step(model, labeled, unlabeled, cfg, common.Machine(cfg),
+                                labeled.info, "step.png")
+            (tiles, _, titles), (v,) = sheet.call_args.args, views
+            self.assertEqual(titles, rows)
+            for name, t in model.state_dict().items():
+                self.assertTrue(t.equal(before[name]), name)
+            # as in training, with the statistics of the batch
+            p = model.train()(torch.cat([v.x_l, v.x_w]))[4:].softmax(1).detach()
+            for shown, conf, y in zip(tiles[1], *p.max(1)):
+                y = np.where(conf < 0.3, 255, y)
+                np.testing.assert_array_equal(shown, common.colorize(y.astype(np.uint8),
+                                                                     labeled.info.colors))
 
     def test_a_batch_without_anything_to_learn_from(self):
         v, everywhere = self.views(), torch.ones(self.B, self.S, self.S).bool()
