@@ -142,42 +142,27 @@ def conv_bn(i, o, k=3, stride=1, dilation=1):
     return conv(i, o, k, stride, dilation), nn.BatchNorm2d(o)
 
 
-class Basic(nn.Module):
-    """The block of ResNet-18, i -> width channels."""
-    expansion = 1
+class Block(nn.Module):
+    """A residual block, i -> o channels: with o = width two 3x3, in ResNet-18; with o = 4 width a
+    1x1, a 3x3 and a 1x1, in ResNet-50 and -101."""
 
-    def __init__(self, i, width, stride=1, dilation=1):
+    def __init__(self, i, width, o, stride=1, dilation=1):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(i, width, 3, stride, dilation)
-        self.conv2, self.bn2 = conv_bn(width, width, 3, 1, dilation)
-        self.downsample = shortcut(i, width, stride)
+        self.bottleneck = o > width
+        if self.bottleneck:
+            self.conv1, self.bn1 = conv_bn(i, width, 1)
+            self.conv2, self.bn2 = conv_bn(width, width, 3, stride, dilation)
+            self.conv3, self.bn3 = conv_bn(width, o, 1)
+        else:
+            self.conv1, self.bn1 = conv_bn(i, width, 3, stride, dilation)
+            self.conv2, self.bn2 = conv_bn(width, o, 3, 1, dilation)
+        self.downsample = nn.Sequential(*conv_bn(i, o, 1, stride)) if stride > 1 or i != o else None
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.bottleneck:
+            y = self.bn3(self.conv3(F.relu(y)))
         return F.relu(y + (self.downsample(x) if self.downsample else x))
-
-
-class Bottleneck(nn.Module):
-    """The block of ResNet-50 and -101, i -> 4 * width channels."""
-    expansion = 4
-
-    def __init__(self, i, width, stride=1, dilation=1):
-        super().__init__()
-        self.conv1, self.bn1 = conv_bn(i, width, 1)
-        self.conv2, self.bn2 = conv_bn(width, width, 3, stride, dilation)
-        self.conv3, self.bn3 = conv_bn(width, 4 * width, 1)
-        self.downsample = shortcut(i, 4 * width, stride)
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (self.downsample(x) if self.downsample else x))
-
-
-def shortcut(i, o, stride):
-    return nn.Sequential(*conv_bn(i, o, 1, stride)) if stride > 1 or i != o else None
 
 
 class ResNet(nn.Module):
@@ -191,7 +176,7 @@ class ResNet(nn.Module):
 
     def __init__(self, name="resnet101", stem="standard", width=64, stride=16):
         super().__init__()
-        Block, i = Basic if name == "resnet18" else Bottleneck, width
+        expansion, i = 1 if name == "resnet18" else 4, width
         if stem == "deep":
             self.conv1 = nn.Sequential(*conv_bn(3, width, 3, 2), nn.ReLU(),
                                        *conv_bn(width, width), nn.ReLU(), conv(width, 2 * width))
@@ -204,8 +189,8 @@ class ResNet(nn.Module):
             w, blocks = width * 2 ** stage, []
             for b in range(depth):
                 halve = b == 0 < stage and dilations[stage] == dilation
-                blocks.append(Block(i, w, 2 if halve else 1, dilation))
-                i, dilation = w * Block.expansion, dilations[stage]
+                blocks.append(Block(i, w, w * expansion, 2 if halve else 1, dilation))
+                i, dilation = w * expansion, dilations[stage]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.channels = i // 8, i
         for module in self.modules():
