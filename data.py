@@ -1399,6 +1399,12 @@ DRAW = {"shapes": draw_shapes, "materials": draw_materials}
 # All of it runs where the images are and waits for no device: what is to be done with which
 # image is known from noise on the CPU, and goes to the device in two copies.
 
+def of_321(side):
+    """What lengths given for crops of 321 pixels are multiplied by in another: its side's share of
+    321, at most 1. Papers keep the pixels of 321 in crops of 513 and 801."""
+    return min(1.0, side / 321)
+
+
 def strong_view(image, noise):
     """Colours and sharpness changed at random: image float (B, 3, H, W) of 0..1 -> a new one.
 
@@ -1406,7 +1412,7 @@ def strong_view(image, noise):
     [0] jitter or not, [1:5] how much, [5:9] in which order, [9] grey or not, [10] blur or not,
     [11] how much. Jitter (of 0.8 of the pictures): brightness, contrast and saturation times
     0.5..1.5 and hue plus -0.25..0.25 of the circle, in any order. Then 0.2 become grey, and then
-    0.5 are blurred with a sigma of 0.1..2 pixels.
+    0.5 are blurred with a sigma of 0.1..2 pixels, times of_321() of the shorter side.
     """
     u = noise.T
     order = noise[:, 5:9].argsort(1).T      # (4, B): who comes first, second, ..
@@ -1414,7 +1420,8 @@ def strong_view(image, noise):
     due = [(u[0] < 0.8) & (place == k) for place in order for k in range(4)]
     rows = [chosen.nonzero()[:, 0] for chosen in [*due, u[9] < 0.2, u[10] < 0.5]]
     amounts = [u[1] + 0.5, u[2] + 0.5, u[3] + 0.5, (u[4] - 0.5) / 2] * 4
-    amounts += [torch.zeros_like(u[0]), 0.1 + 1.9 * u[11]]      # no saturation at all is grey
+    sigma = (0.1 + 1.9 * u[11]) * of_321(min(image.shape[2:]))
+    amounts += [torch.zeros_like(u[0]), sigma]                  # no saturation at all is grey
     sizes = [len(chosen) for chosen in rows]
     amount = torch.cat([a[chosen] for a, chosen in zip(amounts, rows)])[:, None, None, None]
     amount = amount.to(image.device, image.dtype, non_blocking=True).split(sizes)

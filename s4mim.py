@@ -17,35 +17,24 @@ Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semanti
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
 
     python s4mim.py                                         # embedded dataset, CPU, two minutes
-    python s4mim.py --data voc                              # the paper's recipe, 92 labels
+    python s4mim.py --data voc --labeled labeled.txt        # the paper's recipe, UniMatch's list
     python s4mim.py --data voc --method fixmatch            # without Phase II; or suponly, or mim
     python s4mim.py --data voc --no-fea --no-se             # rows of Table IV
+    python s4mim.py --data voc --stride 8                   # Table VIII, but for its stem
+    python s4mim.py --data camvid --burn-in 500             # pseudo-labels after 500 steps
     python s4mim.py --data my/folder --labeled list.txt     # pictures without masks are used too
     python s4mim.py --eval out/s4mim-voc/best.pt
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
     torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
 
-Reduced runs on GlaS with 11 of its 85 pictures labelled (ResNet-18 of width 16 from scratch, 1440
-steps, two CPU cores, torch 2.13.0) end at a test mIoU of 52.1 (suponly), 56.0 (fixmatch), 58.2
-(with L_mimse) and 55.3 (all terms), means of three seeds. Commands, CamVid, and why the terms
-differ so little there, are in README.md. The paper's setting has not been run here.
-
-Departures from the paper, and what it leaves open:
-- The stem is torchvision's, whose weights are public (Table VIII has it better by 0.5); the
-  paper's other tables have the deep one: --stem deep --pretrained FILE.
-- Losses are means over the valid pixels of a batch, of which a picture may have more than another.
-- CutMix takes its box from another picture of the batch, which needs no pass of its own.
-- Terms that are switched off leave the divisor of Eq. 14 too.
-- Void and padding count in none of the losses but L_mimpi; the paper says so of the features only.
-- Labels, masks and confidences of features are those of the pixels they are centred on.
-- One mask m serves the three streams of a step; removed pixels show the mean colour; the streams
-  of Phase II go through E together. What is painted of the whole x_w, the target of the third
-  stream, starts from the features of Phase I: the weights have not changed since.
+What departs from the paper, what it leaves open, and what reduced runs gave is in README.md. The
+paper's setting has not been run here.
 """
 import itertools
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -79,7 +68,8 @@ class Config:
     conf: bool = True              # weigh features by confidence (Table VI)
     semantic: Literal["ce", "mse"] = "ce"  # L_mimse to pseudo-labels, or probabilities (Table VII)
     backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet101"  # encoder E
-    stem: Literal["standard", "deep"] = "standard"  # one 7x7, or three 3x3 (Table VIII)
+    stem: Literal["standard", "deep"] = "standard"  # one 7x7, or the paper's three 3x3
+    stride: int = 16               # of E: 16, or 8 for Table VIII's "standard backbone"
     width: int = 64                # channels of E's first stage, and a quarter of the decoders'
     pretrained: str = "imagenet"   # weights of E: imagenet (downloads), a file, or none
     init: str = ""                 # start from the weights of this checkpoint
@@ -95,12 +85,13 @@ class Config:
     #                                shorter side of 1.5 crops, if that is less
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
+    burn_in: int = 0               # steps at the start that are suponly's; the paper has none
     psi: float = 0.95              # least confidence of a pseudo-label in L_u
     lambda_u: float = 1 / 2        # weights of Eq. 14
     lambda_mp: float = 1 / 3
     lambda_mf: float = 0.05
     lambda_ms: float = 0.1 / 3
-    patch: int = 6                 # side of a removed patch, pixels (Fig. 4)
+    patch: int = 0                 # side of a removed patch; 0: 6 pixels (Fig. 4), fewer below 321
     ratio: float = 0.4             # share of the patches that is removed (Fig. 4)
     alpha: float = 0.99            # moving average of the prototypes
     tau: float = 10.0              # temperature of Eq. 10
@@ -151,54 +142,41 @@ def conv_bn(i, o, k=3, stride=1, dilation=1):
     return conv(i, o, k, stride, dilation), nn.BatchNorm2d(o)
 
 
-class Basic(nn.Module):
-    """The block of ResNet-18, i -> width channels."""
-    expansion = 1
+class Block(nn.Module):
+    """A residual block, i -> o channels: with o = width two 3x3, in ResNet-18; with o = 4 width a
+    1x1, a 3x3 and a 1x1, in ResNet-50 and -101."""
 
-    def __init__(self, i, width, stride=1, dilation=1):
+    def __init__(self, i, width, o, stride=1, dilation=1):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(i, width, 3, stride, dilation)
-        self.conv2, self.bn2 = conv_bn(width, width, 3, 1, dilation)
-        self.downsample = shortcut(i, width, stride)
+        self.bottleneck = o > width
+        if self.bottleneck:
+            self.conv1, self.bn1 = conv_bn(i, width, 1)
+            self.conv2, self.bn2 = conv_bn(width, width, 3, stride, dilation)
+            self.conv3, self.bn3 = conv_bn(width, o, 1)
+        else:
+            self.conv1, self.bn1 = conv_bn(i, width, 3, stride, dilation)
+            self.conv2, self.bn2 = conv_bn(width, o, 3, 1, dilation)
+        self.downsample = nn.Sequential(*conv_bn(i, o, 1, stride)) if stride > 1 or i != o else None
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.bottleneck:
+            y = self.bn3(self.conv3(F.relu(y)))
         return F.relu(y + (self.downsample(x) if self.downsample else x))
-
-
-class Bottleneck(nn.Module):
-    """The block of ResNet-50 and -101, i -> 4 * width channels."""
-    expansion = 4
-
-    def __init__(self, i, width, stride=1, dilation=1):
-        super().__init__()
-        self.conv1, self.bn1 = conv_bn(i, width, 1)
-        self.conv2, self.bn2 = conv_bn(width, width, 3, stride, dilation)
-        self.conv3, self.bn3 = conv_bn(width, 4 * width, 1)
-        self.downsample = shortcut(i, 4 * width, stride)
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (self.downsample(x) if self.downsample else x))
-
-
-def shortcut(i, o, stride):
-    return nn.Sequential(*conv_bn(i, o, 1, stride)) if stride > 1 or i != o else None
 
 
 class ResNet(nn.Module):
-    """The encoder E: (B, 3, H, W) -> c1 (B, C1, H/4, W/4) and c4 (B, C4, H/16, W/16), rounded up.
+    """The encoder E: (B, 3, H, W) -> c1 (B, C1, H/4, W/4) and c4 (B, C4, H/16, W/16), rounded up;
+    with a stride of 8, c4 is (B, C4, H/8, W/8).
 
-    The last stage has stride 1 and dilation 2 in place of stride 2, its first block excepted. The
-    names of the weights are torchvision's, those of the deep stem UniMatch's, so that they load.
+    The last stage, of stride 8 the last two, doubles the dilation in place of a stride of 2, from
+    its second block on. The names of the weights are torchvision's, those of the deep stem
+    UniMatch's, so that they load.
     """
 
-    def __init__(self, name="resnet101", stem="standard", width=64):
+    def __init__(self, name="resnet101", stem="standard", width=64, stride=16):
         super().__init__()
-        Block, i = Basic if name == "resnet18" else Bottleneck, width
+        expansion, i = 1 if name == "resnet18" else 4, width
         if stem == "deep":
             self.conv1 = nn.Sequential(*conv_bn(3, width, 3, 2), nn.ReLU(),
                                        *conv_bn(width, width), nn.ReLU(), conv(width, 2 * width))
@@ -206,13 +184,13 @@ class ResNet(nn.Module):
         else:
             self.conv1 = conv(3, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(i)
+        dilation, dilations = 1, (1, 1, 1, 2) if stride == 16 else (1, 1, 2, 4)
         for stage, depth in enumerate(DEPTHS[name]):
             w, blocks = width * 2 ** stage, []
             for b in range(depth):
-                stride = 2 if stage in (1, 2) and b == 0 else 1
-                dilation = 2 if stage == 3 and b > 0 else 1
-                blocks.append(Block(i, w, stride, dilation))
-                i = w * Block.expansion
+                halve = b == 0 < stage and dilations[stage] == dilation
+                blocks.append(Block(i, w, w * expansion, 2 if halve else 1, dilation))
+                i, dilation = w * expansion, dilations[stage]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.channels = i // 8, i
         for module in self.modules():
@@ -222,7 +200,7 @@ class ResNet(nn.Module):
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))                     # H/2
         c1 = self.layer1(F.max_pool2d(x, 3, 2, 1))              # H/4
-        return c1, self.layer4(self.layer3(self.layer2(c1)))    # H/16
+        return c1, self.layer4(self.layer3(self.layer2(c1)))    # H/stride
 
 
 # -------------------------------------------------------------------------------- model: decoders
@@ -241,15 +219,15 @@ class Trunk(nn.Module):
     """DeepLabv3+ up to its last layer: (c1, c4) -> (B, 4 * width, H/4, W/4).
 
     ASPP on c4: a 1x1, three dilated 3x3 and the mean over the picture, concatenated and projected;
-    then c1, reduced to few channels, is concatenated, and two 3x3 follow.
+    then c1, reduced to few channels, is concatenated, and two 3x3 follow. stride: of c4.
     """
 
-    def __init__(self, channels, width):
+    def __init__(self, channels, width, stride=16):
         super().__init__()
         low, high = channels
         o, few = high // 8, 3 * width // 4
         self.aspp = nn.ModuleList([conv_bn_relu(high, o, 1)] + [
-            conv_bn_relu(high, o, 3, 1, dilation) for dilation in (6, 12, 18)])
+            conv_bn_relu(high, o, 3, 1, reach // stride) for reach in (96, 192, 288)])
         self.pool = conv_bn_relu(high, o, 1)
         self.project = conv_bn_relu(5 * o, o, 1)
         self.reduce = conv_bn_relu(low, few, 1)
@@ -258,7 +236,7 @@ class Trunk(nn.Module):
 
     def forward(self, c1, c4):
         pooled = self.pool(c4.mean((2, 3), keepdim=True)).expand(-1, -1, *c4.shape[2:])
-        x = self.project(torch.cat([f(c4) for f in self.aspp] + [pooled], 1))   # (B, o, H/16, ..)
+        x = self.project(torch.cat([f(c4) for f in self.aspp] + [pooled], 1))
         x = resize(x, c1.shape[2:]).to(x.dtype)         # autocast on CUDA resizes in float32
         return self.fuse(torch.cat([self.reduce(c1), x], 1))
 
@@ -266,8 +244,8 @@ class Trunk(nn.Module):
 class SeD(Trunk):
     """The semantic decoder: (c1, c4) -> logits (B, C, *size), float32."""
 
-    def __init__(self, channels, width, classes):
-        super().__init__(channels, width)
+    def __init__(self, channels, width, classes, stride=16):
+        super().__init__(channels, width, stride)
         self.classifier = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, c1, c4, size):
@@ -279,20 +257,20 @@ class SeD(Trunk):
 class PiD(Trunk):
     """The pixel decoder. Called, PiD*: (c1, c4) -> fea (B, D, H/4, W/4); paint() has the heads."""
 
-    def __init__(self, channels, width, classes):
-        super().__init__(channels, width)
+    def __init__(self, channels, width, classes, stride=16):
+        super().__init__(channels, width, stride)
         # Head_1 .. Head_C, D -> 3 channels each, without bias: their weights, one after another
         self.heads = nn.Conv2d(4 * width, 3 * classes, 3, bias=False)
 
     def paint(self, fea, label, size, classwise=True):
         """The reconstruction r of Eq. 7, (B, 3, *size) float32, from fea (B, D, H/4, W/4).
 
-        label: (B, H, W) long, see class_heads().  Not classwise: Eq. 4, all heads on all pixels,
-        a sum of convolutions, which is one convolution with the sum of their weights.
+        label: (B, H/4, W/4) long, see class_heads() and at_features().  Not classwise: Eq. 4, all
+        heads on all pixels, a sum of convolutions: one with the sum of their weights.
         """
         weight = self.heads.weight.unflatten(0, (-1, 3))                # (C, 3, D, 3, 3)
         if classwise:
-            r = class_heads(fea, at_features(label), weight)
+            r = class_heads(fea, label, weight)
         else:
             r = F.conv2d(fea, weight.sum(0), padding=1).float()
         return resize(r, size)
@@ -345,11 +323,12 @@ def class_heads(fea, label, weight, block=128):
 class S4MIM(nn.Module):
     """E, SeD and, if `pixel`, PiD (Fig. 2); called, E and SeD: (B, 3, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, classes, backbone="resnet101", stem="standard", width=64, pixel=True):
+    def __init__(self, classes, backbone="resnet101", stem="standard", width=64, stride=16,
+                 pixel=True):
         super().__init__()
-        self.E = ResNet(backbone, stem, width)
-        self.SeD = SeD(self.E.channels, width, classes)
-        self.PiD = PiD(self.E.channels, width, classes) if pixel else None
+        self.E = ResNet(backbone, stem, width, stride)
+        self.SeD = SeD(self.E.channels, width, classes, stride)
+        self.PiD = PiD(self.E.channels, width, classes, stride) if pixel else None
 
     def forward(self, x):
         return self.SeD(*self.E(x), x.shape[2:])
@@ -417,12 +396,12 @@ def supervised(p_l, y_l, ohem=False, add=alone):
     """L_s, Eq. 1: CE over the pixels that are not void.
 
     p_l: logits (B, C, H, W).  y_l: (B, H, W), 255 = void.  ohem: only over the pixels whose own
-    class has a probability below 0.7, and at least the 200,000 hardest of this process's.
+    class has a probability below 0.7, and at least the hardest of this process, 100,000 a crop.
     """
     valid = y_l != 255
     ce = F.cross_entropy(p_l.float(), y_l.long(), ignore_index=255, reduction="none")
     if ohem:
-        hardest = ce.detach().flatten().topk(min(200_000, ce.numel())).values
+        hardest = ce.detach().flatten().topk(min(100_000 * len(ce), ce.numel())).values
         valid = valid & (ce >= hardest[-1].clamp(max=-math.log(0.7)))
     return means(ce, valid, add=add)[0]
 
@@ -520,6 +499,12 @@ def datasets(cfg):
                          seed=common.seed_of(cfg.seed, kind), palette=cfg.palette or None,
                          in_memory=cfg.in_memory)
             for kind, part in enumerate(items)]
+    ours, theirs = len(sets[1]), 10_582 - len(sets[0])
+    if cfg.data == "voc" and ours < theirs:
+        steps = [data.steps_per_epoch(n, cfg.batch_size // 2) for n in (ours, theirs)]
+        data.say(f"voc: {ours} unlabelled pictures instead of the paper's {theirs}, {steps[0]} "
+                 f"steps an epoch instead of {steps[1]}: get SBD's list of 10582 names, "
+                 "ImageSets/Segmentation/train_aug.txt; its pictures are in JPEGImages")
     return *sets, data.labeled_hash(items[0])
 
 
@@ -536,7 +521,7 @@ def eval_loader(cfg, split, machine):
 def build(cfg, classes):
     """The network with random weights; PiD only where a loss needs it."""
     (_, mp, mf, _), _ = lambdas(cfg)
-    return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, pixel=mp + mf > 0)
+    return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, cfg.stride, pixel=mp + mf > 0)
 
 
 def compile_parts(model):
@@ -580,22 +565,21 @@ class Views(NamedTuple):
 def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     """The Views of two batches (image uint8, label uint8, index) as the loaders give them.
 
-    channels: (C1, C4) of E.  seeds: one for each place in the batch. Of `unlabeled`, None for
-    suponly, the label says where there is padding (255), and nothing else.
+    channels: (C1, C4) of E.  seeds: one for each place in the batch. Of `unlabeled`, which suponly
+    does not look at, the label says where there is padding (255), and nothing else.
     """
     x_l, y_l, _ = labeled
     x_l, y_l = normalize(to_unit(x_l, device)), y_l.to(device, non_blocking=True)
-    if unlabeled is None:
+    if cfg.method == "suponly":
         return Views(x_l, y_l)
     image, void, index = unlabeled
     L = (-(-cfg.size // cfg.patch)) ** 2
     noise = noise_of(seeds, 12 + 5 + L + sum(channels))
-    colour, rest = noise.split([12, 5 + L + sum(channels)], 1)
     if torch.device(device).type == "cuda":     # above 64 KB a copy waits for the device, unless
-        rest = rest.contiguous().pin_memory()   # it is from pinned memory
-    cut, patches, *drop = rest.to(device, non_blocking=True).split([5, L, *channels], 1)
+        noise = noise.pin_memory()              # it is from pinned memory
+    _, cut, patches, *drop = noise.to(device, non_blocking=True).split([12, 5, L, *channels], 1)
     weak, void = to_unit(image, device), void.to(device, non_blocking=True) == 255
-    strong = data.strong_view(weak, colour)
+    strong = data.strong_view(weak, noise[:, :12])
     partner = data.partners(index).to(device, non_blocking=True)
     box = data.cutmix_boxes(cut, cfg.size)
     return Views(x_l, y_l, normalize(weak), normalize(mix(strong, partner, box)),
@@ -654,19 +638,32 @@ def masked(cfg):
 
 
 class Seen(NamedTuple):
-    """What Phase II takes from Phase I, all without gradient, of the three streams l, s and fp:
-    the labelled, the strong, and the feature-perturbed weak view."""
-    conf: torch.Tensor      # (3 B, S, S) confidence of p^l, p^s and p^fp
-    own: torch.Tensor       # (3 B, S, S) their pseudo-labels; --semantic mse: probabilities
-    group: torch.Tensor     # (3 B, S, S) pseudo-labels to group by: of p^l, p^w mixed, p^w
-    c_fp: tuple             # c1 and c4 of x_w, perturbed
+    """What Phase I leaves behind, without gradient. Its streams l, s and fp are the labelled, the
+    strong, and the feature-perturbed weak view; what is None is for Phase II alone."""
+    y: torch.Tensor                 # (3 B, S, S) their classes: of p^l, y_w mixed, y_w
+    conf_w: torch.Tensor            # (2 B, S, S) confidence of p^w, of the last two
+    conf: torch.Tensor = None       # (3 B, S, S) confidence of p^l, p^s and p^fp
+    target: torch.Tensor = None     # (3 B, S, S) argmax of these; --semantic mse: probabilities
+    c_fp: tuple = None              # c1 and c4 of x_w, perturbed
+
+
+@contextmanager
+def averages_kept(model):
+    """BatchNorm takes the statistics of its batch, as always in training, but its running averages
+    stay. Only the passes of x_l and x_w move these: they look like what is evaluated."""
+    norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
 
 
 def phase_one(model, v, cfg, machine):
     """Phase I, FixMatch with UniPerb, on Views v. PiD has no part in it.
 
-    Returns L_s, L_u without its weight, the share of pixels that are confident, and Seen, or None
-    where there is no Phase II.
+    Returns L_s, L_u without its weight, the share of pixels that are confident, and Seen, None for
+    suponly.
     """
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
     if v.x_w is None:                                       # suponly
@@ -676,58 +673,64 @@ def phase_one(model, v, cfg, machine):
         return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
     with machine.autocast():
         c = model.E(torch.cat([v.x_l, v.x_w]))
+        p_l, p_w = model.SeD(*c, size).chunk(2)
         c_fp = perturb((x[B:] for x in c), v.drop)
-        p_l, p_w, p_fp = model.SeD(*map(torch.cat, zip(c, c_fp)), size).chunk(3)
-        p_s = model(v.x_s)
+        with averages_kept(model):
+            p_s, p_fp = model(v.x_s), model.SeD(*c_fp, size)
 
-    conf, y_w = p_w.detach().softmax(1).max(1)
-    conf_s, y_s = mix(conf, v.partner, v.box), mix(y_w, v.partner, v.box)
+    conf_w, y_w = p_w.detach().softmax(1).max(1)
+    conf_w_mixed, y_w_mixed = (mix(t, v.partner, v.box) for t in (conf_w, y_w))
     L_s = supervised(p_l, v.y_l, cfg.ohem, add)                                         # Eq. 1
-    L_u = (consistency(p_s, y_s, conf_s, v.void_s, cfg.psi, add)
-           + consistency(p_fp, y_w, conf, v.void_w, cfg.psi, add))                      # Eq. 2
-    confident = means((conf >= cfg.psi).float(), ~v.void_w, add=add)[0]
-    if not masked(cfg):
-        return L_s, L_u, confident, None
-
-    p = torch.cat([p_l, p_s, p_fp]).detach().softmax(1)
-    conf, own = p.max(1)
-    group = torch.cat([own[:B], y_s, y_w])      # the labelled too: their truth has void
-    return L_s, L_u, confident, Seen(conf, p if cfg.semantic == "mse" else own, group,
-                                     tuple(x.detach() for x in c_fp))
+    L_u = (consistency(p_s, y_w_mixed, conf_w_mixed, v.void_s, cfg.psi, add)
+           + consistency(p_fp, y_w, conf_w, v.void_w, cfg.psi, add))                    # Eq. 2
+    confident = means((conf_w >= cfg.psi).float(), ~v.void_w, add=add)[0]
+    # the labelled pictures' classes are predicted, too: their truth has void
+    seen = Seen(torch.cat([p_l.detach().argmax(1), y_w_mixed, y_w]),
+                torch.cat([conf_w_mixed, conf_w]))
+    if masked(cfg):
+        p = torch.cat([p_l, p_s, p_fp]).detach().softmax(1)
+        conf, y = p.max(1)
+        seen = seen._replace(conf=conf, target=p if cfg.semantic == "mse" else y,
+                             c_fp=tuple(x.detach() for x in c_fp))
+    return L_s, L_u, confident, seen
 
 
 def phase_two(model, prototypes, v, seen, cfg, machine):
-    """Phase II, mask-induced learning. Returns the brackets of Eq. 8, 12 and 13: L_mimpi, L_mimfea
-    and L_mimse without their weights, 0 for one that is switched off. Moves the prototypes."""
+    """Phase II, mask-induced learning. Moves the prototypes.
+
+    Returns the brackets of Eq. 8, 12 and 13, L_mimpi, L_mimfea and L_mimse without their weights, 0
+    for one that is switched off; and of the masked views fea, r and p_m, None for what has no use.
+    """
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
     (_, mp, mf, ms), _ = lambdas(cfg)
     L_pi = L_fea = L_se = torch.zeros((), device=v.x_l.device)
+    fea = r = p_m = None
     x, m = torch.cat([v.x_l, v.x_s, v.x_w]), v.m.repeat(3, 1, 1, 1)
     void = torch.cat([v.y_l == 255, v.void_s, v.void_w])
-    with machine.autocast():
+    y, conf, visible, valid = map(at_features, (seen.y, seen.conf, m[:, 0], ~void))
+    with machine.autocast(), averages_kept(model):
         c = model.E(x * m)
         # the third stream is perturbed as in Phase I
         c = [torch.cat([a[:2 * B], b]) for a, b in zip(c, perturb((a[2 * B:] for a in c), v.drop))]
         if mp or mf:
-            fea = model.PiD(*c)                                                         # Eq. 3
+            # in one batch with the whole x_w: r^fp and its target have the same BatchNorm
+            fea, whole = model.PiD(*map(torch.cat, zip(c, seen.c_fp))).split([3 * B, B])  # Eq. 3
         if mp:
             classwise = cfg.method != "mim"
-            r = model.PiD.paint(fea, seen.group, size, classwise)                       # Eq. 6-7
+            r = model.PiD.paint(fea, y, size, classwise)                                # Eq. 6-7
             with torch.no_grad():       # x^fp: what is painted where nothing is removed
-                whole = model.PiD(*seen.c_fp)
-                x_fp = model.PiD.paint(whole, seen.group[2 * B:], size, classwise)
+                x_fp = model.PiD.paint(whole, y[2 * B:], size, classwise)
         if ms:
             p_m = model.SeD(*c, size)
     if mp:
         L_pi = pixel_loss(r, torch.cat([v.x_l, v.x_s, x_fp]), add)                      # Eq. 8
     if mf:
-        group, visible, void_f, conf = map(at_features, (seen.group, m[:, 0], void, seen.conf))
         conf = conf if cfg.conf else torch.ones_like(conf)
-        prototypes.update(fea[:B], group[:B], conf[:B], (visible & ~void_f)[:B], add)   # Eq. 9
-        L_fea = prototypes(fea, group, conf, ~visible & ~void_f, add)                   # Eq. 10-12
+        prototypes.update(fea[:B], y[:B], conf[:B], (visible & valid)[:B], add)         # Eq. 9
+        L_fea = prototypes(fea, y, conf, ~visible & valid, add)                         # Eq. 10-12
     if ms:
-        L_se = semantic_loss(p_m, seen.own, void, add)                                  # Eq. 13
-    return L_pi, L_fea, L_se
+        L_se = semantic_loss(p_m, seen.target, void, add)                               # Eq. 13
+    return (L_pi, L_fea, L_se), (fea, r, p_m)
 
 
 TERMS = ("loss", "loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se", "confident")
@@ -745,7 +748,7 @@ def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     scaler.scale(one).backward()
     two = L_pi = L_fea = L_se = torch.zeros_like(one)
     if masked(cfg):
-        L_pi, L_fea, L_se = phase_two(model, prototypes, v, seen, cfg, machine)
+        (L_pi, L_fea, L_se), _ = phase_two(model, prototypes, v, seen, cfg, machine)
         two = (mp * L_pi + mf * L_fea + ms * L_se) / divisor
         scaler.scale(two).backward()
     # once a step, and by hand: DistributedDataParallel sends after each backward pass, and wants
@@ -877,8 +880,9 @@ def train(cfg, machine, interrupt):
         model.train()
         seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j)
                  for j in range(B)]
-        v = make_views(*batches, cfg, model.E.channels, seeds, device)
-        terms = train_step(model, prototypes, optimizer, scaler, machine, cfg, v)
+        now = replace(cfg, method="suponly") if step < cfg.burn_in else cfg
+        v = make_views(*batches, now, model.E.channels, seeds, device)
+        terms = train_step(model, prototypes, optimizer, scaler, machine, now, v)
 
         # 3. evaluate, log, save
         due = run.note(step, terms, *((pictures, batch[2]) for pictures, batch
@@ -892,10 +896,10 @@ def train(cfg, machine, interrupt):
 
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
             for split in data.splits_beside(cfg.data)}
+    if cfg.method != "suponly":
+        draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
     if machine.main:
         draw_samples(model, val_loader.dataset, cfg, machine, info, out / "samples.png")
-        if cfg.method != "suponly":
-            draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
         write_metrics(out, run.state(), cfg, model, more)
     return run.scores
 
@@ -947,34 +951,38 @@ def draw_samples(model, pictures, cfg, machine, info, path, n=6):
 
 @torch.no_grad()
 def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
-    """step.png: what a training step sees of n unlabelled pictures, and makes of them. Grey in a
-    pseudo-label is what L_u leaves out; the last row is one head alone, of the largest object."""
-    model.eval()
-    C, size = len(info.classes), (cfg.size, cfg.size)
+    """step.png: what a step sees of n unlabelled pictures, and makes of them. Grey in pseudo-labels
+    is what L_u leaves out; the last row is one head alone, of the largest object. All processes
+    call it, as the phases take sums over them."""
+    model.train()
     batches = [next(iter(data.train_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1,
                                            endless=True))) for pictures in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
-    with machine.autocast():
-        conf, y_w = model(v.x_w).softmax(1).max(1)
-        m = torch.ones_like(v.box[:, None]) if v.m is None else v.m     # None: no Phase II
-        c = model.E(v.x_s * m)
-        y_s, conf_s = mix(y_w, v.partner, v.box), mix(conf, v.partner, v.box)
-        rows = {"x_w": shown(v.x_w), "y_w": painted(y_w.masked_fill(conf < cfg.psi, 255), info),
-                "x_s": shown(v.x_s),
-                "y_w mixed": painted(y_s.masked_fill(conf_s < cfg.psi, 255), info),
-                "x_s * m": shown(v.x_s * m),
-                "p of that": painted(model.SeD(*c, size).argmax(1), info)}
-        if model.PiD:
-            fea = model.PiD(*c)
-            area = F.one_hot(y_s, C).sum((1, 2))
-            area[:, list(info.background)] = 0
-            largest = area.argmax(1)[:, None, None]
-            rows["r"] = shown(model.PiD.paint(fea, y_s, size, cfg.method != "mim"))
-            if cfg.method != "mim":
-                single = torch.where(y_s == largest, y_s, C)                # C: no class
-                rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea, single, size))
-    common.sheet(list(rows.values()), path, list(rows))
+    s, C, fea, r, p_m = slice(n, 2 * n), len(info.classes), None, None, None
+    with averages_kept(model):
+        *_, seen = phase_one(model, v, cfg, machine)
+        if masked(cfg):
+            spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
+            _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
+    y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
+    rows = {"x_w": shown(v.x_w), "y_w": painted(y_w, info),
+            "x_s": shown(v.x_s), "y_w mixed": painted(y_w_mixed, info)}
+    if masked(cfg):
+        rows["x_s * m"] = shown(v.x_s * v.m)
+    if p_m is not None:
+        rows["p of that"] = painted(p_m[s].argmax(1), info)
+    if r is not None:
+        rows["r"] = shown(r[s])
+    if r is not None and cfg.method != "mim":
+        area = F.one_hot(seen.y[s], C).sum((1, 2))
+        area[:, list(info.background)] = 0
+        single = torch.where(seen.y[s] == area.argmax(1)[:, None, None], seen.y[s], C)  # C: none
+        with machine.autocast():
+            rows["Head_c(fea_c)"] = shown(
+                model.PiD.paint(fea[s], at_features(single), v.x_s.shape[2:]))
+    if machine.main:
+        common.sheet(list(rows.values()), path, list(rows))
 
 
 # ----------------------------------------------------------------------------- the other commands
@@ -1032,13 +1040,12 @@ def bench(cfg):
     machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
     C, S, B, device = len(info.classes), cfg.size, cfg.batch_size // 2, machine.device
     with torch.device("meta"):           # shapes without numbers: counting takes no memory
-        model, x = S4MIM(C, cfg.backbone, cfg.stem, cfg.width).eval(), torch.empty(1, 3, S, S)
+        model = S4MIM(C, cfg.backbone, cfg.stem, cfg.width, cfg.stride).eval()
+        x = torch.empty(1, 3, S, S)
         gmacs, of_E = common.macs(model, x), common.macs(model.E, x)
         of_PiD = common.macs(model.PiD, *model.E(x))                        # without its heads
-    # how often a step of each method sends its B pictures through E, SeD and PiD; one pass of PiD
-    # has no backward, and counts a third
-    passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 3 + 1 / 3),
-              "s4mim": (6, 7, 3 + 1 / 3)}
+    # how often a step of each method sends its B pictures through E, SeD and PiD
+    passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 4), "s4mim": (6, 7, 4)}
     result = {"params": parameters(model.E, model.SeD), "params_E": parameters(model.E),
               "params_PiD": parameters(model.PiD), "gmacs": round(gmacs, 3)}
     print(f"{result['params']:,} parameters, {result['params_E']:,} of them in E; PiD has "
@@ -1059,8 +1066,8 @@ def bench(cfg):
             optimizer, scaler = make_optimizer(model, this, machine.fused), machine.scaler()
 
             def step(i):
-                v = make_views(batch, None if method == "suponly" else batch, this,
-                               model.E.channels, range(i * B, i * B + B), device)
+                v = make_views(batch, batch, this, model.E.channels, range(i * B, i * B + B),
+                               device)
                 train_step(model, prototypes, optimizer, scaler, machine, this, v)
 
             times = np.array(passes[method]) @ (of_E, gmacs - of_E, of_PiD)
@@ -1108,7 +1115,8 @@ def check(cfg):
     common.at_least(cfg, 1, "size", "width", "eval_every", "patch", "scale")
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
-                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory")
+                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory",
+                    "burn_in")
     for name in ("lr", "decoder_lr", "tau", "zoom"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "
@@ -1123,6 +1131,8 @@ def check(cfg):
         raise UserError("--setup aug: only voc has more masks beside its own")
     if cfg.width % 4 or cfg.size < 32:
         raise UserError(f"--width {cfg.width} --size {cfg.size}: a multiple of 4, and at least 32")
+    if cfg.stride not in (8, 16):
+        raise UserError(f"--stride {cfg.stride}: expected 8 or 16")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % (2 * world) or cfg.batch_size < 4 * world:
         # BatchNorm needs more than one value a channel, and CutMix another picture
@@ -1130,6 +1140,14 @@ def check(cfg):
                         f"multiple of {2 * world} and at least {4 * world} for {world} processes")
     if (cfg.ckpt or cfg.to) and not cfg.predict:
         raise UserError("--ckpt and --to go with --predict")
+
+
+def settle(cfg):
+    """Put the numbers that 0 stands for in --zoom and --patch into cfg."""
+    if not cfg.zoom:
+        cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
+    # as large a share of a small crop as the paper's 6 pixels are of 321, but at least 2 pixels
+    cfg.patch = cfg.patch or max(2, round(6 * data.of_321(cfg.size)))
 
 
 def main():
@@ -1141,8 +1159,7 @@ def main():
         return evaluate_only(cfg, origin)
     if cfg.method == "suponly":
         cfg.baseline = "none"
-    if not cfg.zoom:
-        cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
+    settle(cfg)
     check(cfg)
     common.show_config(cfg, origin)
     if cfg.bench >= 0:

@@ -7,6 +7,7 @@ Real data is used where ../shared/data is there; where it is not, the test says 
 """
 import colorsys
 import contextlib
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -1877,6 +1878,7 @@ class SemiData(Case):
         u[:, 0] = 0
         return u
 
+    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
     def test_each_change_of_the_strong_view_against_pillow(self):
         rough = Image.fromarray(self.noise(9, 12, 3)).resize((60, 45), Image.BICUBIC)
         pixels = np.asarray(rough)
@@ -1907,6 +1909,7 @@ class SemiData(Case):
             self.assertLess(wrong.mean(), 1)
         self.assertLess(differs(9, 0.1, rough.convert("L").convert("RGB")).max(), 1)
 
+    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
     def test_the_strong_view_against_a_loop_over_pixels(self):
         noise = torch.from_numpy(self.rng.random((72, 12), np.float32))
         image = torch.from_numpy(self.rng.random((72, 3, 6, 5), np.float32))
@@ -1926,6 +1929,7 @@ class SemiData(Case):
         orders = {tuple(row) for row in noise[:, 5:9].argsort(1).tolist()}
         self.assertGreater(len(orders), 18)                             # of 24
 
+    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
     def test_how_often_and_how_much_the_strong_view_changes(self):
         n = 2000
         image = torch.from_numpy(self.rng.random((1, 3, 2, 2), np.float32)).repeat(n, 1, 1, 1)
@@ -1946,6 +1950,18 @@ class SemiData(Case):
         there = data.strong_view(image.to("meta"), draws)
         self.assertEqual((there.device.type, there.shape), ("meta", image.shape))
         self.assertEqual(data.cutmix_boxes(draws[:, :5].to("meta"), 9).shape, (n, 9, 9))
+
+    def test_blur_in_a_small_crop_has_the_same_share_of_its_side(self):
+        """A point becomes a Gaussian, whose variance is the square of sigma."""
+        noise = self.still(1)
+        noise[0, 10:] = torch.tensor([0.1, 0.9])                # sigma 1.81 in crops of 321
+        for (h, w), sigma in (((321, 321), 1.81), ((513, 801), 1.81), ((161, 161), 0.9078),
+                              ((400, 240), 1.3533)):
+            image = torch.zeros(1, 3, h, w)
+            image[..., h // 2, w // 2] = 1
+            row = data.strong_view(image, noise)[0, 0].sum(0).double()
+            variance = (row * (torch.arange(w) - w // 2) ** 2).sum() / row.sum()
+            self.assertAlmostEqual(variance.sqrt().item(), sigma, delta=0.002)
 
     def test_cutmix_boxes(self):
         n, size = 2000, 96
@@ -3974,7 +3990,7 @@ S4MIM = ("--labeled 8 --width 4 --size 32 --batch-size 8 --baseline none --save-
 def tiny(**changes):
     """A configuration for tests that call the functions themselves."""
     return s4mim.Config(**{"backbone": "resnet18", "width": 4, "size": 32, "batch_size": 4,
-                           "pretrained": "none", "device": "cpu", **changes})
+                           "pretrained": "none", "device": "cpu", "patch": 6, **changes})
 
 
 def small(classes=4, seed=0, **changes):
@@ -4121,6 +4137,30 @@ class S4mimModel(S4mimCase):
                 self.assertEqual(c1.shape[1:], (4 * wide, -(-H // 4), -(-W // 4)))
                 self.assertEqual(c4.shape[1:], (32 * wide, -(-H // 16), -(-W // 16)))
         self.assertEqual([-(-321 // 4), -(-321 // 16)], [81, 21])           # the paper's size
+
+    def test_stride_8_has_the_weights_of_stride_16_and_between_its_vectors_more(self):
+        """Dilated convolutions: every other vector of stride 8 is one of stride 16, in E and in
+        ASPP, where both have holes of 96, 192 and 288 pixels. (In ResNet-18 the second convolution
+        of a stage comes after its stride, but has the dilation of the stage before.)"""
+        for name, stem in ("resnet18", "standard"), ("resnet50", "deep"):
+            torch.manual_seed(0)
+            model = shuffled(s4mim.S4MIM(3, name, stem, 4).double()).eval()
+            dense = s4mim.S4MIM(3, name, stem, 4, stride=8).double().eval()
+            self.assertEqual({k: t.shape for k, t in dense.state_dict().items()},
+                             {k: t.shape for k, t in model.state_dict().items()})
+            dense.load_state_dict(model.state_dict())
+            for H, W in (32, 32), (33, 47), (321, 17):
+                x = torch.from_numpy(self.rng.uniform(-1, 1, (1, 3, H, W)))
+                (c1, c4), (d1, d4) = model.E(x), dense.E(x)
+                self.assertEqual(d4.shape, (1, c4.shape[1], -(-H // 8), -(-W // 8)))
+                torch.testing.assert_close(d1, c1, rtol=0, atol=0)
+                if name == "resnet18":
+                    continue
+                torch.testing.assert_close(d4[..., ::2, ::2], c4)
+                for part in "SeD", "PiD":
+                    for a, b in zip(getattr(model, part).aspp, getattr(dense, part).aspp):
+                        torch.testing.assert_close(b(d4)[..., ::2, ::2], a(c4))
+            self.assertEqual(dense(x).shape, model(x).shape)
 
     def test_network_against_its_formula(self):
         x = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 63, 81)))
@@ -4269,10 +4309,10 @@ class S4mimHeads(S4mimCase):
         label = torch.from_numpy(self.rng.integers(0, C, (2, *size)))
         near = torch.tensor([[[label[b, 4 * y, 4 * x] for x in range(10)]
                               for y in range(8)] for b in range(2)])
-        torch.testing.assert_close(pid.paint(fea, label, size).detach(),
+        torch.testing.assert_close(pid.paint(fea, near, size).detach(),
                                    stretched(self.plain(fea, near, heads), size))
         every = sum(F.conv2d(fea, head, padding=1) for head in heads)                   # Eq. 4
-        torch.testing.assert_close(pid.paint(fea, label, size, classwise=False).detach(),
+        torch.testing.assert_close(pid.paint(fea, near, size, classwise=False).detach(),
                                    stretched(every, size))
 
 
@@ -4351,7 +4391,7 @@ class S4mimViews(S4mimCase):
             np.testing.assert_allclose(x, self.normalised(image / 255), atol=1e-5)
         self.assertTrue(torch.equal(v.y_l, labeled[1]))
         np.testing.assert_array_equal(v.void_w, unlabeled[1] == 255)
-        only = self.views(labeled, None)
+        only = self.views(labeled, None, method="suponly")
         self.assertTrue(torch.equal(only.x_l, v.x_l) and torch.equal(only.y_l, v.y_l))
         self.assertEqual(set(only[2:]), {None})
 
@@ -4437,20 +4477,20 @@ class S4mimLoss(S4mimCase):
             each = [-log_softmax(p_l[b, :, y, x])[int(y_l[b, y, x])]
                     for b, y, x in self.pixels(3) if y_l[b, y, x] != 255]
             self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), np.mean(each), places=5)
-            # few pixels are all among the 200,000 hardest
+            # few pixels are all among the 100,000 hardest of a crop
             self.assertAlmostEqual(s4mim.supervised(p_l, y_l, ohem=True).item(), np.mean(each),
                                    places=5)
 
     def test_hard_examples_by_sorting(self):
-        """OHEM: the pixels below a probability of 0.7, or the 200,000 hardest if these are fewer;
-        500 x 500 pixels of two classes."""
-        score = self.rng.standard_normal((500, 500))
+        """OHEM: the pixels below a probability of 0.7, or the 100,000 hardest a crop if these are
+        fewer, wherever they are; two crops of 250 x 500 pixels, two classes."""
+        score = self.rng.standard_normal((2, 250, 500))
         for shift, void, rule in ((0.0, 0, "0.7"), (4.0, 0, "200000"), (-2.0, 30, "0.7"),
                                   (6.0, 30, "200000"), (6.0, 200, "all")):
-            y_l = np.ones((1, 500, 500), np.uint8)
+            y_l = np.ones((2, 250, 500), np.uint8)
             y_l[0, :void] = 255
-            p_l = torch.from_numpy(np.stack([0 * score, score + shift])[None]).float()
-            p = np.sort(1 / (1 + np.exp(-(score + shift)[y_l[0] == 1])))
+            p_l = torch.from_numpy(np.stack([0 * score, score + shift], 1)).float()
+            p = np.sort(1 / (1 + np.exp(-(score + shift)[y_l == 1])))
             kept = {"0.7": p[p < 0.7], "200000": p[:200_000], "all": p}[rule]
             if rule != "all":
                 self.assertEqual((p < 0.7).sum() > 200_000, rule == "0.7")
@@ -4674,7 +4714,8 @@ class S4mimPhases(S4mimCase):
         if v_0 is not None:
             prototypes.v.copy_(v_0)
         *one, seen = s4mim.phase_one(model, v, cfg, machine)
-        return one, seen, s4mim.phase_two(model, prototypes, v, seen, cfg, machine), prototypes.v
+        two, _ = s4mim.phase_two(model, prototypes, v, seen, cfg, machine)
+        return one, seen, two, prototypes.v
 
     def literal(self, model, v, psi, alpha=0.99, v_0=None, classwise=True, weighted=True,
                 semantic="ce"):
@@ -4691,15 +4732,16 @@ class S4mimPhases(S4mimCase):
             c_fp.append((c1 * v.drop[0][i], c4 * v.drop[1][i]))
             p_fp.append(SeD(*c_fp[-1], size))
         p_l, p_s, p_w, p_fp = map(torch.cat, (p_l, p_s, p_w, p_fp))
-        conf, y_w = p_w.detach().softmax(1).max(1)
-        conf_s, y_s = conf.clone(), y_w.clone()
+        conf_w, y_w = p_w.detach().softmax(1).max(1)
+        conf_w_mixed, y_w_mixed = conf_w.clone(), y_w.clone()
         for i in range(B):
             j = int(v.partner[i])
-            conf_s[i][v.box[i]], y_s[i][v.box[i]] = conf[j][v.box[i]], y_w[j][v.box[i]]
+            conf_w_mixed[i][v.box[i]] = conf_w[j][v.box[i]]
+            y_w_mixed[i][v.box[i]] = y_w[j][v.box[i]]
         L_s = average(ce(p_l, v.y_l.clamp(max=C - 1)), v.y_l != 255)
-        L_u = (average(ce(p_s, y_s) * (conf_s >= psi), ~v.void_s)
-               + average(ce(p_fp, y_w) * (conf >= psi), ~v.void_w))
-        confident = average((conf >= psi).float(), ~v.void_w)
+        L_u = (average(ce(p_s, y_w_mixed) * (conf_w_mixed >= psi), ~v.void_s)
+               + average(ce(p_fp, y_w) * (conf_w >= psi), ~v.void_w))
+        confident = average((conf_w >= psi).float(), ~v.void_w)
 
         def painted(fea, y):
             heads = PiD.heads.weight.view(C, 3, 16, 3, 3)
@@ -4708,7 +4750,7 @@ class S4mimPhases(S4mimCase):
             return stretched(sum(parts), size)
 
         L_pi, L_se, feas, confs, ys, visibles, valids = 0, 0, [], [], [], [], []
-        streams = ((v.x_l, p_l, p_l.argmax(1), v.y_l == 255), (v.x_s, p_s, y_s, v.void_s),
+        streams = ((v.x_l, p_l, p_l.argmax(1), v.y_l == 255), (v.x_s, p_s, y_w_mixed, v.void_s),
                    (v.x_w, p_fp, y_w, v.void_w))
         for k, (x, p, y, void) in enumerate(streams):                           # Phase II
             r, target, p_m = [], [], []
@@ -4744,8 +4786,9 @@ class S4mimPhases(S4mimCase):
                 cos = F.cosine_similarity(fea[at], prototypes[c][None])
                 terms.append((conf[at] * (1 - cos)).sum() / conf[at].sum() / 10)
         p = torch.cat([p_l, p_s, p_fp]).softmax(1)
-        return ((L_s, L_u, confident), (p.amax(1), p.argmax(1) if semantic == "ce" else p,
-                                        torch.cat([p_l.argmax(1), y_s, y_w]),
+        return ((L_s, L_u, confident), (torch.cat([p_l.argmax(1), y_w_mixed, y_w]),
+                                        torch.cat([conf_w_mixed, conf_w]), p.amax(1),
+                                        p.argmax(1) if semantic == "ce" else p,
                                         tuple(map(torch.cat, zip(*c_fp)))),
                 (L_pi, sum(terms) / len(terms), L_se), prototypes)
 
@@ -4788,7 +4831,7 @@ class S4mimPhases(S4mimCase):
         """The table of what learns from what; nothing that should learns from nothing."""
         model, v = small(self.C), self.views()
         one, seen, two, _ = self.phases(model, v, tiny(psi=0.3), torch.randn(self.C, 16))
-        self.assertEqual(set(seen.group.unique().tolist()), set(range(self.C)))
+        self.assertEqual(set(seen.y.unique().tolist()), set(range(self.C)))
         E, SeD, trunk, heads = "E.", "SeD.", "PiD.", "PiD.heads"
         for name, loss, reached in (("L_s", one[0], (E, SeD)), ("L_u", one[1], (E, SeD)),
                                     ("L_pi", two[0], (E, trunk, heads)),
@@ -4825,8 +4868,8 @@ class S4mimPhases(S4mimCase):
             L_s, L_u, share, what = s4mim.phase_one(model, seen, cfg, machine)
             two = [torch.zeros(())] * 3
             if any(weights[1:]):
-                two = s4mim.phase_two(model, s4mim.Prototypes(self.C, 16), seen, what, cfg,
-                                      machine)
+                two, _ = s4mim.phase_two(model, s4mim.Prototypes(self.C, 16), seen, what, cfg,
+                                         machine)
             terms = [L_u, *two]
             loss = (L_s + sum(w * t for w, t in zip(weights, terms))) / divisor
             expected = {}
@@ -4845,6 +4888,80 @@ class S4mimPhases(S4mimCase):
             for key, w in expected.items():
                 torch.testing.assert_close(model.get_parameter(key).detach(), w, rtol=1e-4,
                                            atol=1e-6)
+
+    def test_the_third_stream_has_no_error_where_a_perfect_painter_sees(self):
+        """E and PiD that look at single pixels paint what they see whatever is removed elsewhere:
+        r^fp and its target are equal there, though BatchNorm takes the batch's statistics."""
+        torch.manual_seed(0)
+        v, cfg, B = self.views(), tiny(), self.B
+        model = shuffled(s4mim.build(cfg, self.C)).train()
+        c1, c4 = torch.randn(4, 3, 1, 1), torch.randn(32, 3, 1, 1)
+        model.E.forward = lambda x: (F.conv2d(x[..., ::4, ::4], c1),
+                                     F.conv2d(x[..., ::16, ::16], c4))
+        with torch.no_grad():
+            model.PiD.project[0].weight.zero_()                 # nothing from far away
+            for one in (*(part[0] for part in model.PiD.fuse), model.PiD.heads):
+                one.weight *= torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+        made, heads = [], s4mim.class_heads
+        with mock.patch("s4mim.class_heads",
+                        side_effect=lambda *args: made.append(heads(*args)) or made[-1]):
+            self.phases(model, v, cfg)
+        r, x = made                                             # before they are enlarged
+        error, visible = (r[2 * B:] - x).abs().amax(1), v.m[:, 0, ::4, ::4]
+        self.assertLess(error[visible].max().item(), 1e-5)
+        self.assertGreater(error[~visible].min().item(), 1e-5)
+        self.assertGreater(error[~visible].mean().item(), 0.1 * x.std().item())
+
+    def test_running_averages_are_those_of_the_clean_views_alone(self):
+        """Those of E and SeD after a step are what one pass of x_l and x_w makes of them; PiD's,
+        which is never evaluated, do not move. All passes have the statistics of their batch."""
+        v, start = self.views(), small(self.C).state_dict()
+        for method in "s4mim", "fixmatch":
+            cfg = tiny(method=method)
+            machine, stepped = common.Machine(cfg), s4mim.build(cfg, self.C).train()
+            stepped.load_state_dict({k: start[k] for k in stepped.state_dict()})
+            clean, seen = copy.deepcopy(stepped), []
+            for norm in stepped.modules():
+                if isinstance(norm, torch.nn.BatchNorm2d):
+                    norm.register_forward_hook(lambda norm, x, y: seen.append(
+                        (y - norm.bias[:, None, None]).float().mean((0, 2, 3)).abs().max().item()))
+            s4mim.train_step(stepped, s4mim.Prototypes(self.C, 16),
+                             s4mim.make_optimizer(stepped, cfg), machine.scaler(), machine, cfg, v)
+            self.assertLess(max(seen), 1e-3)            # normalised by the batch's own mean
+            clean(torch.cat([v.x_l, v.x_w]))
+            moved, expected = stepped.state_dict(), clean.state_dict()
+            for name in expected:
+                if name.endswith(("running_mean", "running_var", "batches_tracked")):
+                    torch.testing.assert_close(moved[name], expected[name], msg=name)
+                    self.assertEqual(name.startswith("PiD"), moved[name].equal(start[name]), name)
+            self.assertTrue(all(m.track_running_stats for m in stepped.modules()
+                                if isinstance(m, torch.nn.BatchNorm2d)))
+
+    def test_step_png_shows_what_a_step_sees_and_moves_nothing(self):
+        root = self.folder(n=12, classes=self.C, size=(40, 50))
+        common_rows = ["x_w", "y_w", "x_s", "y_w mixed"]
+        for method, rows in (("fixmatch", common_rows), ("mim", [*common_rows, "x_s * m", "r"]),
+                             ("s4mim", [*common_rows, "x_s * m", "p of that", "r",
+                                        "Head_c(fea_c)"])):
+            cfg = tiny(method=method, data=str(root), labeled="6", psi=0.3)
+            labeled, unlabeled, _ = s4mim.datasets(cfg)
+            model = small(len(labeled.info.classes), method=method)
+            before = copy.deepcopy(model.state_dict())
+            views, real = [], s4mim.make_views
+            with mock.patch("common.sheet") as sheet, mock.patch(
+                    "s4mim.make_views", lambda *args: views.append(real(*args)) or views[0]):
+                s4mim.draw_step(model, labeled, unlabeled, cfg, common.Machine(cfg),
+                                labeled.info, "step.png")
+            (tiles, _, titles), (v,) = sheet.call_args.args, views
+            self.assertEqual(titles, rows)
+            for name, t in model.state_dict().items():
+                self.assertTrue(t.equal(before[name]), name)
+            # as in training, with the statistics of the batch
+            p = model.train()(torch.cat([v.x_l, v.x_w]))[4:].softmax(1).detach()
+            for shown, conf, y in zip(tiles[1], *p.max(1)):
+                y = np.where(conf < 0.3, 255, y)
+                np.testing.assert_array_equal(shown, common.colorize(y.astype(np.uint8),
+                                                                     labeled.info.colors))
 
     def test_a_batch_without_anything_to_learn_from(self):
         v, everywhere = self.views(), torch.ones(self.B, self.S, self.S).bool()
@@ -4978,14 +5095,38 @@ class S4mimTraining(S4mimCase):
                      epochs=80, patch=6, ratio=0.4, alpha=0.99, tau=10, lambda_u=1 / 2,
                      lambda_mp=1 / 3, lambda_mf=0.05, lambda_ms=0.1 / 3, psi=0.95, decoder_lr=10,
                      ohem=False, window="whole", method="s4mim", semantic="ce", pi=True, fea=True,
-                     se=True, dic=True, conf=True, pretrained="imagenet", zoom=1)
+                     burn_in=0, se=True, dic=True, conf=True, pretrained="imagenet", zoom=1)
         cities = dict(size=801, lr=0.005, epochs=240, ohem=True, window="slide", psi=0,
                       decoder_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
             cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
+            s4mim.settle(cfg)
             for key, value in expected.items():
                 self.assertEqual(getattr(cfg, key), value, (name, key))
             s4mim.check(cfg)
+
+    def test_patches_in_small_crops_have_the_same_share_of_their_side(self):
+        for size, side in (32, 2), (97, 2), (161, 3), (257, 5), (321, 6), (513, 6), (801, 6):
+            for given, expected in (0, side), (4, 4):
+                cfg = tiny(size=size, patch=given)
+                s4mim.settle(cfg)
+                self.assertEqual(cfg.patch, expected, size)
+
+    def test_voc_without_sbds_list_says_what_is_missing(self):
+        voc_tree(self.tmp, self.rng)
+        text, real = io.StringIO(), data.labeled_split
+        cfg = tiny(data="voc", root=str(self.tmp), labeled="1", batch_size=16)
+        with contextlib.redirect_stdout(text):
+            for n in 1463, 10_581:          # the labelled picture, and n times the other
+                with mock.patch("data.labeled_split", lambda *args: [
+                        part * times for part, times in zip(real(*args), (1, n))]), \
+                        mock.patch("data.Dataset", lambda *args, items, **more: items):
+                    s4mim.datasets(cfg)
+        lines = [t for t in text.getvalue().splitlines() if "instead of the paper's" in t]
+        self.assertEqual(lines, [
+            "voc: 1463 unlabelled pictures instead of the paper's 10581, 182 steps an epoch "
+            "instead of 1322: get SBD's list of 10582 names, ImageSets/Segmentation/train_aug.txt; "
+            "its pictures are in JPEGImages"])
 
     def test_rates(self):
         cfg = tiny(lr=0.1, decoder_lr=5.0)
@@ -5016,6 +5157,7 @@ class S4mimTraining(S4mimCase):
                 ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
                 ({"lambda_mf": -0.1}, ["--lambda"]), ({"psi": -0.5}, ["--psi"]),
                 ({"setup": "aug"}, ["--setup aug", "voc"]), ({"eval_every": 0}, ["--eval-every"]),
+                ({"burn_in": -1}, ["--burn-in -1"]), ({"stride": 4}, ["--stride 4", "8 or 16"]),
                 ({"to": "x"}, ["--predict"]), ({"ckpt": "x"}, ["--predict"])):
             with self.subTest(changes), self.fails(*words):
                 s4mim.check(tiny(**changes))
@@ -5306,6 +5448,29 @@ class S4mimRuns(S4mimCase):
                          (whole / "labeled.txt").read_text())
         self.assertEqual(saved(self.tmp / "again/last.pt")["history"][0]["loss"],
                          a["history"][0]["loss"])
+
+    def test_steps_of_the_burn_in_are_suponlys_bit_for_bit(self):
+        _, flags = self.own()
+        ends = {}
+        for name, more in (("suponly", ["--method", "suponly", "--max-steps", 2]),
+                           ("burnt", ["--burn-in", 2, "--max-steps", 2]),
+                           ("after", ["--burn-in", 2, "--max-steps", 3])):
+            here(*flags, *more, "--out", self.tmp / name)
+            ends[name] = saved(self.tmp / name / "last.pt")
+        plain, burnt, after = ends.values()
+        momentum = lambda end: {k: t["momentum_buffer"]
+                                for k, t in end["optimizer"]["state"].items()}
+        self.assertEqual(momentum(plain).keys(), momentum(burnt).keys())
+        for a, b in (plain["model"], burnt["model"]), (momentum(plain), momentum(burnt)):
+            for name, t in a.items():
+                self.assertTrue(torch.equal(t, b[name]), name)
+        self.assertEqual({k for k in burnt["model"] if k not in plain["model"]},
+                         {k for k in burnt["model"] if k.startswith("PiD.")})
+        self.assertEqual(burnt["history"][0]["loss"], plain["history"][0]["loss"])
+        self.assertFalse(burnt["prototypes"]["v"].any())
+        terms = [after["history"][0][f"loss_{k}"] for k in ("u", "pi", "fea", "se")]
+        self.assertTrue(all(terms), terms)              # of the third step
+        self.assertTrue(after["prototypes"]["v"].any())
 
     def test_a_kill_while_the_baseline_is_trained(self):
         _, flags = self.own()
