@@ -30,7 +30,6 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
 What departs from the paper, what it leaves open, and what reduced runs gave is in README.md. The
 paper's setting has not been run here.
 """
-import itertools
 import json
 import math
 import os
@@ -296,7 +295,7 @@ def class_heads(fea, label, weight, block=128):
     sorted by class into blocks of one class each, padded with zeros, all blocks are multiplied at
     once, and F.fold adds up what overlaps. No size depends on the labels, and the device is never
     waited for. Forward and backward take 35 ms in place of 690, and 153 MB in place of 790 (4 x
-    256 x 81 x 81, 21 classes, two CPU cores, torch 2.13.0; --bench 10 --data voc).
+    256 x 81 x 81, 21 classes, two CPU cores, torch 2.13.0).
     """
     B, D, H, W = fea.shape
     C, O = weight.shape[:2]
@@ -355,17 +354,10 @@ def patch_mask(noise, size, patch=6, ratio=0.4):
     return m[..., :size, :size]
 
 
-def channel_drop(noise):
-    """The feature perturbation: each channel is dropped with probability 1/2, or else doubled.
-
-    noise: (B, C) -> factors (B, C, 1, 1), 0 or 2.
-    """
-    return 2.0 * (noise >= 0.5)[..., None, None]
-
-
-def perturb(c, drop):
-    """(c1, c4) of B pictures with the channels of `drop` dropped, in their own dtype."""
-    return [x * factors.to(x.dtype) for x, factors in zip(c, drop)]
+def perturb(c, noise):
+    """(c1, c4) of B pictures, each channel dropped with probability 1/2, or else doubled.
+    noise: (B, C1) and (B, C4) in [0, 1)."""
+    return [x * (2 * (u >= 0.5)[..., None, None]).to(x.dtype) for x, u in zip(c, noise)]
 
 
 def mix(x, partner, box):
@@ -524,9 +516,9 @@ def build(cfg, classes):
     return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, cfg.stride, pixel=mp + mf > 0)
 
 
-def compile_parts(model):
+def compile_parts(model, cfg):
     """--compile: E, SeD and PiD in place, so that the names of the weights stay."""
-    for part in filter(None, (model.E, model.SeD, model.PiD)):
+    for part in filter(None, (model.E, model.SeD, model.PiD) if cfg.compile else ()):
         part.compile()
 
 
@@ -559,7 +551,7 @@ class Views(NamedTuple):
     partner: torch.Tensor = None    # (B,) which other unlabelled picture CutMix's box is from
     box: torch.Tensor = None        # (B, S, S) bool, that box; empty in half of them
     m: torch.Tensor = None          # (B, 1, S, S) bool, mask of Phase II: 1 keeps, 0 removes
-    drop: tuple = None              # perturbation of c1 and c4: factors (B, C1 or C4, 1, 1)
+    drop: list = None               # noise that perturbs c1 and c4: (B, C1) and (B, C4)
 
 
 def make_views(labeled, unlabeled, cfg, channels, seeds, device):
@@ -585,7 +577,7 @@ def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     return Views(x_l, y_l, normalize(weak), normalize(mix(strong, partner, box)),
                  void, mix(void, partner, box), partner, box,
                  patch_mask(patches, cfg.size, cfg.patch, cfg.ratio) if masked(cfg) else None,
-                 tuple(channel_drop(part) for part in drop))
+                 drop)
 
 
 RELEASE = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for name, digest in (
@@ -857,15 +849,14 @@ def train(cfg, machine, interrupt):
                      labeled=len(labeled), labeled_hash=digest)
     if machine.main:
         common.write(out / "labeled.txt", data.labeled_lines(labeled.items))
-    if cfg.compile:
-        compile_parts(model)
+    compile_parts(model, cfg)
 
     # two streams with an order of their own: no picture meets the same others in each epoch
     loaders = [data.stream_loader(pictures, B, seed=common.seed_of(cfg.seed, kind),
                                   start=run.start, stop=run.stop, **machine.loading)
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
-        loaders[1] = itertools.repeat(None)
+        loaders[1] = [None] * (run.stop - run.start)
     same = [i.stem for i in labeled.items] == [i.stem for i in unlabeled.items]
     run.begin(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} labelled "
               f"(list {digest}) and {0 if same else len(unlabeled)} unlabelled pictures, "
@@ -894,25 +885,27 @@ def train(cfg, machine, interrupt):
         if due:
             run.save()
 
-    more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
-            for split in data.splits_beside(cfg.data)}
     if cfg.method != "suponly":
         draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
-    if machine.main:
-        draw_samples(model, val_loader.dataset, cfg, machine, info, out / "samples.png")
-        write_metrics(out, run.state(), cfg, model, more)
+    write_metrics(model, val_loader, cfg, machine, info, out, run.state())
     return run.scores
 
 
-def write_metrics(out, state, cfg, model, more):
-    """OUT/metrics.json of a checkpoint's state and what is given, and its scores on the screen."""
+def write_metrics(model, loader, cfg, machine, info, out, state):
+    """OUT/samples.png, and OUT/metrics.json of a checkpoint's state, with the scores of the splits
+    beside that of the loader; these scores on the screen."""
+    more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
+            for split in data.splits_beside(cfg.data)}
+    if not machine.main:
+        return
+    draw_samples(model, loader.dataset, cfg, machine, info, out / "samples.png")
     scores = state["scores"]
-    metrics = {"miou": scores["miou"], "class_iou": scores["class_iou"],
-               "constant": scores["constant"], "epoch": state["history"][-1]["epoch"],
-               "steps": state["step"], "seconds": state["seconds"],
-               "params": parameters(model.E, model.SeD), "method": cfg.method,
-               "labeled": state["labeled"], "labeled_hash": state["labeled_hash"], **more}
-    common.write_json(Path(out) / "metrics.json", metrics)
+    common.write_json(out / "metrics.json", {
+        "miou": scores["miou"], "class_iou": scores["class_iou"], "constant": scores["constant"],
+        "epoch": state["history"][-1]["epoch"], "steps": state["step"],
+        "seconds": state["seconds"], "params": parameters(model.E, model.SeD),
+        "method": cfg.method, "labeled": state["labeled"], "labeled_hash": state["labeled_hash"],
+        **more})
     print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f})"
           + "".join(f"; {split}: mIoU {s['miou']:.2f}" for split, s in more.items())
           + f"  -> {out}")
@@ -932,21 +925,17 @@ def painted(labels, info):
 
 @torch.no_grad()
 def draw_samples(model, pictures, cfg, machine, info, path, n=6):
-    """samples.png: picture, truth, prediction; the masked picture, and what is seen in that."""
+    """samples.png: picture, truth, prediction."""
     model.eval()
     rows = []
     for i in range(0, len(pictures), max(1, len(pictures) // n))[:n]:
         image, label, _ = pictures[i]
         x = normalize(to_unit(image[None], machine.device))
-        side = max(x.shape[2:])
-        patches = -(-side // cfg.patch)
-        m = patch_mask(noise_of([common.seed_of(cfg.seed, i)], patches ** 2), side, cfg.patch,
-                       cfg.ratio)[..., :x.shape[2], :x.shape[3]].to(x.device)
-        p, p_m = (probabilities(model, view, cfg, machine).argmax(1) for view in (x, x * m))
-        row = [*shown(x), *painted(label[None], info), *painted(p, info), *shown(x * m),
-               *painted(p_m, info)]
-        rows.append([picture[::max(1, side // 320), ::max(1, side // 320)] for picture in row])
-    common.sheet(list(zip(*rows)), path, ["image", "truth", "prediction", "masked", "of masked"])
+        p = probabilities(model, x, cfg, machine).argmax(1)
+        step = max(1, max(x.shape[2:]) // 320)
+        rows.append([picture[::step, ::step] for picture in (
+            *shown(x), *painted(label[None], info), *painted(p, info))])
+    common.sheet(list(zip(*rows)), path, ["image", "truth", "prediction"])
 
 
 @torch.no_grad()
@@ -959,28 +948,25 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
                for pictures in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
-    s, C, fea, r, p_m = slice(n, 2 * n), len(info.classes), None, None, None
-    with averages_kept(model):
+    s, C, r, p_m = slice(n, 2 * n), len(info.classes), None, None
+    with averages_kept(model), machine.autocast():
         *_, seen = phase_one(model, v, cfg, machine)
+        y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
+        rows = {"x_w": shown(v.x_w), "y_w": painted(y_w, info),
+                "x_s": shown(v.x_s), "y_w mixed": painted(y_w_mixed, info)}
         if masked(cfg):
             spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
             _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
-    y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
-    rows = {"x_w": shown(v.x_w), "y_w": painted(y_w, info),
-            "x_s": shown(v.x_s), "y_w mixed": painted(y_w_mixed, info)}
-    if masked(cfg):
-        rows["x_s * m"] = shown(v.x_s * v.m)
-    if p_m is not None:
-        rows["p of that"] = painted(p_m[s].argmax(1), info)
-    if r is not None:
-        rows["r"] = shown(r[s])
-    if r is not None and cfg.method != "mim":
-        area = F.one_hot(seen.y[s], C).sum((1, 2))
-        area[:, list(info.background)] = 0
-        single = torch.where(seen.y[s] == area.argmax(1)[:, None, None], seen.y[s], C)  # C: none
-        with machine.autocast():
-            rows["Head_c(fea_c)"] = shown(
-                model.PiD.paint(fea[s], at_features(single), v.x_s.shape[2:]))
+            rows["x_s * m"] = shown(v.x_s * v.m)
+        if p_m is not None:
+            rows["p of that"] = painted(p_m[s].argmax(1), info)
+        if r is not None:
+            rows["r"] = shown(r[s])
+        if r is not None and cfg.method != "mim":
+            y, area = seen.y[s], F.one_hot(seen.y[s], C).sum((1, 2))
+            area[:, list(info.background)] = 0
+            y = at_features(torch.where(y == area.argmax(1)[:, None, None], y, C))  # C: no class
+            rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea[s], y, v.x_s.shape[2:]))
     if machine.main:
         common.sheet(list(rows.values()), path, list(rows))
 
@@ -1006,11 +992,7 @@ def evaluate_only(cfg, origin):
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
         model.to(machine.device)
         scores = evaluate(model, loader, here, machine, info)
-        more = {split: evaluate(model, eval_loader(here, split, machine), here, machine, info)
-                for split in data.splits_beside(here.data)}
-        if machine.main:
-            draw_samples(model, loader.dataset, here, machine, info, folder / "samples.png")
-            write_metrics(folder, {**state, "scores": scores}, here, model, more)
+        write_metrics(model, loader, here, machine, info, folder, {**state, "scores": scores})
 
 
 @torch.no_grad()
@@ -1034,9 +1016,8 @@ def segment(model, image, cfg, machine):
 
 
 def bench(cfg):
-    """--bench N: parameters, multiply-adds of E and SeD, what the class-wise heads save, and for
-    N > 0 the time of a training step with each --method. The last line is one JSON object, of the
-    method asked for."""
+    """--bench N: parameters, multiply-adds of E and SeD, and for N > 0 the time of a training step.
+    The last line is one JSON object."""
     machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
     C, S, B, device = len(info.classes), cfg.size, cfg.batch_size // 2, machine.device
     with torch.device("meta"):           # shapes without numbers: counting takes no memory
@@ -1044,68 +1025,30 @@ def bench(cfg):
         x = torch.empty(1, 3, S, S)
         gmacs, of_E = common.macs(model, x), common.macs(model.E, x)
         of_PiD = common.macs(model.PiD, *model.E(x))                        # without its heads
-    # how often a step of each method sends its B pictures through E, SeD and PiD
-    passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 4), "s4mim": (6, 7, 4)}
     result = {"params": parameters(model.E, model.SeD), "params_E": parameters(model.E),
               "params_PiD": parameters(model.PiD), "gmacs": round(gmacs, 3)}
     print(f"{result['params']:,} parameters, {result['params_E']:,} of them in E; PiD has "
           f"{result['params_PiD']:,} more")
     if cfg.bench > 0:
-        bench_heads(cfg, C, machine)
         torch.manual_seed(cfg.seed)
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8)
-        label = torch.randint(0, C, (B, S, S), dtype=torch.uint8)
-        batch = image, label, torch.arange(B)
-        # the last is the one reported
-        for method in sorted(passes, key=lambda name: name == cfg.method):
-            this = replace(cfg, method=method)
-            model = build(this, C).to(device, memory_format=torch.channels_last).train()
-            prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
-            if cfg.compile:
-                compile_parts(model)
-            optimizer, scaler = make_optimizer(model, this, machine.fused), machine.scaler()
+        batch = image, torch.randint(0, C, (B, S, S), dtype=torch.uint8), torch.arange(B)
+        model = build(cfg, C).to(device, memory_format=torch.channels_last).train()
+        prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
+        compile_parts(model, cfg)
+        optimizer, scaler = make_optimizer(model, cfg, machine.fused), machine.scaler()
 
-            def step(i):
-                v = make_views(batch, batch, this, model.E.channels, range(i * B, i * B + B),
-                               device)
-                train_step(model, prototypes, optimizer, scaler, machine, this, v)
-
-            times = np.array(passes[method]) @ (of_E, gmacs - of_E, of_PiD)
-            timed = common.time_steps(step, cfg.bench, B if method == "suponly" else 2 * B,
-                                      device, float(B * times))
-            print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B} + {B}, "
-                  f"{timed['img_per_s']:.1f} img/s, {timed['tflops']:.3g} TFLOP/s, "
-                  f"peak {timed['peak_mb']} MB")
-        result |= timed
-    print(json.dumps(result))
-
-
-def bench_heads(cfg, C, machine, B=4):
-    """Time and peak memory, forward and backward, of class_heads() and of C convolutions, as in
-    training: features in the dtype and the memory format in which PiD gives them."""
-    side, D, device = -(-cfg.size // 4), 4 * cfg.width, machine.device
-    fea = torch.randn(B, D, side, side, device=device, dtype=machine.dtype)
-    weight = torch.randn(C, 3, D, 3, 3, device=device, requires_grad=True)
-    label = torch.randint(0, C, (B, 6, 6), device=device)
-    label = label.repeat_interleave(side // 6 + 1, 1).repeat_interleave(side // 6 + 1, 2)
-    label = label[:, :side, :side]
-
-    def plain(fea, label, weight):
-        return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1) for c in range(C))
-
-    fea = fea.to(memory_format=torch.channels_last).requires_grad_()
-    # on a CPU the peak is the process's, which only grows: the smaller of the two goes first
-    before = (torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else
-              common.peak_mb(device) or math.nan)
-    for name, f in ("class-wise heads", class_heads), (f"{C} convolutions", plain):
         def step(i):
-            with machine.autocast():
-                r = f(fea, label, weight)
-            r.float().square().mean().backward()
+            v = make_views(batch, batch, cfg, model.E.channels, range(i * B, i * B + B), device)
+            train_step(model, prototypes, optimizer, scaler, machine, cfg, v)
 
-        timed = common.time_steps(step, cfg.bench, B, device, 0)
-        print(f"{name:18s}{timed['ms_per_step']:8.1f} ms at {B} x {D} x {side} x {side}, "
-              f"{(timed['peak_mb'] or math.nan) - before:.0f} MB")
+        # how often a step sends its B pictures through E, SeD and PiD
+        passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 4),
+                  "s4mim": (6, 7, 4)}[cfg.method]
+        pictures = B if cfg.method == "suponly" else 2 * B
+        result |= common.time_steps(step, cfg.bench, pictures, device,
+                                    float(B * np.array(passes) @ (of_E, gmacs - of_E, of_PiD)))
+    print(json.dumps(result))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -1115,8 +1058,7 @@ def check(cfg):
     common.at_least(cfg, 1, "size", "width", "eval_every", "patch", "scale")
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
-                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory",
-                    "burn_in")
+                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory", "burn_in")
     for name in ("lr", "decoder_lr", "tau", "zoom"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "
