@@ -80,8 +80,7 @@ class Config:
     weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
     size: int = 321                # side of the crops; best a multiple of 4 plus 1: see resize()
     scale: float = 2.0             # pictures are scaled by 1 / scale to scale, then cropped
-    zoom: float = 1.0              # pictures are shrunk by this first, for predictions too; 0: to a
-    #                                shorter side of 1.5 crops, if that is less
+    zoom: float = 1.0              # pictures are shrunk by this first; 0: to 1.5 crops, if larger
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
     burn_in: int = 0               # steps at the start that are suponly's; the paper has none
@@ -128,7 +127,7 @@ RECIPES = {                        # what differs from the defaults above, the p
 }
 
 
-# --------------------------------------------------------------------------------- model: encoder
+# ----------------------------------------------------------------------------------------- model
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -202,8 +201,6 @@ class ResNet(nn.Module):
         return c1, self.layer4(self.layer3(self.layer2(c1)))    # H/stride
 
 
-# -------------------------------------------------------------------------------- model: decoders
-
 def conv_bn_relu(*shape):
     return nn.Sequential(*conv_bn(*shape), nn.ReLU())
 
@@ -248,8 +245,7 @@ class SeD(Trunk):
         self.classifier = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, c1, c4, size):
-        # each class in one piece, for softmax and cross entropy: with their gradient they take
-        # 470 ms instead of 590 (8 x 21 x 321 x 321, one core, torch 2.13.0)
+        # each class in one piece, for softmax and cross entropy, which are faster so on a CPU
         return resize(self.classifier(super().forward(c1, c4)).float(), size).contiguous()
 
 
@@ -268,11 +264,8 @@ class PiD(Trunk):
         heads on all pixels, a sum of convolutions: one with the sum of their weights.
         """
         weight = self.heads.weight.unflatten(0, (-1, 3))                # (C, 3, D, 3, 3)
-        if classwise:
-            r = class_heads(fea, label, weight)
-        else:
-            r = F.conv2d(fea, weight.sum(0), padding=1).float()
-        return resize(r, size)
+        return resize(class_heads(fea, label, weight) if classwise else
+                      F.conv2d(fea, weight.sum(0), padding=1).float(), size)
 
 
 def at_features(x):
@@ -294,8 +287,7 @@ def class_heads(fea, label, weight, block=128):
     neighbours is its vector times the D x 9 O weights of its own class's head. So the pixels are
     sorted by class into blocks of one class each, padded with zeros, all blocks are multiplied at
     once, and F.fold adds up what overlaps. No size depends on the labels, and the device is never
-    waited for. Forward and backward take 35 ms in place of 690, and 153 MB in place of 790 (4 x
-    256 x 81 x 81, 21 classes, two CPU cores, torch 2.13.0).
+    waited for. README.md has the time and the memory that this saves.
     """
     B, D, H, W = fea.shape
     C, O = weight.shape[:2]
@@ -479,7 +471,7 @@ class Prototypes(nn.Module):
 
 # ----------------------------------------------------------------------------- data, model, views
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's: those of the weights
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
 
 def datasets(cfg):
@@ -535,8 +527,7 @@ def to_unit(image, device):
 def normalize(image):
     """0..1 -> what E takes: less ImageNet's mean, over its deviation. 0 is then the mean colour,
     which is what a removed patch shows."""
-    mean, std = (torch.tensor(v)[:, None, None].to(image.device, non_blocking=True)
-                 for v in (MEAN, STD))
+    mean, std = (t.to(image.device, non_blocking=True) for t in (MEAN, STD))
     return (image - mean) / std
 
 
@@ -598,11 +589,9 @@ def load_encoder(E, cfg):
     fits = {k: v for k, v in theirs.items()
             if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
     E.load_state_dict(fits, strict=False)
-
-    def names(of, without):     # but for BatchNorm's counters, which old files do not have
-        return sorted(k for k in of if k not in without and not k.endswith("batches_tracked"))
-
-    found, fresh, unused = names(fits, ()), names(mine, fits), names(theirs, fits)
+    # but for BatchNorm's counters, which old files do not have
+    found, fresh, unused = (sorted(k for k in names if not k.endswith("batches_tracked"))
+                            for names in (fits, mine.keys() - fits, theirs.keys() - fits))
     if len(found) < 0.9 * len(found + fresh):
         raise UserError(f"--pretrained {cfg.pretrained}: {len(found)} of its tensors fit the "
                         f"{len(found + fresh)} of {cfg.backbone} with --width {cfg.width}: give "
@@ -690,8 +679,8 @@ def phase_one(model, v, cfg, machine):
 def phase_two(model, prototypes, v, seen, cfg, machine):
     """Phase II, mask-induced learning. Moves the prototypes.
 
-    Returns the brackets of Eq. 8, 12 and 13, L_mimpi, L_mimfea and L_mimse without their weights, 0
-    for one that is switched off; and of the masked views fea, r and p_m, None for what has no use.
+    Returns the brackets of Eq. 8, 12 and 13, which are L_mimpi, L_mimfea and L_mimse without their
+    weights, 0 for one that is switched off; and fea, r and p_m of the masked views, None likewise.
     """
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
     (_, mp, mf, ms), _ = lambdas(cfg)
@@ -740,7 +729,7 @@ def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     scaler.scale(one).backward()
     two = L_pi = L_fea = L_se = torch.zeros_like(one)
     if masked(cfg):
-        (L_pi, L_fea, L_se), _ = phase_two(model, prototypes, v, seen, cfg, machine)
+        L_pi, L_fea, L_se = phase_two(model, prototypes, v, seen, cfg, machine)[0]
         two = (mp * L_pi + mf * L_fea + ms * L_se) / divisor
         scaler.scale(two).backward()
     # once a step, and by hand: DistributedDataParallel sends after each backward pass, and wants
@@ -786,12 +775,9 @@ def probabilities(model, x, cfg, machine):
 
 @torch.no_grad()
 def evaluate(model, loader, cfg, machine, info):
-    """Score the network on pictures at their own sizes.
-
-    Returns, in percent, miou and class_iou, from one confusion matrix over all pictures, and
-    constant, the miou of the best answer that is the same class everywhere; and the loss, CE.
-    Void is not counted.
-    """
+    """Score the network on pictures at their own sizes, void left out: in percent miou, class_iou,
+    from one confusion matrix over all pictures, and constant, the miou of the best answer that is
+    the same class everywhere; and the loss, CE."""
     model.eval()
     C, device = len(info.classes), machine.device
     counts = torch.zeros(C, C, dtype=torch.int64, device=device)
@@ -913,9 +899,8 @@ def write_metrics(model, loader, cfg, machine, info, out, state):
 
 def shown(x):
     """Normalised pictures (B, 3, H, W) -> a list of uint8 (H, W, 3)."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
-    x = ((x.float() * std + mean) * 255).round().clamp(0, 255)
-    return list(x.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    x = ((x.float().cpu() * STD + MEAN) * 255).round().clamp(0, 255)
+    return list(x.to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
 def painted(labels, info):
@@ -948,7 +933,7 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
                for pictures in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
-    s, C, r, p_m = slice(n, 2 * n), len(info.classes), None, None
+    s, C = slice(n, 2 * n), len(info.classes)
     with averages_kept(model), machine.autocast():
         *_, seen = phase_one(model, v, cfg, machine)
         y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
@@ -958,15 +943,15 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
             spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
             _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
             rows["x_s * m"] = shown(v.x_s * v.m)
-        if p_m is not None:
-            rows["p of that"] = painted(p_m[s].argmax(1), info)
-        if r is not None:
-            rows["r"] = shown(r[s])
-        if r is not None and cfg.method != "mim":
-            y, area = seen.y[s], F.one_hot(seen.y[s], C).sum((1, 2))
-            area[:, list(info.background)] = 0
-            y = at_features(torch.where(y == area.argmax(1)[:, None, None], y, C))  # C: no class
-            rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea[s], y, v.x_s.shape[2:]))
+            if p_m is not None:
+                rows["p of that"] = painted(p_m[s].argmax(1), info)
+            if r is not None:
+                rows["r"] = shown(r[s])
+            if r is not None and cfg.method != "mim":
+                y, area = seen.y[s], F.one_hot(seen.y[s], C).sum((1, 2))
+                area[:, list(info.background)] = 0
+                y = at_features(torch.where(y == area.argmax(1)[:, None, None], y, C))  # C: none
+                rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea[s], y, v.x_s.shape[2:]))
     if machine.main:
         common.sheet(list(rows.values()), path, list(rows))
 
@@ -1004,8 +989,7 @@ def segment(model, image, cfg, machine):
     """
     H, W = image.shape[:2]
     shrink = min(1, 2048 / max(H, W))
-    small = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
-    x = to_unit(small, machine.device)
+    x = to_unit(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], machine.device)
     if shrink < 1:
         cfg = replace(cfg, window="slide")
         x = F.interpolate(x, (max(1, round(H * shrink)), max(1, round(W * shrink))),
@@ -1071,10 +1055,9 @@ def check(cfg):
                         "--size at least one must be removed and one kept")
     if cfg.setup == "aug" and cfg.data != "voc":
         raise UserError("--setup aug: only voc has more masks beside its own")
-    if cfg.width % 4 or cfg.size < 32:
-        raise UserError(f"--width {cfg.width} --size {cfg.size}: a multiple of 4, and at least 32")
-    if cfg.stride not in (8, 16):
-        raise UserError(f"--stride {cfg.stride}: expected 8 or 16")
+    if cfg.width % 4 or cfg.size < 32 or cfg.stride not in (8, 16):
+        raise UserError(f"--width {cfg.width} --size {cfg.size} --stride {cfg.stride}: a multiple "
+                        "of 4; at least 32; 8 or 16")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % (2 * world) or cfg.batch_size < 4 * world:
         # BatchNorm needs more than one value a channel, and CutMix another picture
