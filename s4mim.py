@@ -368,9 +368,7 @@ def alone(sums):
 
 def means(values, valid, streams=1, add=alone):
     """The mean over the valid pixels of each stream, (streams,) float32; 0 where none is valid.
-
-    values: (streams * B, H, W) float.  valid: the same shape, bool.
-    """
+    values, valid: (streams * B, H, W), float and bool."""
     values = torch.where(valid, values, 0).reshape(streams, -1).sum(1)
     sums = add(torch.stack([values, valid.reshape(streams, -1).sum(1).float()]))
     return sums[0] / sums[1].clamp(min=1)
@@ -403,9 +401,7 @@ def consistency(p, y, conf, void, psi=0.95, add=alone):
 
 def pixel_loss(r, x, add=alone):
     """The bracket of Eq. 8: the sum of the three streams' mean squared errors, Eq. 5.
-
-    r, x: (3 B, 3, H, W), what is painted and what should be.
-    """
+    r, x: (3 B, 3, H, W), what is painted and what should be."""
     everywhere = torch.ones_like(x[:, 0], dtype=torch.bool)
     return means((r - x).square().mean(1), everywhere, 3, add).sum()
 
@@ -414,8 +410,7 @@ def semantic_loss(p_m, target, void, add=alone):
     """The bracket of Eq. 13: predictions of masked views to those of the views themselves.
 
     p_m: logits (3 B, C, H, W).  target: pseudo-labels (3 B, H, W) long, for cross entropy; or
-    probabilities (3 B, C, H, W), for the squared error of Table VII.  void: (3 B, H, W) bool, left
-    out.
+    probabilities (3 B, C, H, W), for the squared error of Table VII.  void: (3 B, H, W) bool.
     """
     if target.is_floating_point():
         each = (p_m.float().softmax(1) - target).square().mean(1)
@@ -425,10 +420,8 @@ def semantic_loss(p_m, target, void, add=alone):
 
 
 class Prototypes(nn.Module):
-    """The dictionary {c: v_c} of Eq. 9-12, and the loss that draws features towards it.
-
-    v: (C, D), zeros for a class that was never seen. It takes no gradient.
-    """
+    """The dictionary {c: v_c} of Eq. 9-12, and the loss that draws features towards it. v: (C, D),
+    zeros for a class that was never seen, without gradient."""
 
     def __init__(self, classes, width, alpha=0.99, tau=10.0, dic=True):
         super().__init__()
@@ -453,9 +446,7 @@ class Prototypes(nn.Module):
 
     def forward(self, fea, label, conf, removed, add=alone):
         """The bracket of Eq. 12, a mean over the classes that have removed pixels and a prototype.
-
-        As in update(), of all three streams; removed: (3 B, H, W) bool, Omega^m. 0 without any.
-        """
+        As in update(), of all three streams; removed: (3 B, H, W) bool, Omega^m. 0 without any."""
         C = len(self.v)
         fea = fea.float()
         v = self.v / self.v.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -576,10 +567,8 @@ RELEASE = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for 
 
 
 def load_encoder(E, cfg):
-    """--pretrained: copy weights with torchvision's names into E, and say what was not used.
-
-    Raises UserError if they cannot be read, or if less than nine of ten tensors find a place.
-    """
+    """--pretrained: copy weights with torchvision's names into E, and say what was not used. Raises
+    UserError if they cannot be read, or if less than nine of ten tensors find a place."""
     if cfg.pretrained == "imagenet" and cfg.stem == "deep":
         raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
                         "leave --stem deep out, or give a file with --pretrained")
@@ -719,9 +708,7 @@ TERMS = ("loss", "loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se", "confiden
 
 def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     """Both phases and one step of the optimizer on Views v. Returns TERMS, (7,), on the device.
-
-    Each phase has its own backward pass, so that only one phase's graph is in memory.
-    """
+    Each phase has its own backward pass, so that only one phase's graph is in memory."""
     (u, mp, mf, ms), divisor = lambdas(cfg)                                             # Eq. 14
     optimizer.zero_grad(set_to_none=True)
     L_s, L_u, confident, seen = phase_one(model, v, cfg, machine)
@@ -752,9 +739,7 @@ def places(length, window):
 @torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True)
 def probabilities(model, x, cfg, machine):
     """What the network says of normalised pictures x, (B, 3, H, W) -> (B, C, H, W) float32.
-
-    --window whole: of all at once; slide: by windows of --size, averaged where they overlap.
-    """
+    --window whole: of all at once; slide: by windows of --size, averaged where they overlap."""
     H, W = x.shape[2:]
     h, w = max(1, round(H * cfg.zoom)), max(1, round(W * cfg.zoom))
     if (h, w) != (H, W):
@@ -1068,7 +1053,7 @@ def check(cfg):
 
 
 def settle(cfg):
-    """Put the numbers that 0 stands for in --zoom and --patch into cfg."""
+    """Put what 0 stands for in --zoom and --patch into cfg."""
     if not cfg.zoom:
         cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
     # as large a share of a small crop as the paper's 6 pixels are of 321, but at least 2 pixels
