@@ -27,8 +27,8 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
     torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
 
-What departs from the paper, what it leaves open, and what reduced runs gave is in README.md. The
-paper's setting has not been run here.
+README.md has the departures from the paper, what it leaves open, and the results of reduced runs;
+the paper's setting has not been run here.
 """
 import json
 import math
