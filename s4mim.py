@@ -27,10 +27,9 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
     python s4mim.py --predict PICTURES --ckpt out/s4mim-voc/best.pt --to DIR
     torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
 
-What departs from the paper, what it leaves open, and what reduced runs gave is in README.md. The
-paper's setting has not been run here.
+README.md has the departures from the paper, what it leaves open, and the results of reduced runs;
+the paper's setting has not been run here.
 """
-import itertools
 import json
 import math
 import os
@@ -81,8 +80,7 @@ class Config:
     weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
     size: int = 321                # side of the crops; best a multiple of 4 plus 1: see resize()
     scale: float = 2.0             # pictures are scaled by 1 / scale to scale, then cropped
-    zoom: float = 1.0              # pictures are shrunk by this first, for predictions too; 0: to a
-    #                                shorter side of 1.5 crops, if that is less
+    zoom: float = 1.0              # pictures are shrunk by this first; 0: to 1.5 crops, if larger
     window: Literal["whole", "slide"] = "whole"  # predict pictures whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
     burn_in: int = 0               # steps at the start that are suponly's; the paper has none
@@ -129,7 +127,7 @@ RECIPES = {                        # what differs from the defaults above, the p
 }
 
 
-# --------------------------------------------------------------------------------- model: encoder
+# ----------------------------------------------------------------------------------------- model
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -203,8 +201,6 @@ class ResNet(nn.Module):
         return c1, self.layer4(self.layer3(self.layer2(c1)))    # H/stride
 
 
-# -------------------------------------------------------------------------------- model: decoders
-
 def conv_bn_relu(*shape):
     return nn.Sequential(*conv_bn(*shape), nn.ReLU())
 
@@ -249,8 +245,7 @@ class SeD(Trunk):
         self.classifier = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, c1, c4, size):
-        # each class in one piece, for softmax and cross entropy: with their gradient they take
-        # 470 ms instead of 590 (8 x 21 x 321 x 321, one core, torch 2.13.0)
+        # each class in one piece, for softmax and cross entropy, which are faster so on a CPU
         return resize(self.classifier(super().forward(c1, c4)).float(), size).contiguous()
 
 
@@ -269,11 +264,8 @@ class PiD(Trunk):
         heads on all pixels, a sum of convolutions: one with the sum of their weights.
         """
         weight = self.heads.weight.unflatten(0, (-1, 3))                # (C, 3, D, 3, 3)
-        if classwise:
-            r = class_heads(fea, label, weight)
-        else:
-            r = F.conv2d(fea, weight.sum(0), padding=1).float()
-        return resize(r, size)
+        return resize(class_heads(fea, label, weight) if classwise else
+                      F.conv2d(fea, weight.sum(0), padding=1).float(), size)
 
 
 def at_features(x):
@@ -295,8 +287,7 @@ def class_heads(fea, label, weight, block=128):
     neighbours is its vector times the D x 9 O weights of its own class's head. So the pixels are
     sorted by class into blocks of one class each, padded with zeros, all blocks are multiplied at
     once, and F.fold adds up what overlaps. No size depends on the labels, and the device is never
-    waited for. Forward and backward take 35 ms in place of 690, and 153 MB in place of 790 (4 x
-    256 x 81 x 81, 21 classes, two CPU cores, torch 2.13.0; --bench 10 --data voc).
+    waited for. README.md has the time and the memory that this saves.
     """
     B, D, H, W = fea.shape
     C, O = weight.shape[:2]
@@ -355,17 +346,10 @@ def patch_mask(noise, size, patch=6, ratio=0.4):
     return m[..., :size, :size]
 
 
-def channel_drop(noise):
-    """The feature perturbation: each channel is dropped with probability 1/2, or else doubled.
-
-    noise: (B, C) -> factors (B, C, 1, 1), 0 or 2.
-    """
-    return 2.0 * (noise >= 0.5)[..., None, None]
-
-
-def perturb(c, drop):
-    """(c1, c4) of B pictures with the channels of `drop` dropped, in their own dtype."""
-    return [x * factors.to(x.dtype) for x, factors in zip(c, drop)]
+def perturb(c, noise):
+    """(c1, c4) of B pictures, each channel dropped with probability 1/2, or else doubled.
+    noise: (B, C1) and (B, C4) in [0, 1)."""
+    return [x * (2 * (u >= 0.5)[..., None, None]).to(x.dtype) for x, u in zip(c, noise)]
 
 
 def mix(x, partner, box):
@@ -384,9 +368,7 @@ def alone(sums):
 
 def means(values, valid, streams=1, add=alone):
     """The mean over the valid pixels of each stream, (streams,) float32; 0 where none is valid.
-
-    values: (streams * B, H, W) float.  valid: the same shape, bool.
-    """
+    values, valid: (streams * B, H, W), float and bool."""
     values = torch.where(valid, values, 0).reshape(streams, -1).sum(1)
     sums = add(torch.stack([values, valid.reshape(streams, -1).sum(1).float()]))
     return sums[0] / sums[1].clamp(min=1)
@@ -419,9 +401,7 @@ def consistency(p, y, conf, void, psi=0.95, add=alone):
 
 def pixel_loss(r, x, add=alone):
     """The bracket of Eq. 8: the sum of the three streams' mean squared errors, Eq. 5.
-
-    r, x: (3 B, 3, H, W), what is painted and what should be.
-    """
+    r, x: (3 B, 3, H, W), what is painted and what should be."""
     everywhere = torch.ones_like(x[:, 0], dtype=torch.bool)
     return means((r - x).square().mean(1), everywhere, 3, add).sum()
 
@@ -430,8 +410,7 @@ def semantic_loss(p_m, target, void, add=alone):
     """The bracket of Eq. 13: predictions of masked views to those of the views themselves.
 
     p_m: logits (3 B, C, H, W).  target: pseudo-labels (3 B, H, W) long, for cross entropy; or
-    probabilities (3 B, C, H, W), for the squared error of Table VII.  void: (3 B, H, W) bool, left
-    out.
+    probabilities (3 B, C, H, W), for the squared error of Table VII.  void: (3 B, H, W) bool.
     """
     if target.is_floating_point():
         each = (p_m.float().softmax(1) - target).square().mean(1)
@@ -441,10 +420,8 @@ def semantic_loss(p_m, target, void, add=alone):
 
 
 class Prototypes(nn.Module):
-    """The dictionary {c: v_c} of Eq. 9-12, and the loss that draws features towards it.
-
-    v: (C, D), zeros for a class that was never seen. It takes no gradient.
-    """
+    """The dictionary {c: v_c} of Eq. 9-12, and the loss that draws features towards it. v: (C, D),
+    zeros for a class that was never seen, without gradient."""
 
     def __init__(self, classes, width, alpha=0.99, tau=10.0, dic=True):
         super().__init__()
@@ -469,9 +446,7 @@ class Prototypes(nn.Module):
 
     def forward(self, fea, label, conf, removed, add=alone):
         """The bracket of Eq. 12, a mean over the classes that have removed pixels and a prototype.
-
-        As in update(), of all three streams; removed: (3 B, H, W) bool, Omega^m. 0 without any.
-        """
+        As in update(), of all three streams; removed: (3 B, H, W) bool, Omega^m. 0 without any."""
         C = len(self.v)
         fea = fea.float()
         v = self.v / self.v.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -487,7 +462,7 @@ class Prototypes(nn.Module):
 
 # ----------------------------------------------------------------------------- data, model, views
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's: those of the weights
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
 
 def datasets(cfg):
@@ -524,9 +499,9 @@ def build(cfg, classes):
     return S4MIM(classes, cfg.backbone, cfg.stem, cfg.width, cfg.stride, pixel=mp + mf > 0)
 
 
-def compile_parts(model):
+def compile_parts(model, cfg):
     """--compile: E, SeD and PiD in place, so that the names of the weights stay."""
-    for part in filter(None, (model.E, model.SeD, model.PiD)):
+    for part in filter(None, (model.E, model.SeD, model.PiD) if cfg.compile else ()):
         part.compile()
 
 
@@ -543,8 +518,7 @@ def to_unit(image, device):
 def normalize(image):
     """0..1 -> what E takes: less ImageNet's mean, over its deviation. 0 is then the mean colour,
     which is what a removed patch shows."""
-    mean, std = (torch.tensor(v)[:, None, None].to(image.device, non_blocking=True)
-                 for v in (MEAN, STD))
+    mean, std = (t.to(image.device, non_blocking=True) for t in (MEAN, STD))
     return (image - mean) / std
 
 
@@ -559,7 +533,7 @@ class Views(NamedTuple):
     partner: torch.Tensor = None    # (B,) which other unlabelled picture CutMix's box is from
     box: torch.Tensor = None        # (B, S, S) bool, that box; empty in half of them
     m: torch.Tensor = None          # (B, 1, S, S) bool, mask of Phase II: 1 keeps, 0 removes
-    drop: tuple = None              # perturbation of c1 and c4: factors (B, C1 or C4, 1, 1)
+    drop: list = None               # noise that perturbs c1 and c4: (B, C1) and (B, C4)
 
 
 def make_views(labeled, unlabeled, cfg, channels, seeds, device):
@@ -585,7 +559,7 @@ def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     return Views(x_l, y_l, normalize(weak), normalize(mix(strong, partner, box)),
                  void, mix(void, partner, box), partner, box,
                  patch_mask(patches, cfg.size, cfg.patch, cfg.ratio) if masked(cfg) else None,
-                 tuple(channel_drop(part) for part in drop))
+                 drop)
 
 
 RELEASE = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for name, digest in (
@@ -593,10 +567,8 @@ RELEASE = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for 
 
 
 def load_encoder(E, cfg):
-    """--pretrained: copy weights with torchvision's names into E, and say what was not used.
-
-    Raises UserError if they cannot be read, or if less than nine of ten tensors find a place.
-    """
+    """--pretrained: copy weights with torchvision's names into E, and say what was not used. Raises
+    UserError if they cannot be read, or if less than nine of ten tensors find a place."""
     if cfg.pretrained == "imagenet" and cfg.stem == "deep":
         raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
                         "leave --stem deep out, or give a file with --pretrained")
@@ -606,11 +578,9 @@ def load_encoder(E, cfg):
     fits = {k: v for k, v in theirs.items()
             if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
     E.load_state_dict(fits, strict=False)
-
-    def names(of, without):     # but for BatchNorm's counters, which old files do not have
-        return sorted(k for k in of if k not in without and not k.endswith("batches_tracked"))
-
-    found, fresh, unused = names(fits, ()), names(mine, fits), names(theirs, fits)
+    # but for BatchNorm's counters, which old files do not have
+    found, fresh, unused = (sorted(k for k in names if not k.endswith("batches_tracked"))
+                            for names in (fits, mine.keys() - fits, theirs.keys() - fits))
     if len(found) < 0.9 * len(found + fresh):
         raise UserError(f"--pretrained {cfg.pretrained}: {len(found)} of its tensors fit the "
                         f"{len(found + fresh)} of {cfg.backbone} with --width {cfg.width}: give "
@@ -698,8 +668,8 @@ def phase_one(model, v, cfg, machine):
 def phase_two(model, prototypes, v, seen, cfg, machine):
     """Phase II, mask-induced learning. Moves the prototypes.
 
-    Returns the brackets of Eq. 8, 12 and 13, L_mimpi, L_mimfea and L_mimse without their weights, 0
-    for one that is switched off; and of the masked views fea, r and p_m, None for what has no use.
+    Returns the brackets of Eq. 8, 12 and 13, which are L_mimpi, L_mimfea and L_mimse without their
+    weights, 0 for one that is switched off; and fea, r and p_m of the masked views, None likewise.
     """
     add, B, size = machine.sum, len(v.x_l), v.x_l.shape[2:]
     (_, mp, mf, ms), _ = lambdas(cfg)
@@ -738,9 +708,7 @@ TERMS = ("loss", "loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se", "confiden
 
 def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     """Both phases and one step of the optimizer on Views v. Returns TERMS, (7,), on the device.
-
-    Each phase has its own backward pass, so that only one phase's graph is in memory.
-    """
+    Each phase has its own backward pass, so that only one phase's graph is in memory."""
     (u, mp, mf, ms), divisor = lambdas(cfg)                                             # Eq. 14
     optimizer.zero_grad(set_to_none=True)
     L_s, L_u, confident, seen = phase_one(model, v, cfg, machine)
@@ -748,7 +716,7 @@ def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     scaler.scale(one).backward()
     two = L_pi = L_fea = L_se = torch.zeros_like(one)
     if masked(cfg):
-        (L_pi, L_fea, L_se), _ = phase_two(model, prototypes, v, seen, cfg, machine)
+        L_pi, L_fea, L_se = phase_two(model, prototypes, v, seen, cfg, machine)[0]
         two = (mp * L_pi + mf * L_fea + ms * L_se) / divisor
         scaler.scale(two).backward()
     # once a step, and by hand: DistributedDataParallel sends after each backward pass, and wants
@@ -771,9 +739,7 @@ def places(length, window):
 @torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True)
 def probabilities(model, x, cfg, machine):
     """What the network says of normalised pictures x, (B, 3, H, W) -> (B, C, H, W) float32.
-
-    --window whole: of all at once; slide: by windows of --size, averaged where they overlap.
-    """
+    --window whole: of all at once; slide: by windows of --size, averaged where they overlap."""
     H, W = x.shape[2:]
     h, w = max(1, round(H * cfg.zoom)), max(1, round(W * cfg.zoom))
     if (h, w) != (H, W):
@@ -794,12 +760,9 @@ def probabilities(model, x, cfg, machine):
 
 @torch.no_grad()
 def evaluate(model, loader, cfg, machine, info):
-    """Score the network on pictures at their own sizes.
-
-    Returns, in percent, miou and class_iou, from one confusion matrix over all pictures, and
-    constant, the miou of the best answer that is the same class everywhere; and the loss, CE.
-    Void is not counted.
-    """
+    """Score the network on pictures at their own sizes, void left out: in percent miou, class_iou,
+    from one confusion matrix over all pictures, and constant, the miou of the best answer that is
+    the same class everywhere; and the loss, CE."""
     model.eval()
     C, device = len(info.classes), machine.device
     counts = torch.zeros(C, C, dtype=torch.int64, device=device)
@@ -857,15 +820,14 @@ def train(cfg, machine, interrupt):
                      labeled=len(labeled), labeled_hash=digest)
     if machine.main:
         common.write(out / "labeled.txt", data.labeled_lines(labeled.items))
-    if cfg.compile:
-        compile_parts(model)
+    compile_parts(model, cfg)
 
     # two streams with an order of their own: no picture meets the same others in each epoch
     loaders = [data.train_loader(pictures, B, seed=common.seed_of(cfg.seed, kind), endless=True,
                                   start=run.start, stop=run.stop, **machine.loading)
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
-        loaders[1] = itertools.repeat(None)
+        loaders[1] = [None] * (run.stop - run.start)
     same = [i.stem for i in labeled.items] == [i.stem for i in unlabeled.items]
     run.begin(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} labelled "
               f"(list {digest}) and {0 if same else len(unlabeled)} unlabelled pictures, "
@@ -894,25 +856,27 @@ def train(cfg, machine, interrupt):
         if due:
             run.save()
 
-    more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
-            for split in data.splits_beside(cfg.data)}
     if cfg.method != "suponly":
         draw_step(model, labeled, unlabeled, cfg, machine, info, out / "step.png")
-    if machine.main:
-        draw_samples(model, val_loader.dataset, cfg, machine, info, out / "samples.png")
-        write_metrics(out, run.state(), cfg, model, more)
+    write_metrics(model, val_loader, cfg, machine, info, out, run.state())
     return run.scores
 
 
-def write_metrics(out, state, cfg, model, more):
-    """OUT/metrics.json of a checkpoint's state and what is given, and its scores on the screen."""
+def write_metrics(model, loader, cfg, machine, info, out, state):
+    """OUT/samples.png, and OUT/metrics.json of a checkpoint's state, with the scores of the splits
+    beside that of the loader; these scores on the screen."""
+    more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
+            for split in data.splits_beside(cfg.data)}
+    if not machine.main:
+        return
+    draw_samples(model, loader.dataset, cfg, machine, info, out / "samples.png")
     scores = state["scores"]
-    metrics = {"miou": scores["miou"], "class_iou": scores["class_iou"],
-               "constant": scores["constant"], "epoch": state["history"][-1]["epoch"],
-               "steps": state["step"], "seconds": state["seconds"],
-               "params": parameters(model.E, model.SeD), "method": cfg.method,
-               "labeled": state["labeled"], "labeled_hash": state["labeled_hash"], **more}
-    common.write_json(Path(out) / "metrics.json", metrics)
+    common.write_json(out / "metrics.json", {
+        "miou": scores["miou"], "class_iou": scores["class_iou"], "constant": scores["constant"],
+        "epoch": state["history"][-1]["epoch"], "steps": state["step"],
+        "seconds": state["seconds"], "params": parameters(model.E, model.SeD),
+        "method": cfg.method, "labeled": state["labeled"], "labeled_hash": state["labeled_hash"],
+        **more})
     print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f})"
           + "".join(f"; {split}: mIoU {s['miou']:.2f}" for split, s in more.items())
           + f"  -> {out}")
@@ -920,9 +884,8 @@ def write_metrics(out, state, cfg, model, more):
 
 def shown(x):
     """Normalised pictures (B, 3, H, W) -> a list of uint8 (H, W, 3)."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
-    x = ((x.float() * std + mean) * 255).round().clamp(0, 255)
-    return list(x.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    x = ((x.float().cpu() * STD + MEAN) * 255).round().clamp(0, 255)
+    return list(x.to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
 def painted(labels, info):
@@ -932,21 +895,17 @@ def painted(labels, info):
 
 @torch.no_grad()
 def draw_samples(model, pictures, cfg, machine, info, path, n=6):
-    """samples.png: picture, truth, prediction; the masked picture, and what is seen in that."""
+    """samples.png: picture, truth, prediction."""
     model.eval()
     rows = []
     for i in range(0, len(pictures), max(1, len(pictures) // n))[:n]:
         image, label, _ = pictures[i]
         x = normalize(to_unit(image[None], machine.device))
-        side = max(x.shape[2:])
-        patches = -(-side // cfg.patch)
-        m = patch_mask(noise_of([common.seed_of(cfg.seed, i)], patches ** 2), side, cfg.patch,
-                       cfg.ratio)[..., :x.shape[2], :x.shape[3]].to(x.device)
-        p, p_m = (probabilities(model, view, cfg, machine).argmax(1) for view in (x, x * m))
-        row = [*shown(x), *painted(label[None], info), *painted(p, info), *shown(x * m),
-               *painted(p_m, info)]
-        rows.append([picture[::max(1, side // 320), ::max(1, side // 320)] for picture in row])
-    common.sheet(list(zip(*rows)), path, ["image", "truth", "prediction", "masked", "of masked"])
+        p = probabilities(model, x, cfg, machine).argmax(1)
+        step = max(1, max(x.shape[2:]) // 320)
+        rows.append([picture[::step, ::step] for picture in (
+            *shown(x), *painted(label[None], info), *painted(p, info))])
+    common.sheet(list(zip(*rows)), path, ["image", "truth", "prediction"])
 
 
 @torch.no_grad()
@@ -959,28 +918,25 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
                                            endless=True))) for pictures in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
-    s, C, fea, r, p_m = slice(n, 2 * n), len(info.classes), None, None, None
-    with averages_kept(model):
+    s, C = slice(n, 2 * n), len(info.classes)
+    with averages_kept(model), machine.autocast():
         *_, seen = phase_one(model, v, cfg, machine)
+        y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
+        rows = {"x_w": shown(v.x_w), "y_w": painted(y_w, info),
+                "x_s": shown(v.x_s), "y_w mixed": painted(y_w_mixed, info)}
         if masked(cfg):
             spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
             _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
-    y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
-    rows = {"x_w": shown(v.x_w), "y_w": painted(y_w, info),
-            "x_s": shown(v.x_s), "y_w mixed": painted(y_w_mixed, info)}
-    if masked(cfg):
-        rows["x_s * m"] = shown(v.x_s * v.m)
-    if p_m is not None:
-        rows["p of that"] = painted(p_m[s].argmax(1), info)
-    if r is not None:
-        rows["r"] = shown(r[s])
-    if r is not None and cfg.method != "mim":
-        area = F.one_hot(seen.y[s], C).sum((1, 2))
-        area[:, list(info.background)] = 0
-        single = torch.where(seen.y[s] == area.argmax(1)[:, None, None], seen.y[s], C)  # C: none
-        with machine.autocast():
-            rows["Head_c(fea_c)"] = shown(
-                model.PiD.paint(fea[s], at_features(single), v.x_s.shape[2:]))
+            rows["x_s * m"] = shown(v.x_s * v.m)
+            if p_m is not None:
+                rows["p of that"] = painted(p_m[s].argmax(1), info)
+            if r is not None:
+                rows["r"] = shown(r[s])
+            if r is not None and cfg.method != "mim":
+                y, area = seen.y[s], F.one_hot(seen.y[s], C).sum((1, 2))
+                area[:, list(info.background)] = 0
+                y = at_features(torch.where(y == area.argmax(1)[:, None, None], y, C))  # C: none
+                rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea[s], y, v.x_s.shape[2:]))
     if machine.main:
         common.sheet(list(rows.values()), path, list(rows))
 
@@ -1006,11 +962,7 @@ def evaluate_only(cfg, origin):
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
         model.to(machine.device)
         scores = evaluate(model, loader, here, machine, info)
-        more = {split: evaluate(model, eval_loader(here, split, machine), here, machine, info)
-                for split in data.splits_beside(here.data)}
-        if machine.main:
-            draw_samples(model, loader.dataset, here, machine, info, folder / "samples.png")
-            write_metrics(folder, {**state, "scores": scores}, here, model, more)
+        write_metrics(model, loader, here, machine, info, folder, {**state, "scores": scores})
 
 
 @torch.no_grad()
@@ -1022,8 +974,7 @@ def segment(model, image, cfg, machine):
     """
     H, W = image.shape[:2]
     shrink = min(1, 2048 / max(H, W))
-    small = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
-    x = to_unit(small, machine.device)
+    x = to_unit(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], machine.device)
     if shrink < 1:
         cfg = replace(cfg, window="slide")
         x = F.interpolate(x, (max(1, round(H * shrink)), max(1, round(W * shrink))),
@@ -1034,9 +985,8 @@ def segment(model, image, cfg, machine):
 
 
 def bench(cfg):
-    """--bench N: parameters, multiply-adds of E and SeD, what the class-wise heads save, and for
-    N > 0 the time of a training step with each --method. The last line is one JSON object, of the
-    method asked for."""
+    """--bench N: parameters, multiply-adds of E and SeD, and for N > 0 the time of a training step.
+    The last line is one JSON object."""
     machine, info = common.Machine(cfg), data.info(cfg.data, cfg.root, cfg.palette or None)
     C, S, B, device = len(info.classes), cfg.size, cfg.batch_size // 2, machine.device
     with torch.device("meta"):           # shapes without numbers: counting takes no memory
@@ -1044,68 +994,30 @@ def bench(cfg):
         x = torch.empty(1, 3, S, S)
         gmacs, of_E = common.macs(model, x), common.macs(model.E, x)
         of_PiD = common.macs(model.PiD, *model.E(x))                        # without its heads
-    # how often a step of each method sends its B pictures through E, SeD and PiD
-    passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 4), "s4mim": (6, 7, 4)}
     result = {"params": parameters(model.E, model.SeD), "params_E": parameters(model.E),
               "params_PiD": parameters(model.PiD), "gmacs": round(gmacs, 3)}
     print(f"{result['params']:,} parameters, {result['params_E']:,} of them in E; PiD has "
           f"{result['params_PiD']:,} more")
     if cfg.bench > 0:
-        bench_heads(cfg, C, machine)
         torch.manual_seed(cfg.seed)
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8)
-        label = torch.randint(0, C, (B, S, S), dtype=torch.uint8)
-        batch = image, label, torch.arange(B)
-        # the last is the one reported
-        for method in sorted(passes, key=lambda name: name == cfg.method):
-            this = replace(cfg, method=method)
-            model = build(this, C).to(device, memory_format=torch.channels_last).train()
-            prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
-            if cfg.compile:
-                compile_parts(model)
-            optimizer, scaler = make_optimizer(model, this, machine.fused), machine.scaler()
+        batch = image, torch.randint(0, C, (B, S, S), dtype=torch.uint8), torch.arange(B)
+        model = build(cfg, C).to(device, memory_format=torch.channels_last).train()
+        prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
+        compile_parts(model, cfg)
+        optimizer, scaler = make_optimizer(model, cfg, machine.fused), machine.scaler()
 
-            def step(i):
-                v = make_views(batch, batch, this, model.E.channels, range(i * B, i * B + B),
-                               device)
-                train_step(model, prototypes, optimizer, scaler, machine, this, v)
-
-            times = np.array(passes[method]) @ (of_E, gmacs - of_E, of_PiD)
-            timed = common.time_steps(step, cfg.bench, B if method == "suponly" else 2 * B,
-                                      device, float(B * times))
-            print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B} + {B}, "
-                  f"{timed['img_per_s']:.1f} img/s, {timed['tflops']:.3g} TFLOP/s, "
-                  f"peak {timed['peak_mb']} MB")
-        result |= timed
-    print(json.dumps(result))
-
-
-def bench_heads(cfg, C, machine, B=4):
-    """Time and peak memory, forward and backward, of class_heads() and of C convolutions, as in
-    training: features in the dtype and the memory format in which PiD gives them."""
-    side, D, device = -(-cfg.size // 4), 4 * cfg.width, machine.device
-    fea = torch.randn(B, D, side, side, device=device, dtype=machine.dtype)
-    weight = torch.randn(C, 3, D, 3, 3, device=device, requires_grad=True)
-    label = torch.randint(0, C, (B, 6, 6), device=device)
-    label = label.repeat_interleave(side // 6 + 1, 1).repeat_interleave(side // 6 + 1, 2)
-    label = label[:, :side, :side]
-
-    def plain(fea, label, weight):
-        return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1) for c in range(C))
-
-    fea = fea.to(memory_format=torch.channels_last).requires_grad_()
-    # on a CPU the peak is the process's, which only grows: the smaller of the two goes first
-    before = (torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else
-              common.peak_mb(device) or math.nan)
-    for name, f in ("class-wise heads", class_heads), (f"{C} convolutions", plain):
         def step(i):
-            with machine.autocast():
-                r = f(fea, label, weight)
-            r.float().square().mean().backward()
+            v = make_views(batch, batch, cfg, model.E.channels, range(i * B, i * B + B), device)
+            train_step(model, prototypes, optimizer, scaler, machine, cfg, v)
 
-        timed = common.time_steps(step, cfg.bench, B, device, 0)
-        print(f"{name:18s}{timed['ms_per_step']:8.1f} ms at {B} x {D} x {side} x {side}, "
-              f"{(timed['peak_mb'] or math.nan) - before:.0f} MB")
+        # how often a step sends its B pictures through E, SeD and PiD
+        passes = {"suponly": (1, 1, 0), "fixmatch": (3, 4, 0), "mim": (6, 4, 4),
+                  "s4mim": (6, 7, 4)}[cfg.method]
+        pictures = B if cfg.method == "suponly" else 2 * B
+        result |= common.time_steps(step, cfg.bench, pictures, device,
+                                    float(B * np.array(passes) @ (of_E, gmacs - of_E, of_PiD)))
+    print(json.dumps(result))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -1115,8 +1027,7 @@ def check(cfg):
     common.at_least(cfg, 1, "size", "width", "eval_every", "patch", "scale")
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
-                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory",
-                    "burn_in")
+                    "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory", "burn_in")
     for name in ("lr", "decoder_lr", "tau", "zoom"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "
@@ -1129,10 +1040,9 @@ def check(cfg):
                         "--size at least one must be removed and one kept")
     if cfg.setup == "aug" and cfg.data != "voc":
         raise UserError("--setup aug: only voc has more masks beside its own")
-    if cfg.width % 4 or cfg.size < 32:
-        raise UserError(f"--width {cfg.width} --size {cfg.size}: a multiple of 4, and at least 32")
-    if cfg.stride not in (8, 16):
-        raise UserError(f"--stride {cfg.stride}: expected 8 or 16")
+    if cfg.width % 4 or cfg.size < 32 or cfg.stride not in (8, 16):
+        raise UserError(f"--width {cfg.width} --size {cfg.size} --stride {cfg.stride}: a multiple "
+                        "of 4; at least 32; 8 or 16")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % (2 * world) or cfg.batch_size < 4 * world:
         # BatchNorm needs more than one value a channel, and CutMix another picture
@@ -1143,7 +1053,7 @@ def check(cfg):
 
 
 def settle(cfg):
-    """Put the numbers that 0 stands for in --zoom and --patch into cfg."""
+    """Put what 0 stands for in --zoom and --patch into cfg."""
     if not cfg.zoom:
         cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
     # as large a share of a small crop as the paper's 6 pixels are of 321, but at least 2 pixels
