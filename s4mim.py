@@ -245,7 +245,8 @@ class SeD(Trunk):
         self.classifier = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, c1, c4, size):
-        # each class in one piece, for softmax and cross entropy, which are faster so on a CPU
+        # each class in one piece, for softmax and cross entropy: with their gradient they take
+        # 470 ms instead of 590 (8 x 21 x 321 x 321, one core, torch 2.13.0)
         return resize(self.classifier(super().forward(c1, c4)).float(), size).contiguous()
 
 
@@ -287,7 +288,8 @@ def class_heads(fea, label, weight, block=128):
     neighbours is its vector times the D x 9 O weights of its own class's head. So the pixels are
     sorted by class into blocks of one class each, padded with zeros, all blocks are multiplied at
     once, and F.fold adds up what overlaps. No size depends on the labels, and the device is never
-    waited for. README.md has the time and the memory that this saves.
+    waited for. Forward and backward take 35 ms instead of 690, and 153 MB instead of 790 (4 x 256
+    x 81 x 81, 21 classes, two CPU cores, torch 2.13.0).
     """
     B, D, H, W = fea.shape
     C, O = weight.shape[:2]
@@ -824,7 +826,7 @@ def train(cfg, machine, interrupt):
 
     # two streams with an order of their own: no picture meets the same others in each epoch
     loaders = [data.train_loader(pictures, B, seed=common.seed_of(cfg.seed, kind), endless=True,
-                                  start=run.start, stop=run.stop, **machine.loading)
+                                 start=run.start, stop=run.stop, **machine.loading)
                for kind, pictures in enumerate((labeled, unlabeled))]
     if cfg.method == "suponly":
         loaders[1] = [None] * (run.stop - run.start)
