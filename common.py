@@ -125,12 +125,13 @@ def reasons(Config):
     return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
 
 
-def parse(Config, recipes, doc, argv=None, by="recipe"):
+def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
     """Fill the dataclass Config from its defaults, then recipes[--data], then recipes[--BY], which
     is "small" for a folder of one's own where nothing is said, then the command line.
 
     A field `a_b: int = 3  # why` is the flag --a-b, its comment the help text. A bool that is True
-    by default becomes --no-a-b, a Literal is checked, a tuple takes several values.
+    by default becomes --no-a-b, a Literal is checked, a tuple takes several values, or none if it
+    is in `alone`.
     Returns (cfg, origin), origin[name] being "recipe" or "flag" for what is not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
@@ -145,7 +146,7 @@ def parse(Config, recipes, doc, argv=None, by="recipe"):
             kind["action"] = "store_false" if field.default else "store_true"
             flag = f"no-{flag}" if field.default else flag
         elif field.type is tuple:
-            kind.update(nargs="+", metavar=field.name.upper())
+            kind.update(nargs="*" if field.name in alone else "+", metavar=field.name.upper())
         elif typing.get_origin(field.type) is typing.Literal:
             kind["metavar"] = "|".join(typing.get_args(field.type))
         else:

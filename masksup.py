@@ -13,6 +13,7 @@ BMVC 2022; equations, tables and figures are numbered as there.
     python masksup.py --data glas --method base             # what it is compared with (Fig. 5)
     python masksup.py --data glas --pretrained imagenet     # from LeViT's weights
     python masksup.py --eval out/a/last.pt out/b/last.pt --corrupt 0.1,0.3,0.5,0.7      # Fig. 6
+    python masksup.py --eval --pretrained masksupglas76.06iou.pth --data glas   # MaskSup's release
     python masksup.py --predict PICTURES --ckpt out/masksup-glas/best.pt --to DIR
     python masksup.py --data glas --pretrain mae            # the other side of Table 2
     torchrun --nproc_per_node=4 masksup.py --data glas      # several GPUs
@@ -36,6 +37,7 @@ Departures from the paper, and what it leaves open:
 import json
 import math
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +82,7 @@ class Config:
     alpha3: float = 1.0            # weight of L_tasksim
     width: int = 32                # channels of the first level of unet and unetpp
     pretrained: str = ""           # weights of LeViT's release: imagenet (downloads), or a file
+    #                                of it or of MaskSup's release
     init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
     pretrain: Literal["none", "mae"] = "none"  # first learn to paint in removed patches (Table 2)
     pretrain_epochs: int = 800     # --pretrain mae: epochs of that; then 50 of --method base
@@ -97,7 +100,7 @@ class Config:
     save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
     max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
     palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
-    eval: tuple = ()               # evaluate these checkpoints and do nothing else
+    eval: tuple = ()               # evaluate these checkpoints (or --pretrained) and nothing else
     corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
     bench: int = -1                # time N training steps on random tensors; 0: only count
     predict: tuple = ()            # images to segment: files, or folders and what is in them
@@ -349,8 +352,12 @@ class LeViTUNet(nn.Module):
 
     def forward(self, x):
         *skips, x, one, two, three = self.levit(x)
-        x = torch.cat([x] + [F.interpolate(m, x.shape[-2:], mode="bilinear", align_corners=True)
-                             for m in (one, two, three)], 1)
+        r, coarse = x.shape[-1], [one, two, three]
+        for i, m in enumerate(coarse):                         # 4 -> 8 -> 16 -> 14, as released
+            while m.shape[-1] < r:
+                m = up(m)
+            coarse[i] = F.interpolate(m, (r, r), mode="bilinear", align_corners=True)
+        x = torch.cat([x, *coarse], 1)
         for stage, skip in zip(self.up, skips[::-1]):
             x = torch.cat([stage(up(x)), skip], 1)
         return up(self.head(x))
@@ -572,27 +579,62 @@ def to_input(image, device):
 
 LEVIT_RELEASE = {name: f"https://dl.fbaipublicfiles.com/LeViT/LeViT-{file}.pth" for name, file in (
     ("levit128s", "128S-96703c44"), ("levit192", "192-92712e41"), ("levit384", "384-9bdaf2e2"))}
+MASKSUP_RELEASE = "https://github.com/hasibzunair/masksup-segmentation/releases"
+OUR_NAMES = (           # how names begin in LeViT's release (the first two) and in MaskSup's: ours
+    (r"patch_embed", "levit.patch_embed"), (r"blocks", "levit.blocks"),
+    (r"cnn_b(\d)\.0", lambda m: f"levit.patch_embed.{2 * int(m[1]) - 2}"),
+    (r"block_\d", "levit.blocks"),
+    (r"decoderBlock_(\d)\.conv(\d)\.(\d)", lambda m:
+     f"up.{int(m[1]) - 1}.{3 * int(m[2]) - 3 + int(m[3])}"),
+    (r"conv(\d)_(\d)\.(conv|bn)(\d)", lambda m:
+     f"node.{m[1]}{m[2]}.{3 * int(m[4]) - 3 + (m[3] == 'bn')}"),
+    (r"segmentation_head\.0", "head"), (r"final", "head"), (r"(.*)attention_bias_idxs", r"\1index"),
+    (r"node\.(\d)0", r"down.\1"), (r"node\.(\d)\d", lambda m: f"up.{3 - int(m[1])}"),  # of unet
+)
 
 
-def load_levit(levit, cfg):
-    """--pretrained: copy the weights of LeViT's release into the encoder, and say what was not.
+def our_name(name, model):
+    """A tensor's name in LeViT's or MaskSup's release -> its name in our network."""
+    for pattern, ours in OUR_NAMES if model == "unet" else OUR_NAMES[:-2]:
+        name = re.sub(rf"^{pattern}(?=\.|$)", ours, name)
+    return name
 
-    They were trained on pictures normalised by ImageNet's mean and deviation, not to [-1, 1]:
-    BatchNorm takes up the difference. Raises UserError if they are those of another network.
+
+def load_pretrained(f, cfg, whole=False):
+    """--pretrained: copy the weights of LeViT's release into the encoder, or those of MaskSup's
+    release into all of f, and say what was not copied. whole: accept the second alone.
+
+    LeViT's were trained on pictures normalised by ImageNet's mean and deviation, not to [-1, 1]:
+    BatchNorm takes up the difference. MaskSup's for two classes have one channel z before a
+    sigmoid: here logits (0, z). The map of names was tested on tensors of the released names and
+    shapes, against the released code's answers to 1e-4; it was not tried on the released files.
+    Raises UserError if they are those of another network.
     """
-    theirs = data.published(cfg.pretrained, LEVIT_RELEASE[cfg.model], "model")
-    mine = levit.state_dict()
-    fits = {k: v for k, v in theirs.items()
-            if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
-    fresh = sorted(mine.keys() - fits.keys())
-    if not all(k.endswith("attention_biases") for k in fresh):
-        raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model}; give "
-                        f"{LEVIT_RELEASE[cfg.model]}")
-    levit.load_state_dict(fits, strict=False)
+    url = LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE) if not whole else MASKSUP_RELEASE
+    read = data.published(cfg.pretrained, url, "model")
+    theirs = {our_name(k.removeprefix("module."), cfg.model): read[k] for k in sorted(read)
+              if torch.is_tensor(read[k])}
+    mine, whole = f.state_dict(), whole or "head.weight" in theirs
+    for k in ("head.weight", "head.bias") if whole else ():
+        if k in theirs and len(theirs[k]) == 1 and len(mine[k]) == 2:
+            theirs[k] = torch.cat([torch.zeros_like(theirs[k]), theirs[k]])
+    index = {k: t for k, t in f.named_buffers() if k not in mine}       # which bias is for which
+    fits = {k: v for k, v in theirs.items()                             # distance: in no checkpoint
+            if (k in mine or k in index) and v.shape == (mine | index)[k].shape}
+    wanted = [k for k in mine if whole or k.startswith("levit.")]
+    fresh = sorted(set(wanted) - fits.keys())
+    if not wanted or fresh and (whole or not all(k.endswith("attention_biases") for k in fresh)):
+        raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model} with "
+                        f"{len(mine['head.bias'])} classes at --size {cfg.size}; give those of "
+                        f"{url}, or another --model")
+    f.load_state_dict({k: v for k, v in fits.items() if k in mine}, strict=False)
+    for k in index.keys() & fits.keys():
+        index[k].copy_(fits[k])
     if os.environ.get("RANK", "0") == "0":
-        unused = sorted({k.split(".")[0] for k in theirs if k not in mine} - {"blocks"})
-        print(f"pretrained: {len(fits)} of the encoder's {len(mine)} tensors"
-              + (f"; fresh at this size: {', '.join(fresh)}" if fresh else "")
+        unused = sorted({k.split(".")[0] for k in theirs if k not in mine and k not in index})
+        print(f"pretrained: {len(fits.keys() & mine.keys())} of the "
+              f"{'network' if whole else 'encoder'}'s {len(wanted)} tensors"
+              + (f"; fresh at this size: {', '.join(fresh).replace('levit.', '')}" if fresh else "")
               + (f"; not used: {', '.join(unused)}" if unused else ""))
 
 
@@ -701,7 +743,7 @@ def train(cfg):
     torch.manual_seed(common.seed_of(cfg.seed))
     f = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
     if cfg.pretrained and not common.resuming(cfg):
-        load_levit(f.levit, cfg)
+        load_pretrained(f, cfg)
     if cfg.init and not common.resuming(cfg):
         common.load_weights(f, cfg.init, "masksup", len(info.classes))
     optimizer, scaler = make_optimizer(f, cfg, machine.fused), machine.scaler()
@@ -848,6 +890,15 @@ def load(path):
     return common.load(path, "masksup", Config, data.Info, build)
 
 
+def load_release(cfg, origin):
+    """As load(), of --pretrained FILE: a network that MaskSup's authors released, or its like."""
+    check(cfg)
+    info = data.info(cfg.data, cfg.root, cfg.palette or None)
+    f = build(cfg, len(info.classes)).eval()
+    load_pretrained(f, cfg, whole=True)
+    return cfg, info, f, {"history": [{"epoch": 0}], "step": 0, "seconds": 0.0}
+
+
 def shares_of(text):
     """'0.1,0.3' -> [0.1, 0.3]. Raises UserError for what are no shares of a picture."""
     try:
@@ -866,15 +917,17 @@ def evaluate_only(cfg, origin):
 
     All checkpoints of one size see the same holes, whose share is right to one percent of the
     picture. metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each.
+    --eval --pretrained FILE: of MaskSup's release instead.
     """
-    shares, curves = shares_of(cfg.corrupt), {}
-    out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
+    shares, curves, paths = shares_of(cfg.corrupt), {}, cfg.eval or (cfg.pretrained,)
+    out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine = common.Machine(cfg)
-    for path, folder in common.result_folders(cfg.eval, out).items():
-        theirs, info, f, state = load(path)
+    for path, folder in common.result_folders(paths, out).items():
+        theirs, info, f, state = load(path) if cfg.eval else load_release(cfg, origin)
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        here = common.settled(cfg, origin, path, theirs, check, "eval", "corrupt", "data",
-                              "palette", "batch_size", "seed")
+        here = theirs if not cfg.eval else common.settled(
+            cfg, origin, path, theirs, check, "eval", "corrupt", "data", "palette", "batch_size",
+            "seed")
         here = replace(here, seed=cfg.seed)                        # of the holes, one for all
         val_set = dataset(here, data.eval_split(here.data))
         if val_set.info.classes != info.classes:
@@ -976,18 +1029,19 @@ def check(cfg):
     if cfg.pretrain == "mae" and (cfg.size % cfg.mae_patch or not 1 <= n * cfg.mae_ratio < n):
         raise UserError(f"--mae-patch {cfg.mae_patch} --mae-ratio {cfg.mae_ratio}: --size must be "
                         "a multiple of the patch, and at least one patch be removed and one kept")
-    if cfg.pretrained and not cfg.model.startswith("levit"):
-        raise UserError(f"--pretrained: there are weights for LeViT only, not for {cfg.model}")
-    if cfg.corrupt and not cfg.eval or (cfg.ckpt or cfg.to) and not cfg.predict:
-        raise UserError("--corrupt goes with --eval, --ckpt and --to with --predict")
+    if cfg.pretrained == "imagenet" and not cfg.model.startswith("levit"):
+        raise UserError("--pretrained imagenet: there are weights for LeViT only, not for "
+                        f"{cfg.model}")
 
 
 def main():
-    cfg, origin = common.parse(Config, RECIPES, __doc__)
+    cfg, origin = common.parse(Config, RECIPES, __doc__, alone={"eval"})
     cfg.out = cfg.out or str(Path("out") / f"masksup-{Path(cfg.data).name}")
     if cfg.predict:
         return common.predict_folder(cfg, origin, load, check, data, segment, "seed")
-    if cfg.eval:
+    if "eval" in origin:
+        if not cfg.eval and origin.get("pretrained") != "flag":
+            raise UserError("--eval: give checkpoints, or --pretrained FILE, MaskSup's release")
         return evaluate_only(cfg, origin)
     if cfg.pretrain == "mae":                       # Table 2: a baseline of MaskSup, in two stages
         for name, value in ("epochs", 50), ("method", "base"):
@@ -995,6 +1049,8 @@ def main():
                 setattr(cfg, name, value)
                 origin[name] = "pretrain"
     check(cfg)
+    if cfg.corrupt or cfg.ckpt or cfg.to:
+        raise UserError("--corrupt goes with --eval, --ckpt and --to with --predict")
     common.show_config(cfg, origin)
     if cfg.bench >= 0:
         bench(cfg)

@@ -51,6 +51,7 @@ from data import Item
 MAIN = Path(__file__).resolve().parent
 
 SHARED = MAIN.parent / "shared/data"
+RELEASE = MAIN.parent / "shared/release"        # what MaskSup's released networks are and answer
 
 KILLS = 2       # of each script; python test_all.py --kills 50 Broken
 IDLE = common.idle_processors       # which the tests replace
@@ -3487,7 +3488,7 @@ class MaskSupPretrained(Case):
         f, text = masksup.build(cfg, 2), io.StringIO()
         before = {k: v.clone() for k, v in f.state_dict().items()}
         with contextlib.redirect_stdout(text):
-            masksup.load_levit(f.levit, cfg)
+            masksup.load_pretrained(f, cfg)
         return before, f.state_dict(), text.getvalue()
 
     def test_every_weight_of_the_encoder_comes_from_the_release(self):
@@ -3530,6 +3531,122 @@ class MaskSupPretrained(Case):
             "https://dl.fbaipublicfiles.com/LeViT/LeViT-128S-96703c44.pth",))
         self.assertTrue(asked.call_args.kwargs["check_hash"])
         self.assertTrue(asked.call_args.kwargs["weights_only"])
+
+
+class MaskSupRelease(Case):
+    """The networks that MaskSup's authors released."""
+
+    def answers(self, name, model):
+        """Fill the released tensors by the recipe of RELEASE, load them, and compare logits."""
+        if not RELEASE.is_dir():
+            return print(f"no {RELEASE}: {name} is not compared with the released code")
+        shapes = {line.split()[0]: [int(n) for n in line.split()[1:]]
+                  for line in (RELEASE / f"{name}.txt").read_text().splitlines() if line}
+        weights = {}
+        for k, key in enumerate(sorted(shapes)):
+            r = torch.randn(shapes[key], generator=torch.Generator().manual_seed(k))
+            last = key.split(".")[-1]
+            weights[key] = (torch.tensor(0) if last == "num_batches_tracked" else
+                            1 + 0.1 * r.abs() if last == "running_var" else
+                            0.1 * r if last in ("running_mean", "bias", "attention_biases") else
+                            1 + 0.1 * r if r.ndim == 1 else r / r[0].numel() ** 0.5)
+            if last == "attention_bias_idxs":           # integers, into which the recipe is cut
+                weights[key] = weights[key].long()
+        expected = json.loads((RELEASE / "expected.json").read_text())[name]
+        cfg = masksup.Config(model=model, pretrained="x")
+        f = masksup.build(cfg, max(2, expected["classes"])).eval()
+        with mock.patch("data.published", return_value=weights), torch.no_grad(), \
+                contextlib.redirect_stdout(io.StringIO()):
+            masksup.load_pretrained(f, cfg, whole=True)
+            logits = f(2 * torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+                       - 1)
+        if expected["classes"] == 1:                    # a sigmoid of z: logits (0, z)
+            self.assertEqual(logits[:, 0].abs().max().item(), 0)
+            logits = logits[:, 1:]
+        self.assertEqual(list(logits.shape), expected["shape"])
+        self.assertLess(abs(logits.mean().item() - expected["mean"]), 1e-5)
+        self.assertLess(abs(logits.std().item() - expected["std"]), 1e-5)
+        for c, y, x, z in expected["at"]:
+            self.assertLess(abs(logits[0, c, y, x].item() - z), 1e-5, (c, y, x))
+
+    def test_unet_answers_as_released(self):
+        self.answers("UNet", "unet")
+
+    def test_unetpp_answers_as_released(self):
+        self.answers("NestedUNet", "unetpp")
+
+    def test_levit128s_answers_as_released(self):
+        self.answers("LeViTUNet128s", "levit128s")
+
+    def test_levit192_answers_as_released(self):
+        self.answers("LeViTUNet192", "levit192")
+
+    def test_levit384_answers_as_released(self):
+        self.answers("LeViTUNet384", "levit384")
+
+    def renamed(self, f, nodes):
+        """The weights of one of our U-Nets under the released names. nodes: {our stage: theirs}."""
+        parts = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2"}
+        theirs = {f"final.{k}": v for k, v in f.head.state_dict().items()}
+        for ours, name in nodes.items():
+            for key, value in f.get_submodule(ours).state_dict().items():
+                part, last = key.split(".")
+                theirs[f"{name}.{parts[part]}.{last}"] = value
+        return theirs
+
+    NODES = {"unet": {**{f"down.{i}": f"conv{i}_0" for i in range(5)}, "up.0": "conv3_1",
+                      "up.1": "conv2_2", "up.2": "conv1_3", "up.3": "conv0_4"},
+             "unetpp": {f"node.{i}{j}": f"conv{i}_{j}" for i in range(5) for j in range(5 - i)}}
+
+    def test_names_of_the_u_nets(self):
+        for model, nodes in self.NODES.items():
+            cfg = masksup.Config(model=model, width=2, size=32, pretrained=str(self.tmp / "f.pth"))
+            f, g = shuffled(masksup.build(cfg, 3)).eval(), masksup.build(cfg, 3).eval()
+            torch.save(self.renamed(f, nodes), self.tmp / "f.pth")
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                masksup.load_pretrained(g, cfg, whole=True)
+            n = len(f.state_dict())
+            self.assertIn(f"{n} of the network's {n} tensors\n", text.getvalue())
+            x = torch.rand(1, 3, 32, 32)
+            self.assertTrue(torch.equal(f(x), g(x)))
+
+    def test_coarse_maps_are_doubled_and_then_shrunk(self):
+        # 224 pixels: maps of 14, 7 and 4, which the release brings to 8, 16 and then 14
+        f, parts = shuffled(masksup.LeViTUNet(2, "levit128s", 224)).eval(), []
+        f.up[0].register_forward_hook(lambda _, inputs, out: parts.append(inputs[0]))
+        x = torch.rand(1, 3, 224, 224)
+        with torch.no_grad():
+            f(x)
+            *_, two, three = f.levit(x)
+            y = masksup.up(torch.cat([doubled(two.double()), stretching(16, 14) @ doubled(doubled(
+                three.double())) @ stretching(16, 14).T], 1))
+        torch.testing.assert_close(parts[0][:, 256:].double(), y, atol=1e-4, rtol=1e-4)
+
+    def test_eval_of_a_released_network_from_the_command_line(self):
+        root = self.folder(3, classes=2, size=(32, 32))
+        torch.manual_seed(0)
+        f = shuffled(masksup.UNet(1, 4)).eval()
+        theirs = self.renamed(f, self.NODES["unet"])
+        torch.save({f"module.{k}": v for k, v in theirs.items()}, self.tmp / "glas.pth")
+        flags = ("--eval", "--pretrained", self.tmp / "glas.pth", "--data", root, "--model", "unet",
+                 "--size", 32)
+        done = inside("masksup.py", *flags, "--width", 4)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        inter, union = 0, 0
+        val = data.Dataset(str(root), "", "val", size=32)
+        for image, truth, _ in (val[i] for i in range(len(val))):
+            with torch.no_grad():
+                answer = f(image[None] / 127.5 - 1)[0, 0].sigmoid() > 0.5
+            inter += (answer & (truth == 1)).sum().item()
+            union += (answer | (truth == 1)).sum().item()
+        metrics = json.loads((self.tmp / "eval/metrics.json").read_text())
+        self.assertAlmostEqual(metrics["class_iou"][1], 100 * inter / union, places=2)
+        for more, word in ((("--width", 8), "not the weights of unet with 2 classes"),
+                           (("--model", "levit128s", "--size", 96), "not the weights of levit")):
+            done = inside("masksup.py", *flags, *more, "--out", self.tmp / "more")
+            self.assertEqual((done.returncode, word in done.stderr), (2, True), done.stderr)
+        done = inside("masksup.py", "--eval")
+        self.assertEqual((done.returncode, "--pretrained FILE" in done.stderr), (2, True))
 
 
 class MaskSupMasking(Case):
