@@ -3612,15 +3612,15 @@ class MaskSupRelease(Case):
 
     def test_coarse_maps_are_doubled_and_then_shrunk(self):
         # 224 pixels: maps of 14, 7 and 4, which the release brings to 8, 16 and then 14
-        f, parts = shuffled(masksup.LeViTUNet(2, "levit128s", 224)).eval(), []
-        f.up[0].register_forward_hook(lambda _, inputs, out: parts.append(inputs[0]))
-        x = torch.rand(1, 3, 224, 224)
-        with torch.no_grad():
-            f(x)
-            *_, two, three = f.levit(x)
-            y = masksup.up(torch.cat([doubled(two.double()), stretching(16, 14) @ doubled(doubled(
-                three.double())) @ stretching(16, 14).T], 1))
-        torch.testing.assert_close(parts[0][:, 256:].double(), y, atol=1e-4, rtol=1e-4)
+        f, inputs, S = masksup.LeViTUNet(2, "levit128s", 224).eval(), [], stretching(16, 14)
+        maps = [torch.rand(1, c, r, r) for c, r in ((16, 112), (32, 56), (64, 28), (128, 14),
+                                                    (128, 14), (256, 7), (384, 4))]
+        f.up[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        with mock.patch.object(f.levit, "forward", return_value=maps), torch.no_grad():
+            f(torch.rand(1, 3, 224, 224))
+        *_, x, one, two, three = (m.double() for m in maps)
+        y = torch.cat([x, one, doubled(two), S @ doubled(doubled(three)) @ S.T], 1)
+        torch.testing.assert_close(inputs[0].double(), doubled(y), atol=1e-5, rtol=1e-5)
 
     def test_eval_of_a_released_network_from_the_command_line(self):
         root = self.folder(3, classes=2, size=(32, 32))
