@@ -9,9 +9,9 @@ cost but that of f. Zunair and Ben Hamza, "Masked supervised learning for semant
 BMVC 2022; equations, tables and figures are numbered as there.
 
     python masksup.py                                       # embedded dataset, CPU, two minutes
-    python masksup.py --data glas                           # the paper's recipe
+    python masksup.py --data glas                           # the release's: from LeViT's weights
     python masksup.py --data glas --method base             # what it is compared with (Fig. 5)
-    python masksup.py --data glas --pretrained imagenet     # from LeViT's weights
+    python masksup.py --data glas --pretrained none         # from random weights
     python masksup.py --eval out/a/last.pt out/b/last.pt --corrupt 0.1,0.3,0.5,0.7      # Fig. 6
     python masksup.py --eval --pretrained masksupglas76.06iou.pth --data glas   # MaskSup's release
     python masksup.py --predict PICTURES --ckpt out/masksup-glas/best.pt --to DIR
@@ -81,8 +81,8 @@ class Config:
     alpha2: float = 1.0            # weight of L_context
     alpha3: float = 1.0            # weight of L_tasksim
     width: int = 32                # channels of the first level of unet and unetpp
-    pretrained: str = ""           # weights of LeViT's release: imagenet (downloads), or a file
-    #                                of it or of MaskSup's release
+    pretrained: str = "none"       # LeViT's release: imagenet (downloads), or a file of it or of
+    #                                MaskSup's release; none: random weights
     init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
     pretrain: Literal["none", "mae"] = "none"  # first learn to paint in removed patches (Table 2)
     pretrain_epochs: int = 800     # --pretrain mae: epochs of that; then 50 of --method base
@@ -115,7 +115,8 @@ RECIPES = {                        # what differs from the defaults above, by da
     "shapes": dict(model="unet", width=16, size=32, epochs=32, batch_size=8, lr=1e-2,
                    schedule="cosine", warmup=30, coverage="low", eval_every=4, mae_patch=8,
                    pretrain_epochs=10),
-    "glas": {}, "polyp": {}, "nyuv2": SCENES,           # the paper's; the others are not in it
+    "glas": dict(pretrained="imagenet"), "polyp": dict(pretrained="imagenet"),  # of LeViT alone
+    "nyuv2": SCENES,                                    # the paper's; the others are not in it
     "voc": SCENES, "camvid": SCENES, "cityscapes": SCENES,
     # for a folder of your own, on a laptop: about ten minutes
     "small": dict(model="unet", width=16, size=128, epochs=0, batch_size=8, lr=1e-3,
@@ -742,7 +743,7 @@ def train(cfg):
 
     torch.manual_seed(common.seed_of(cfg.seed))
     f = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
-    if cfg.pretrained and not common.resuming(cfg):
+    if cfg.pretrained != "none" and not common.resuming(cfg):
         load_pretrained(f, cfg)
     if cfg.init and not common.resuming(cfg):
         common.load_weights(f, cfg.init, "masksup", len(info.classes))
@@ -1037,6 +1038,9 @@ def check(cfg):
 def main():
     cfg, origin = common.parse(Config, RECIPES, __doc__, alone={"eval"})
     cfg.out = cfg.out or str(Path("out") / f"masksup-{Path(cfg.data).name}")
+    if origin.get("pretrained") == "recipe" and (cfg.init or not cfg.model.startswith("levit")):
+        cfg.pretrained = "none"
+        del origin["pretrained"]
     if cfg.predict:
         return common.predict_folder(cfg, origin, load, check, data, segment, "seed")
     if "eval" in origin:

@@ -3532,6 +3532,33 @@ class MaskSupPretrained(Case):
         self.assertTrue(asked.call_args.kwargs["check_hash"])
         self.assertTrue(asked.call_args.kwargs["weights_only"])
 
+    def test_imagenet_is_the_recipe_of_glas_and_polyp_for_levit_alone(self):
+        for flags, expected in (((), "pretrained imagenet"), (("--model", "unet"), None),
+                                (("--model", "levit192"), "pretrained imagenet"),
+                                (("--init", "a.pt"), None), (("--recipe", "small"), None),
+                                (("--pretrained", "none"), "pretrained none")):
+            name = "polyp" if flags and expected else "glas"
+            out = inside("masksup.py", "--data", name, "--bench", 0, *flags).stdout
+            found = re.search("pretrained \\w+", out)
+            self.assertEqual(found and found[0], expected, (name, flags))
+
+    def test_a_run_starts_from_a_file_and_says_how_to_go_on_without_one(self):
+        theirs = self.release("levit128s")
+        flags = ("--data", self.folder(6, classes=2), "--model", "levit128s", "--size", 96,
+                 "--batch-size", 4, "--max-steps", 1, "--lr", 1e-9, "--bank", 2, "--method", "base")
+        done = inside("masksup.py", *flags, "--pretrained", self.tmp / "levit.pth", "--out",
+                      self.tmp / "a")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"\d+ of the encoder's \d+ tensors")
+        found = saved(self.tmp / "a/last.pt")["model"]
+        for key in "patch_embed.0.c.weight", "blocks.21.m.2.c.weight":
+            torch.testing.assert_close(found[f"levit.{key}"], theirs[key], atol=1e-6, rtol=0)
+        with mock.patch("torch.hub.load_state_dict_from_url", side_effect=OSError("no network")):
+            done = inside("masksup.py", *flags, "--pretrained", "imagenet", "--out", self.tmp / "b")
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+        for word in "no network", "LeViT-128S-96703c44.pth", "--pretrained none":
+            self.assertIn(word, done.stderr)
+
 
 class MaskSupRelease(Case):
     """The networks that MaskSup's authors released."""
