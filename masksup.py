@@ -75,7 +75,8 @@ class Config:
     size: int = 224                # pictures are resized to this side, whatever their proportions
     flip: bool = False             # mirror half of the training pictures; the paper does not
     coverage: Literal["high", "low"] = "high"  # M_holes removes 50-75 %, or 10-30 % (for Table 3)
-    masks: str = ""                # folder of masks to use instead of drawn ones: dark removes
+    masks: str = ""                # folder of masks to use instead of drawn ones
+    masks_remove: Literal["dark", "bright"] = "dark"  # pixels of --masks; the release's are bright
     bank: int = 256                # masks that are drawn, once a run
     alpha1: float = 1.0            # weight of L_seg in Eq. 3
     alpha2: float = 1.0            # weight of L_context
@@ -551,7 +552,8 @@ def mask_source(cfg):
     """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the pictures in --masks
     (pick() shifts these too, which leaves a seam at the border).
 
-    Raises UserError if there are none.
+    Says what share they remove, and what it would be the other way round. Raises UserError if
+    there are none.
     """
     if not cfg.masks:
         with data.waiting(f"drawing {cfg.bank} masks"):
@@ -563,8 +565,13 @@ def mask_source(cfg):
     bank = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, dtype=torch.bool)
     if bank.all() or not bank.any():
         raise UserError(f"--masks {cfg.masks}: no pictures in it that remove a part: give masks "
-                        "with 0 where the picture is removed and 255 where it is kept")
-    return bank
+                        "with 0 where the picture is removed and 255 where it is kept, or the "
+                        "reverse with --masks-remove bright")
+    bright, kind = 100 * bank.float().mean().item(), cfg.masks_remove
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--masks: removes what is {kind}: dark are {100 - bright:.1f} % and bright "
+              f"{bright:.1f} % on average; --masks-remove dark|bright says which")
+    return bank if kind == "dark" else ~bank
 
 
 def to_input(image, device):

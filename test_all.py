@@ -3732,11 +3732,16 @@ class MaskSupMasking(Case):
         self.assertTrue((cells.sum((1, 2)) == 4).all())
         self.assertGreater(len({tuple(c.flatten().tolist()) for c in cells}), 25)
 
-    def test_a_folder_of_masks_dark_removes(self):
+    def test_a_folder_of_masks_and_what_is_removed(self):
         for i in range(3):
             save(self.tmp / f"m/{i}.png", np.full((20, 30), 255 * (i > 0), np.uint8))
-        bank = masksup.mask_source(masksup.Config(masks=str(self.tmp / "m"), size=16))
-        self.assertEqual(bank.float().mean((1, 2)).tolist(), [0, 1, 1])
+        for remove, kept in (("dark", [0, 1, 1]), ("bright", [1, 0, 0])):
+            cfg = masksup.Config(masks=str(self.tmp / "m"), size=16, masks_remove=remove)
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                bank = masksup.mask_source(cfg)
+            self.assertEqual(bank.float().mean((1, 2)).tolist(), kept)
+            for words in f"removes what is {remove}", "dark are 33.3 %", "bright 66.7 %":
+                self.assertIn(words, text.getvalue())
         (self.tmp / "empty").mkdir()
         save(self.tmp / "ones/a.png", self.noise(20, 30) % 2)           # 0 and 1 are both dark
         for name, word in (("gone", "no such folder"), ("empty", "no pictures"),
