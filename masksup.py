@@ -9,7 +9,7 @@ cost but that of f. Zunair and Ben Hamza, "Masked supervised learning for semant
 BMVC 2022; equations, tables and figures are numbered as there.
 
     python masksup.py                                       # embedded dataset, CPU, two minutes
-    python masksup.py --data glas                           # the release's: from LeViT's weights
+    python masksup.py --data glas                           # as released: from LeViT's weights
     python masksup.py --data glas --method base             # what it is compared with (Fig. 5)
     python masksup.py --data glas --pretrained none         # from random weights
     python masksup.py --eval out/a/last.pt out/b/last.pt --corrupt 0.1,0.3,0.5,0.7      # Fig. 6
@@ -24,8 +24,9 @@ of three seeds; commands and tables in README.md. The paper's own networks are b
 but have not been trained here.
 
 Departures from the paper, and what it leaves open:
-- L_tasksim is the mean squared difference of probabilities, not a norm that grows with the
-  picture. The released NYUDv2 script compares the argmax, which passes no gradient.
+- L_tasksim is half the squared distance of the probabilities, mean over the pixels (for two
+  classes their mean squared difference), not a norm that grows with the picture. The released
+  NYUDv2 script compares the argmax, which passes no gradient.
 - Every set has two classes or more and a softmax, binary ones included.
 - The masks are drawn by draw_mask(); "high" and "low" of Table 3 have no figures in the paper.
 - BatchNorm's running averages follow both passes. Taken from clean pictures alone they cost 0.5 of
@@ -494,14 +495,15 @@ def cross_entropy(logits, label, add=lambda sums: sums):
 
 
 def task_similarity(M_p, M_pm, add=lambda sums: sums):
-    """L_tasksim: mean squared difference of the probabilities, over all pixels and classes.
+    """L_tasksim: half the squared distance of the probabilities, mean over all pixels: from 0 to 1,
+    where the branches are sure of different classes, for any number of classes.
 
     M_p, M_pm: logits (B, N, S, S). Both receive its gradient; it needs no labels, so that void
     counts as well. The paper has the norm, whose size would grow with the picture. add: as in
     cross_entropy().
     """
     top = (M_p.float().softmax(1) - M_pm.float().softmax(1)).square().sum()
-    top, bottom = add(torch.stack([top, torch.full_like(top, M_p.numel())]))
+    top, bottom = add(torch.stack([top, torch.full_like(top, 2 * M_p[:, 0].numel())]))
     return top / bottom
 
 

@@ -3765,7 +3765,7 @@ class MaskSupLoss(Case):
                     for x in range(6):
                         p, q = (np.exp(m[b, :, y, x].numpy()) for m in (M_p, M_pm))
                         p, q = p / p.sum(), q / q.sum()
-                        similar += ((p - q) ** 2).sum() / (2 * 36 * N)
+                        similar += ((p - q) ** 2).sum() / (2 * 36 * 2)
                         if (c := int(label[b, y, x])) != 255:
                             seg -= np.log(p[c]) / 60
                             context -= np.log(q[c]) / 60
@@ -3783,6 +3783,17 @@ class MaskSupLoss(Case):
         loss, _ = masksup.loss_fn(M_p, None, torch.full((2, 4, 4), 255))
         loss.backward()
         self.assertEqual((loss.item(), M_p.grad.abs().max().item()), (0, 0))
+
+    def test_similarity_is_one_where_the_branches_are_sure_of_different_classes(self):
+        for N in 2, 40:
+            label = torch.randint(0, N, (2, 5, 5))
+            logits, others = (100.0 * F.one_hot((label + i) % N, N).permute(0, 3, 1, 2)
+                              for i in (0, 1))
+            self.assertAlmostEqual(masksup.task_similarity(logits, others).item(), 1, places=5)
+            self.assertEqual(masksup.task_similarity(logits, logits).item(), 0)
+            # sure against even: ((1 - 1/N)^2 + (N - 1) / N^2) / 2
+            even = masksup.task_similarity(logits, torch.zeros_like(logits)).item()
+            self.assertAlmostEqual(even, (1 - 1 / N) / 2, places=5)
 
     def gradients(self, f, term, N, S):
         """Whether each weight of f gets a gradient from one term: seg, context or tasksim with the
