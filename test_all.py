@@ -2006,20 +2006,24 @@ class Metrics(Case):
             target, answer = (self.rng.integers(0, N, (5, 7, 9)) for _ in range(2))
             target[:, 0] = 255
             target[1, 1:], answer[1] = 0, 0
-            expected = []
+            expected, without = [], []
             for t, a in zip(target, answer):
                 if N == 2:
                     both = sum(x == y == 1 for x, y in zip(t.flat, a.flat))
                     either = sum(x != 255 and 1 in (x, y) for x, y in zip(t.flat, a.flat))
                     expected.append(100 * both / either if either else 100)
+                    without.append(expected[-1])
                 else:                       # true and false positives, false negatives, all added
-                    t = np.where(t == 255, 0, t)
-                    tp = sum(((a == c) & (t == c)).sum() for c in range(N))
-                    fp = sum(((a == c) & (t != c)).sum() for c in range(N))
-                    fn = sum(((a != c) & (t == c)).sum() for c in range(N))
-                    expected.append(100 * tp / (tp + fp + fn))
-            found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N)
-            np.testing.assert_allclose(found, expected, rtol=1e-5)
+                    for into, (t, a) in ((expected, (np.where(t == 255, 0, t), a)),
+                                         (without, (t[t != 255], a[t != 255]))):
+                        tp = sum(((a == c) & (t == c)).sum() for c in range(N))
+                        fp = sum(((a == c) & (t != c)).sum() for c in range(N))
+                        fn = sum(((a != c) & (t == c)).sum() for c in range(N))
+                        into.append(100 * tp / (tp + fp + fn))
+            for void, right in (True, expected), (False, without):
+                found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
+                                            void)
+                np.testing.assert_allclose(found, right, rtol=1e-5)
 
     def test_nearest_fill_against_all_distances(self):
         label, removed = self.noise(3, 20, 26) % 6, self.rng.random((3, 20, 26)) < 0.9
@@ -3320,6 +3324,7 @@ class MaskSupModels(Case):
                 self.assertEqual(masksup.parameters(masksup.LeViTUNet(1, name)), expected)
             self.assertEqual(masksup.parameters(masksup.UNetPlusPlus(40)), 9_164_616)
             self.assertEqual(masksup.parameters(masksup.UNet(40)), 7_853_832)
+            self.assertEqual(masksup.parameters(masksup.UNet(40, 20)), 3_070_500)     # Table 4
 
     def test_unet_against_its_formula(self):
         f, x = shuffled(masksup.UNet(3, width=2).double()).eval(), self.image()
@@ -3903,7 +3908,7 @@ class MaskSupRuns(Case):
         for masks in None, bank:
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
                                      items.info, masks)
-            inter, union, each, ce, n = np.zeros(2), np.zeros(2), [], 0.0, 0
+            inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
             for i in range(len(items)):
                 image, label, _ = items[i]
                 x = image[None].float() / 127.5 - 1
@@ -3915,12 +3920,19 @@ class MaskSupRuns(Case):
                 for c in range(2):
                     inter[c] += ((answer == c) & (truth == c)).sum()
                     union[c] += (((answer == c) | (truth == c)) & (truth != 255)).sum()
+                    both[c] += ((answer == c) & (truth != 255)).sum() + (truth == c).sum()
                 each.append(((answer == 1) & (truth == 1)).sum()
                             / (((answer == 1) | (truth == 1)) & (truth != 255)).sum())
                 for c in range(2):
                     ce -= np.log(p[c][truth == c]).sum()
                     n += (truth == c).sum()
             self.assertAlmostEqual(found["miou"], 100 * (inter / union).mean(), places=3)
+            self.assertAlmostEqual(found["dice"], 100 * (2 * inter / both).mean(), places=3)
+            self.assertEqual(list(found["classes"]), ["class 0", "class 1"])
+            for c in range(2):
+                of = found["classes"][f"class {c}"]
+                self.assertAlmostEqual(of["iou"], 100 * inter[c] / union[c], places=3)
+                self.assertAlmostEqual(of["dice"], 200 * inter[c] / both[c], places=3)
             self.assertAlmostEqual(found["paper_iou"], 100 * np.mean(each), places=3)
             self.assertAlmostEqual(found["loss"], ce / n, places=4)
 
@@ -3937,6 +3949,9 @@ class MaskSupRuns(Case):
         self.assertEqual(len((out / "log.csv").read_text().splitlines()), 3)
         self.assertAlmostEqual(
             metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
+        self.assertNotIn("paper_iou", done.stdout)                  # shapes is not of the paper
+        disc = metrics["classes"]["disc"]
+        self.assertIn(f"disc {disc['iou']:.1f} / {disc['dice']:.1f}", done.stdout)
         base = self.tmp / "base"
         inside("masksup.py", *MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
         done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
@@ -3967,6 +3982,12 @@ class MaskSupRuns(Case):
                 masksup.main()
         done = inside("masksup.py", "--size", 50)
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+
+    def test_paper_iou_is_said_of_the_papers_sets_alone(self):
+        scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
+        for name, line in (("camvid", "mIoU 12.30"), ("glas", "mIoU 12.30, paper_iou 45.60"),
+                           ("nyuv2", "mIoU 12.30, paper_iou 45.60 (78.90 without void)")):
+            self.assertEqual(masksup.said(scores, masksup.Config(data=name)), line)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
