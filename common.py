@@ -729,13 +729,16 @@ def write_history(out, history):
     are any, that is, if the run has got to an evaluation."""
     if not history:
         return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in history:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write(Path(out) / "log.csv", text.getvalue())
+    write_csv(Path(out) / "log.csv", list(history[0]), [
+        [f"{row[k]:.6g}" if isinstance(row[k], float) else row[k] for k in history[0]]
+        for row in history])
     draw_curves(history, Path(out) / "curves.png")
+
+
+def write_csv(path, titles, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
+    write(path, text.getvalue())
 
 
 def write_json(path, value):
@@ -916,11 +919,34 @@ def empty_folder(to):
         raise UserError(f"--to {to} is not an empty folder: give a new one")
 
 
+def pieces(label, classes):
+    """How many 4-connected pieces each class has in (H, W) integer labels: (C,) int.
+
+    Runs of one class along a row are joined to those they touch in the next row: each takes the
+    smallest number it is joined to, until no two that are joined differ.
+    """
+    start = np.ones(label.shape, bool)
+    start[:, 1:] = label[:, 1:] != label[:, :-1]
+    run = start.cumsum().reshape(label.shape) - 1
+    meet = (label[1:] == label[:-1]) & (start[1:] | start[:-1])     # where two begin to touch
+    a, b, root = run[:-1][meet], run[1:][meet], np.arange(run[-1, -1] + 1)
+    while len(a):
+        np.minimum.at(root, np.maximum(root[a], root[b]), np.minimum(root[a], root[b]))
+        while (root[root] != root).any():
+            root = root[root]
+        apart = root[a] != root[b]
+        a, b = a[apart], b[apart]
+    first = root == np.arange(len(root))
+    return np.bincount(label[start][first], minlength=classes)[:classes]
+
+
 def predict_folder(cfg, origin, load, check, data, segment, *flags):
     """--predict PATH .. --ckpt CKPT --to DIR: segment images, and those in folders, and exit.
 
     load, check and segment are the method's, data is data.py, flags: as in settled().
-    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W).
+    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), or these
+    and their confidence, float32 (H, W) in 0..1: then DIR/confidence/NAME.png has 255 times it,
+    and DIR/areas.csv each class's share and mean confidence in percent, and number of pieces.
     Writes DIR/NAME.png, class indices with the classes' colours as palette, and
     DIR/overlay/NAME.png, at the size of the image, which is turned upright first if its EXIF
     data say so; the images of a folder in a folder into the same tree. With a.jpg beside a.png,
@@ -933,7 +959,7 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     theirs, info, model, _ = load(cfg.ckpt)
     paths = cfg.predict
     cfg = settled(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
-    machine, to, failed, found = Machine(cfg), Path(cfg.to), 0, []
+    machine, to, failed, found, areas = Machine(cfg), Path(cfg.to), 0, [], []
     if machine.world > 1:
         raise UserError("--predict works in one process: python in place of torchrun")
     empty_folder(to)
@@ -952,7 +978,7 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     if len({name for _, name in found}) < len(found):
         raise UserError("--predict: two of these have the same name: predict them one by one")
     for path, name in Progress(found):
-        name = f"{name if alike else name.with_suffix('')}.png"
+        file, name = name, f"{name if alike else name.with_suffix('')}.png"
         try:
             image = data.read_image(path)
         except UserError as error:
@@ -960,8 +986,16 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
             print(f"{error} (skipped)", file=sys.stderr)
             continue
         answer = segment(model, image, cfg, machine)
+        if isinstance(answer, tuple):
+            answer, sure = answer
+            save_image(to / "confidence" / name, (255 * sure).round().astype(np.uint8))
+            for c, n in enumerate(pieces(answer, len(info.classes))):
+                mean = round(100 * float(sure[answer == c].mean()), 2) if n else ""
+                areas.append((file, info.classes[c], round(100 * (answer == c).mean(), 4), mean, n))
         save_image(to / name, answer, np.array(info.colors, np.uint8).ravel().tolist())
         save_image(to / "overlay" / name, overlay(image, answer, info.colors))
+    if areas:
+        write_csv(to / "areas.csv", ("file", "class", "share", "confidence", "pieces"), areas)
     print(f"{len(found) - failed} segmented, {failed} failed -> {to}; classes "
           + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
     sys.exit(1 if failed else 0)

@@ -1000,7 +1000,8 @@ def evaluate_only(cfg, origin):
 
 @torch.no_grad()
 def segment(f, image, cfg, machine):
-    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W).
+    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W), and their probability,
+    float32 (H, W).
 
     It is resized to the size of training, and the logits back to its own. Above 2048 pixels a side
     the answer, not the logits, is enlarged: N planes of floats would not fit.
@@ -1011,8 +1012,10 @@ def segment(f, image, cfg, machine):
         logits = f(to_input(small, machine.device)).float()
     H, W = image.shape[:2]
     logits = F.interpolate(logits, (min(H, 2048), min(W, 2048)), mode="bilinear")
-    answer = logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
-    return np.array(Image.fromarray(answer).resize((W, H), Image.NEAREST))
+    top, answer = logits.max(1)
+    sure = 1 / logits.sub_(top[:, None]).exp_().sum(1)          # the softmax of the class answered
+    return tuple(np.array(Image.fromarray(one[0].cpu().numpy()).resize((W, H), Image.NEAREST))
+                 for one in (answer.to(torch.uint8), sure))
 
 
 def bench(cfg):

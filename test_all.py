@@ -4032,7 +4032,34 @@ class MaskSupRuns(Case):
                                       "peak_mb"])
 
 
+def flooded(label):
+    """(H, W) numbers of the 4-connected pieces of equal class, by flooding one after the other."""
+    number, n = np.zeros(label.shape, int), 0
+    for at in np.ndindex(label.shape):
+        if number[at]:
+            continue
+        n, todo = n + 1, [at]
+        while todo:
+            y, x = todo.pop()
+            if (0 <= y < label.shape[0] and 0 <= x < label.shape[1] and not number[y, x]
+                    and label[y, x] == label[at]):
+                number[y, x] = n
+                todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    return number
+
+
 class MaskSupPredict(Case):
+    def test_pieces_against_flooding(self):
+        spiral = np.zeros((21, 21), np.uint8)           # one long piece, and one between its turns
+        for i in range(0, 10, 2):
+            spiral[i, i - 1 if i else 0:21 - i] = spiral[i:21 - i, 20 - i] = 1
+            spiral[20 - i, i:21 - i] = spiral[i + 2:21 - i, i] = 1
+        for label in (spiral, self.noise(1, 1) % 2, self.noise(30, 40) % 2, self.noise(9, 50) % 4,
+                      np.zeros((3, 4), np.uint8), np.eye(7, dtype=np.uint8)):
+            number = flooded(label)
+            expected = [len(set(number[label == c])) for c in range(5)]
+            self.assertEqual(common.pieces(label, 5).tolist(), expected)
+
     def setUp(self):
         super().setUp()
         torch.manual_seed(0)
@@ -4067,6 +4094,8 @@ class MaskSupPredict(Case):
         before = {p: p.read_bytes() for p in folder.iterdir()}
         done = self.predict(folder)
         self.assertEqual(done.returncode, 0, done.stderr)
+        areas = list(csv.DictReader((self.tmp / "to/areas.csv").read_text().splitlines()))
+        self.assertEqual(len(areas), 3 * 8)
         # each as RGB; two files share a stem, so that the outputs have whole names
         twins = {"rgb.png": rgb, "grey.png": np.stack([grey] * 3, 2), "alpha.png": alpha[..., :3],
                  "deep.png": np.stack([(deep // 256).astype(np.uint8)] * 3, 2), "tiny.png": tiny,
@@ -4080,6 +4109,18 @@ class MaskSupPredict(Case):
                 self.assertEqual((index.size, index.mode), (twin.shape[1::-1], "P"), name)
                 self.assertEqual(index.getpalette()[:9], colors.ravel().tolist())
                 index, overlay = np.array(index), np.array(overlay)
+            with Image.open(self.tmp / f"to/confidence/{name}.png") as confidence:
+                self.assertEqual((confidence.size, confidence.mode), (twin.shape[1::-1], "L"))
+                confidence = np.array(confidence)
+            for c, row in enumerate(r for r in areas if r["file"] == name):
+                self.assertEqual(row["class"], "abc"[c])
+                self.assertAlmostEqual(float(row["share"]), 100 * (index == c).mean(), places=3)
+                self.assertEqual(int(row["pieces"]), len(set(flooded(index)[index == c])))
+                if (index == c).any():
+                    mean = confidence[index == c].mean() / 2.55
+                    self.assertLess(abs(float(row["confidence"]) - mean), 0.3)
+                else:
+                    self.assertEqual(row["confidence"], "")
             # the answer, step by step
             small = Image.fromarray(np.ascontiguousarray(twin)).resize((32, 32), Image.BILINEAR)
             with torch.no_grad():
@@ -4089,6 +4130,8 @@ class MaskSupPredict(Case):
                                                                  Image.BILINEAR)) for m in logits]
             if min(twin.shape[:2]) >= 32:           # below, Pillow's bilinear averages
                 self.assertGreater((index == np.argmax(planes, 0)).mean(), 0.97, name)
+                odds = np.exp(planes - np.max(planes, 0))
+                self.assertLess(abs(confidence / 255 - 1 / odds.sum(0)).mean(), 0.02, name)
             np.testing.assert_allclose(overlay, 0.45 * twin + 0.55 * colors[index], atol=1)
         self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
         self.assertEqual(self.predict(folder).returncode, 2)                 # --to is not empty
@@ -4097,9 +4140,9 @@ class MaskSupPredict(Case):
         image = self.noise(1, 1, 3).repeat(40, 0).repeat(2500, 1)
         image[:, 1300:] = 255 - image[:, 1300:]
         cfg = masksup.Config(model="unet", width=4, size=32, device="cpu")
-        large = masksup.segment(self.f, image, cfg, common.Machine(cfg))
-        small = masksup.segment(self.f, image[:, ::2], cfg, common.Machine(cfg))
-        self.assertEqual(large.shape, (40, 2500))
+        large, sure = masksup.segment(self.f, image, cfg, common.Machine(cfg))
+        small, _ = masksup.segment(self.f, image[:, ::2], cfg, common.Machine(cfg))
+        self.assertEqual((large.shape, sure.shape), ((40, 2500), (40, 2500)))
         self.assertGreater((large[:, ::2] == small).mean(), 0.95)
 
     def test_broken_files_are_named_and_skipped(self):
