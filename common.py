@@ -1005,11 +1005,12 @@ LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (120, 120,
          (190, 140, 20), (20, 170, 180)]
 
 
-def draw_curves(history, path):
-    """Line plots of a history: the losses in one panel, what is in percent in the other."""
+def draw_curves(history, path, words=("loss", "iou")):
+    """Line plots of a history: the losses in one panel, what is in percent in the other. words: by
+    which the two are known."""
     W, H = 480, 340
     canvas = Image.new("RGB", (2 * W, H), "white")
-    for i, word in enumerate(("loss", "iou")):
+    for i, word in enumerate(words):
         keys = [key for key in history[0] if word in key]
         box = (i * W + 46, 14 + 16 * len(keys), (i + 1) * W - 14, H - 28)
         draw_panel(ImageDraw.Draw(canvas), box, [row["step"] for row in history],
@@ -1053,4 +1054,5 @@ def draw_panel(draw, box, xs, series, ticks=None):
         for x, y in points if ticks else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         above = top - 10 - 16 * (len(series) - 1 - i)
-        draw.text((left + 4, above), f"{name} {values[-1]:.4g}", color, font(12), anchor="lm")
+        last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
+        draw.text((left + 4, above), f"{name} {last:.4g}", color, font(12), anchor="lm")

@@ -676,41 +676,44 @@ def picture_iou(prediction, target, classes, void=True):
 
 
 @torch.no_grad()
-def evaluate(f, loader, cfg, machine, info, bank=None):
-    """Score the network f. bank: of masks to hold before the pictures, fixed by (seed, index).
+def evaluate(f, loader, cfg, machine, info, corrupt=None, bank=None):
+    """Score the network f. corrupt: a bank of masks to hold before the pictures (Fig. 6); bank: one
+    for M_holes, to compare the branches. A picture's mask is fixed by (seed, index).
 
     Returns, in percent: miou, dice (their means over the classes), class_iou and classes (both of
     each by name), from one confusion matrix over all pictures at size S; paper_iou, the paper's
     own measure (picture_iou), and the same without void; constant, the miou of the best answer
     that is the same class everywhere; and the loss, CE. Void is not counted, except in paper_iou
-    of more than two classes.
+    of more than two classes. With a bank also tasksim, the L_tasksim of M_p and M_pm (S 2).
     """
-    f.eval()
+    net = MaskSup(f).eval()
     N, device = len(info.classes), machine.device
     counts = torch.zeros(N, N, dtype=torch.int64, device=device)
-    sums = torch.zeros(5, device=device)    # CE, its pixels, IoUs of pictures (two), pictures
+    sums = torch.zeros(6, device=device)    # CE, its pixels, IoUs (two), tasksim, pictures
     for image, label, index in loader:
         image, label = to_input(image, device), label.to(device, non_blocking=True)
-        if bank is not None:
-            noise = noise_of([common.seed_of(cfg.seed, i) for i in index.tolist()])
-            image = image * pick(bank, noise.to(device))
+        noise = noise_of([common.seed_of(cfg.seed, i) for i in index.tolist()]).to(device)
+        if corrupt is not None:
+            image = image * pick(corrupt, noise)
         with machine.autocast():
-            logits = f(image)
-        answer = logits.argmax(1)
+            M_p, M_pm = net(image, None if bank is None else pick(bank, noise))
+        answer = M_p.argmax(1)
         counts += common.confusion(answer, label, N)
         each, without = (picture_iou(answer, label, N, void).sum() for void in (True, False))
         valid = (label != common.VOID).sum()
-        sums += torch.stack([cross_entropy(logits, label) * valid, valid.float(), each, without,
-                             torch.full_like(each, len(label))])
+        similar = valid * 0.0 if bank is None else task_similarity(M_p, M_pm) * len(label)
+        sums += torch.stack([cross_entropy(M_p, label) * valid, valid.float(), each, without,
+                             similar, torch.full_like(each, len(label))])
     common.all_reduce(counts, sums)
     iou = common.class_iou(counts)
     dice = 200 * iou / (100 + iou)
     return {"miou": iou.nanmean().item(), "dice": dice.nanmean().item(), "class_iou": iou.tolist(),
             "classes": {name: {"iou": a, "dice": b}
                         for name, a, b in zip(info.classes, iou.tolist(), dice.tolist())},
-            "paper_iou": (sums[2] / sums[4]).item(), "constant": common.constant_miou(counts),
-            "paper_iou_without_void": (sums[3] / sums[4]).item(),
-            "loss": (sums[0] / sums[1].clamp(min=1)).item()}
+            "paper_iou": (sums[2] / sums[5]).item(), "constant": common.constant_miou(counts),
+            "paper_iou_without_void": (sums[3] / sums[5]).item(),
+            "loss": (sums[0] / sums[1].clamp(min=1)).item(),
+            **({} if bank is None else {"tasksim": (sums[4] / sums[5]).item()})}
 
 
 def train_step(net, optimizer, scaler, machine, cfg, image, label, holes):
@@ -805,9 +808,10 @@ def train(cfg):
         # 3. evaluate, log, save
         due = run.note(step, terms, (train_set, index))
         if due == "evaluate":
-            scores = evaluate(f, val_loader, cfg, machine, info)
+            scores = evaluate(f, val_loader, cfg, machine, info, bank=bank)
             run.log(scores, "miou", said(scores, cfg), val_loss=scores["loss"],
-                    miou=scores["miou"], paper_iou=scores["paper_iou"])
+                    val_loss_tasksim=scores["tasksim"], miou=scores["miou"],
+                    paper_iou=scores["paper_iou"])
         if due:
             run.save()
 
@@ -827,7 +831,7 @@ def said(scores, cfg):
         line += f", paper_iou {scores['paper_iou']:.2f}"
     if cfg.data == "nyuv2":
         line += f" ({scores['paper_iou_without_void']:.2f} without void)"
-    return line
+    return line + (f", tasksim {scores['tasksim']:.4f}" if "tasksim" in scores else "")
 
 
 def write_metrics(out, state, cfg, f, more):
@@ -849,7 +853,8 @@ def write_metrics(out, state, cfg, f, more):
 
 @torch.no_grad()
 def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
-    """samples.png: picture, truth, M_p; the picture with holes, and what f makes of that, M_pm."""
+    """samples.png: picture, truth, M_p; the picture with holes, and what f makes of that, M_pm.
+    Returns these rows."""
     f.eval()
     chosen = range(0, len(val_set), max(1, len(val_set) // n))[:n]
     image, label, _ = zip(*(val_set[i] for i in chosen))
@@ -864,8 +869,9 @@ def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
     def shown(x):
         return list(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
-    common.sheet([shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)], path,
-                 ["image", "truth", "M_p", "with holes", "M_pm"])
+    rows = [shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)]
+    common.sheet(rows, path, ["image", "truth", "M_p", "with holes", "M_pm"])
+    return rows
 
 
 # ----------------------------------------------------------- --pretrain mae: Table 2's other side
@@ -951,10 +957,12 @@ def evaluate_only(cfg, origin):
     removed (Fig. 6), as a table and as OUT/robustness.png with a line for each checkpoint.
 
     All checkpoints of one size see the same holes, whose share is right to one percent of the
-    picture. metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each.
+    picture. metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each,
+    with one sheet of their answers (Fig. 3, 4) and one picture of their curves (S 2-3) in OUT.
     --eval --pretrained FILE: of MaskSup's release instead.
     """
     shares, curves, paths = shares_of(cfg.corrupt), {}, cfg.eval or (cfg.pretrained,)
+    rows, histories, sets = {}, {}, set()
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine = common.Machine(cfg)
     for path, folder in common.result_folders(paths, out).items():
@@ -969,11 +977,13 @@ def evaluate_only(cfg, origin):
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
         f.to(machine.device)
 
-        def score(pictures, bank=None):
+        def score(pictures, *banks):
             loader = data.eval_loader(pictures, here.batch_size, **machine.loading)
-            return evaluate(f, loader, here, machine, info, bank)
+            return evaluate(f, loader, here, machine, info, *banks)
 
-        curve = curves[name] = {0.0: score(val_set)}
+        holes = mask_bank(64, here.size, *COVERAGE["high"], common.seed_of(cfg.seed))
+        holes = holes.to(machine.device)
+        curve = curves[name] = {0.0: score(val_set, None, holes)}
         for share in shares:
             bank = mask_bank(64, here.size, max(0, share - 0.01), share + 0.01,
                              common.seed_of(cfg.seed, round(1000 * share)))
@@ -983,10 +993,23 @@ def evaluate_only(cfg, origin):
             more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}
         if machine.main:
-            bank = mask_bank(8, here.size, *COVERAGE[here.coverage], common.seed_of(cfg.seed))
-            draw_samples(f, val_set, here, machine, info, bank.to(machine.device),
-                         folder / "samples.png")
+            rows[name] = draw_samples(f, val_set, here, machine, info, holes,
+                                      folder / "samples.png")
+            histories[name] = {row["step"]: row for row in state["history"] if "step" in row}
+            sets.add(here.data)
             write_metrics(folder, {**state, "scores": curve[0.0]}, here, f, more)
+    if len(rows) > 1 and len(sets) == 1:
+        image, truth, _, holed, _ = rows[next(iter(rows))]
+        common.sheet([image, truth, *(r[2] for r in rows.values()), holed,
+                      *(r[4] for r in rows.values())], out / "samples.png",
+                     ["image", "truth", *rows, "with holes", *rows])
+        if steps := sorted({step for history in histories.values() for step in history}):
+            common.draw_curves(
+                [{"step": step} | {f"{title} of {name}": history.get(step, {}).get(key, math.nan)
+                                   for title, key in (("tasksim", "val_loss_tasksim"),
+                                                      ("mIoU", "miou"))
+                                   for name, history in histories.items()} for step in steps],
+                out / "curves.png", ("tasksim of ", "mIoU of "))
     if shares and machine.main:
         for title in "miou", "paper_iou":
             print(f"\n{title:24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)))

@@ -3904,10 +3904,10 @@ class MaskSupRuns(Case):
         with torch.no_grad():                     # answers that differ from pixel to pixel
             f.head.weight *= 100
             f.head.bias -= f(masksup.to_input(items[0][0][None], "cpu")).mean((0, 2, 3))
-        bank = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0)
-        for masks in None, bank:
+        bank, far = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0), []
+        for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
-                                     items.info, masks)
+                                     items.info, masks, holes)
             inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
             for i in range(len(items)):
                 image, label, _ = items[i]
@@ -3916,6 +3916,10 @@ class MaskSupRuns(Case):
                     x = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
                 with torch.no_grad():
                     p = f(x)[0].double().softmax(0).numpy()
+                    if holes is not None:
+                        seen = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
+                        q = f(seen)[0].double().softmax(0).numpy()
+                        far.append(((p - q) ** 2).sum(0).mean() / 2)
                 answer, truth = p.argmax(0), label.numpy()
                 for c in range(2):
                     inter[c] += ((answer == c) & (truth == c)).sum()
@@ -3927,6 +3931,8 @@ class MaskSupRuns(Case):
                     ce -= np.log(p[c][truth == c]).sum()
                     n += (truth == c).sum()
             self.assertAlmostEqual(found["miou"], 100 * (inter / union).mean(), places=3)
+            if holes is not None:
+                self.assertAlmostEqual(found["tasksim"], np.mean(far), places=5)
             self.assertAlmostEqual(found["dice"], 100 * (2 * inter / both).mean(), places=3)
             self.assertEqual(list(found["classes"]), ["class 0", "class 1"])
             for c in range(2):
@@ -3954,6 +3960,9 @@ class MaskSupRuns(Case):
         self.assertIn(f"disc {disc['iou']:.1f} / {disc['dice']:.1f}", done.stdout)
         base = self.tmp / "base"
         inside("masksup.py", *MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
+        state = saved(base / "last.pt")             # which is to answer all kinds of classes
+        state["model"]["head.weight"] = torch.randn(6, 4, 1, 1) * torch.tensor(100.0)
+        common.save_checkpoint(base / "last.pt", state)
         done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
                       "0.7,0.3,0.3", "--out", self.tmp / "eval")
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -3967,6 +3976,19 @@ class MaskSupRuns(Case):
         self.assertNotEqual(again["corrupt"]["0"], again["corrupt"]["0.7"])
         self.assertIn("base-last", done.stdout)
         self.assertTrue((self.tmp / "eval/robustness.png").exists())
+        # the sheet of both: image, truth, two rows of M_p, with holes, two of M_pm
+        one, two = (np.array(Image.open(self.tmp / f"eval/{name}-last/samples.png"))
+                    for name in ("run", "base"))
+        both = np.array(Image.open(self.tmp / "eval/samples.png"))
+        tiles = [[picture[4 + 164 * i:164 + 164 * i, -980:] for i in range(n)]
+                 for picture, n in ((one, 5), (two, 5), (both, 7))]
+        for i, expected in enumerate((tiles[0][0], tiles[0][1], tiles[0][2], tiles[1][2],
+                                      tiles[0][3], tiles[0][4], tiles[1][4])):
+            np.testing.assert_array_equal(tiles[2][i], expected, str(i))
+        for a, b in (2, 3), (3, 6):
+            self.assertFalse(np.array_equal(tiles[2][a], tiles[2][b]))
+        self.assertTrue((self.tmp / "eval/curves.png").exists())
+        self.assertEqual([float(r["val_loss_tasksim"]) > 0 for r in rows], [True])   # of base
         for flags, word in ((["--out", out], "already holds a run"),
                             (["--out", out, "--resume", "--lr", 0.5], "lr was 0.01, now 0.5"),
                             (["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
