@@ -3963,10 +3963,20 @@ class MaskSupRuns(Case):
         state = saved(base / "last.pt")             # which is to answer all kinds of classes
         state["model"]["head.weight"] = torch.randn(6, 4, 1, 1) * torch.tensor(100.0)
         common.save_checkpoint(base / "last.pt", state)
-        done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
-                      "0.7,0.3,0.3", "--out", self.tmp / "eval")
+        with mock.patch("common.draw_curves", wraps=common.draw_curves) as drawn:
+            done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
+                          "0.7,0.3,0.3", "--out", self.tmp / "eval")
         self.assertEqual(done.returncode, 0, done.stderr)
         rows = list(csv.DictReader((base / "log.csv").read_text().splitlines()))
+        curves = {(name, int(row["step"])): row for name in ("run", "base") for row in
+                  csv.DictReader((self.tmp / f"{name}/log.csv").read_text().splitlines())}
+        self.assertEqual([point["step"] for point in drawn.call_args.args[0]], [1, 4, 8])
+        for point in drawn.call_args.args[0]:
+            for name in "run", "base":
+                row = curves.get((name, point["step"]), {})
+                for title, key in ("mIoU", "miou"), ("tasksim", "val_loss_tasksim"):
+                    np.testing.assert_allclose(point[f"{title} of {name}-last"],
+                                               float(row.get(key, "nan")), rtol=1e-5)
         self.assertEqual((float(rows[0]["loss_context"]), float(rows[0]["loss_tasksim"])), (0, 0))
         self.assertEqual(rows[0]["loss"], rows[0]["loss_seg"])
         again = json.loads((self.tmp / "eval/run-last/metrics.json").read_text())
@@ -3987,7 +3997,6 @@ class MaskSupRuns(Case):
             np.testing.assert_array_equal(tiles[2][i], expected, str(i))
         for a, b in (2, 3), (3, 6):
             self.assertFalse(np.array_equal(tiles[2][a], tiles[2][b]))
-        self.assertTrue((self.tmp / "eval/curves.png").exists())
         self.assertEqual([float(r["val_loss_tasksim"]) > 0 for r in rows], [True])   # of base
         for flags, word in ((["--out", out], "already holds a run"),
                             (["--out", out, "--resume", "--lr", 0.5], "lr was 0.01, now 0.5"),
