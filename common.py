@@ -1018,6 +1018,18 @@ def draw_curves(history, path, words=("loss", "iou")):
     save_image(path, np.asarray(canvas))
 
 
+def compare_curves(histories, path, *keys):
+    """As draw_curves(), of several runs {name: history}: a panel for each of two keys of the rows,
+    with a line for each run. A run that has no row at a step is not drawn there."""
+    rows = {step: {"step": step} for step in sorted({row["step"] for history in histories.values()
+                                                     for row in history})}
+    for step in rows:
+        for name, history in histories.items():
+            found = next((row for row in history if row["step"] == step), {})
+            rows[step] |= {f"{key} of {name}": found.get(key, math.nan) for key in keys}
+    draw_curves(list(rows.values()), path, [f"{key} of " for key in keys])
+
+
 def draw_lines(xs, series, path, title):
     """One panel as a PNG: a line per series {name: values} over xs, and a title below."""
     W, H = 560, 380

@@ -23,23 +23,21 @@ On GlaS a reduced model (U-Net, 2.0 M parameters, 112 x 112, from scratch, two C
 of three seeds; commands and tables in README.md. The paper's own networks are built and counted,
 but have not been trained here.
 
-Departures from the paper, and what it leaves open:
-- L_tasksim is half the squared distance of the probabilities, mean over the pixels (for two
-  classes their mean squared difference), not a norm that grows with the picture. The released
-  NYUDv2 script compares the argmax, which passes no gradient.
+Departures from the paper, and what it leaves open (more in README.md):
+- L_tasksim is half the squared distance of the probabilities, mean over the pixels, not a norm
+  that grows with the picture. The released NYUDv2 script compares the argmax: no gradient.
 - Every set has two classes or more and a softmax, binary ones included.
 - The masks are drawn by draw_mask(); "high" and "low" of Table 3 have no figures in the paper.
-- glas, polyp: the release has amsgrad, decay 1e-5 and batch 8; the paper and we Adam, none and 16.
-  It averages labels over areas, we take the nearest pixel; it leaves LeViT's first convolution
-  random, we load it.
-- Table 2's MAE is a ViT; ours is the same f, which sees zeros where patches are removed.
+- glas, polyp: Adam and batch 16, as printed; the release has amsgrad, decay 1e-5 and batch 8,
+  averages labels over areas (we: the nearest pixel), and leaves LeViT's first convolution random.
+- LeViT-UNet's coarse maps are brought from 4 to 8, 16 and then 14 pixels, as released.
 - BatchNorm's running averages follow both passes. Taken from clean pictures alone they cost 0.5 of
   mIoU, and 1.8 with half of the picture removed (GlaS as above, three seeds).
 - The last epoch is reported; the paper's choice, the best on the test set, stands beside it.
-- nyuv2: the paper has rate 0.1, its released code 0.01 with decay 5e-4 and steps; ours is 0.1: on
-  CamVid (width 8, 112 x 112, 20 epochs, one seed) mIoU 40.4 against 35.9. paper_iou counts void
-  as class 0, as released, though training leaves it out; it stands beside it without void, too.
-- Table 4's U-Net of 3 M parameters is --model unet --width 20.
+- nyuv2: the paper has rate 0.1, its released code 0.01 with decay 5e-4 and steps; ours is 0.1.
+  paper_iou counts void, which training leaves out, as class 0; it is given without void, too.
+- Table 4's U-Net of 3 M parameters is --width 20. Table 2's MAE is a ViT, ours f on zeroed pixels.
+- The released networks' names are mapped, tested on their shapes, not tried on the files.
 """
 import json
 import math
@@ -362,12 +360,11 @@ class LeViTUNet(nn.Module):
 
     def forward(self, x):
         *skips, x, one, two, three = self.levit(x)
-        r, coarse = x.shape[-1], [one, two, three]
-        for i, m in enumerate(coarse):                         # 4 -> 8 -> 16 -> 14, as released
-            while m.shape[-1] < r:
+        for m in one, two, three:
+            while m.shape[-1] < x.shape[-1]:                   # 4 -> 8 -> 16 -> 14, as released
                 m = up(m)
-            coarse[i] = F.interpolate(m, (r, r), mode="bilinear", align_corners=True)
-        x = torch.cat([x, *coarse], 1)
+            m = F.interpolate(m, x.shape[-2:], mode="bilinear", align_corners=True)
+            x = torch.cat([x, m], 1)
         for stage, skip in zip(self.up, skips[::-1]):
             x = torch.cat([stage(up(x)), skip], 1)
         return up(self.head(x))
@@ -576,11 +573,11 @@ def mask_source(cfg):
         raise UserError(f"--masks {cfg.masks}: no pictures in it that remove a part: give masks "
                         "with 0 where the picture is removed and 255 where it is kept, or the "
                         "reverse with --masks-remove bright")
-    bright, kind = 100 * bank.float().mean().item(), cfg.masks_remove
+    bright = 100 * bank.float().mean().item()
     if os.environ.get("RANK", "0") == "0":
-        print(f"--masks: removes what is {kind}: dark are {100 - bright:.1f} % and bright "
-              f"{bright:.1f} % on average; --masks-remove dark|bright says which")
-    return bank if kind == "dark" else ~bank
+        print(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - bright:.1f} % and "
+              f"bright {bright:.1f} % on average; --masks-remove dark|bright says which")
+    return bank if cfg.masks_remove == "dark" else ~bank
 
 
 def to_input(image, device):
@@ -627,28 +624,27 @@ def load_pretrained(f, cfg, whole=False):
     shapes, against the released code's answers to 1e-4; it was not tried on the released files.
     Raises UserError if they are those of another network.
     """
-    url = LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE) if not whole else MASKSUP_RELEASE
+    url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
     read = data.published(cfg.pretrained, url, "model")
     theirs = {our_name(k.removeprefix("module."), cfg.model): read[k] for k in sorted(read)
               if torch.is_tensor(read[k])}
     mine, whole = f.state_dict(), whole or "head.weight" in theirs
-    for k in ("head.weight", "head.bias") if whole else ():
-        if k in theirs and len(theirs[k]) == 1 and len(mine[k]) == 2:
+    index = {k: t for k, t in f.named_buffers() if k not in mine}   # the distance of each two
+    for k in {"head.weight", "head.bias"} & theirs.keys():
+        if len(theirs[k]) == 1 and len(mine[k]) == 2:
             theirs[k] = torch.cat([torch.zeros_like(theirs[k]), theirs[k]])
-    index = {k: t for k, t in f.named_buffers() if k not in mine}       # which bias is for which
-    fits = {k: v for k, v in theirs.items()                             # distance: in no checkpoint
-            if (k in mine or k in index) and v.shape == (mine | index)[k].shape}
+    fits = {k: v for k, v in theirs.items()
+            if k in mine | index and v.shape == (mine | index)[k].shape}
     wanted = [k for k in mine if whole or k.startswith("levit.")]
     fresh = sorted(set(wanted) - fits.keys())
     if not wanted or fresh and (whole or not all(k.endswith("attention_biases") for k in fresh)):
         raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model} with "
                         f"{len(mine['head.bias'])} classes at --size {cfg.size}; give those of "
                         f"{url}, or another --model")
-    f.load_state_dict({k: v for k, v in fits.items() if k in mine}, strict=False)
-    for k in index.keys() & fits.keys():
-        index[k].copy_(fits[k])
+    for k, v in fits.items():
+        (mine | index)[k].copy_(v)                                  # these share memory with f's
     if os.environ.get("RANK", "0") == "0":
-        unused = sorted({k.split(".")[0] for k in theirs if k not in mine and k not in index})
+        unused = sorted({k.split(".")[0] for k in theirs if k not in mine | index})
         print(f"pretrained: {len(fits.keys() & mine.keys())} of the "
               f"{'network' if whole else 'encoder'}'s {len(wanted)} tensors"
               + (f"; fresh at this size: {', '.join(fresh).replace('levit.', '')}" if fresh else "")
@@ -931,25 +927,24 @@ def load(path):
     return common.load(path, "masksup", Config, data.Info, build)
 
 
-def load_release(cfg, origin):
-    """As load(), of --pretrained FILE: a network that MaskSup's authors released, or its like."""
+def load_release(cfg):
+    """As load(), of --pretrained FILE: a network that MaskSup's authors released."""
     check(cfg)
     info = data.info(cfg.data, cfg.root, cfg.palette or None)
     f = build(cfg, len(info.classes)).eval()
     load_pretrained(f, cfg, whole=True)
-    return cfg, info, f, {"history": [{"epoch": 0}], "step": 0, "seconds": 0.0}
+    return cfg, info, f, {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
 
 
 def shares_of(text):
     """'0.1,0.3' -> [0.1, 0.3]. Raises UserError for what are no shares of a picture."""
     try:
-        shares = [float(word) for word in text.split(",") if word.strip()]
+        shares = sorted({float(word) for word in text.split(",") if word.strip()})
+        if all(0 < share <= 0.95 for share in shares):
+            return shares
     except ValueError:
-        shares = [-1.0]
-    if not all(0 < share <= 0.95 for share in shares):
-        raise UserError(f"--corrupt {text}: expected shares above 0 and up to 0.95, "
-                        "such as 0.1,0.3,0.5,0.7")
-    return sorted(set(shares))
+        pass
+    raise UserError(f"--corrupt {text}: expected shares above 0 and up to 0.95, such as 0.1,0.3")
 
 
 def evaluate_only(cfg, origin):
@@ -962,11 +957,11 @@ def evaluate_only(cfg, origin):
     --eval --pretrained FILE: of MaskSup's release instead.
     """
     shares, curves, paths = shares_of(cfg.corrupt), {}, cfg.eval or (cfg.pretrained,)
-    rows, histories, sets = {}, {}, set()
+    rows, histories = {}, {}
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine = common.Machine(cfg)
     for path, folder in common.result_folders(paths, out).items():
-        theirs, info, f, state = load(path) if cfg.eval else load_release(cfg, origin)
+        theirs, info, f, state = load(path) if cfg.eval else load_release(cfg)
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
         here = theirs if not cfg.eval else common.settled(
             cfg, origin, path, theirs, check, "eval", "corrupt", "data", "palette", "batch_size",
@@ -995,29 +990,21 @@ def evaluate_only(cfg, origin):
         if machine.main:
             rows[name] = draw_samples(f, val_set, here, machine, info, holes,
                                       folder / "samples.png")
-            histories[name] = {row["step"]: row for row in state["history"] if "step" in row}
-            sets.add(here.data)
+            histories[name] = state["history"]
             write_metrics(folder, {**state, "scores": curve[0.0]}, here, f, more)
-    if len(rows) > 1 and len(sets) == 1:
-        image, truth, _, holed, _ = rows[next(iter(rows))]
+    if len(rows) > 1:
+        image, truth, _, holed, _ = rows[name]
         common.sheet([image, truth, *(r[2] for r in rows.values()), holed,
                       *(r[4] for r in rows.values())], out / "samples.png",
                      ["image", "truth", *rows, "with holes", *rows])
-        if steps := sorted({step for history in histories.values() for step in history}):
-            common.draw_curves(
-                [{"step": step} | {f"{title} of {name}": history.get(step, {}).get(key, math.nan)
-                                   for title, key in (("tasksim", "val_loss_tasksim"),
-                                                      ("mIoU", "miou"))
-                                   for name, history in histories.items()} for step in steps],
-                out / "curves.png", ("tasksim of ", "mIoU of "))
+        common.compare_curves(histories, out / "curves.png", "val_loss_tasksim", "miou")
     if shares and machine.main:
-        for title in "miou", "paper_iou":
-            print(f"\n{title:24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)))
-            for name, curve in curves.items():
-                print(f"{name:24}" + "".join(f"{score[title]:9.2f}" for score in curve.values()))
-        common.draw_lines([100 * s for s in (0, *shares)],
-                          {name: [score["miou"] for score in curve.values()]
-                           for name, curve in curves.items()}, out / "robustness.png",
+        lines = {name: [score["miou"] for score in curve.values()]
+                 for name, curve in curves.items()}
+        print(f"\n{'mIoU':24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)))
+        for name, line in lines.items():
+            print(f"{name:24}" + "".join(f"{value:9.2f}" for value in line))
+        common.draw_lines([100 * s for s in (0, *shares)], lines, out / "robustness.png",
                           "mIoU against the share of the picture removed, %")
 
 

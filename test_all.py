@@ -3974,8 +3974,8 @@ class MaskSupRuns(Case):
         for point in drawn.call_args.args[0]:
             for name in "run", "base":
                 row = curves.get((name, point["step"]), {})
-                for title, key in ("mIoU", "miou"), ("tasksim", "val_loss_tasksim"):
-                    np.testing.assert_allclose(point[f"{title} of {name}-last"],
+                for key in "miou", "val_loss_tasksim":
+                    np.testing.assert_allclose(point[f"{key} of {name}-last"],
                                                float(row.get(key, "nan")), rtol=1e-5)
         self.assertEqual((float(rows[0]["loss_context"]), float(rows[0]["loss_tasksim"])), (0, 0))
         self.assertEqual(rows[0]["loss"], rows[0]["loss_seg"])
