@@ -237,17 +237,6 @@ class Residual(nn.Module):
         return x + y
 
 
-class Every(nn.Module):
-    """(B, r * r, D) -> every second token of every second row."""
-
-    def __init__(self, r):
-        super().__init__()
-        self.r = r
-
-    def forward(self, x):
-        return x.unflatten(1, (self.r, self.r))[:, ::2, ::2].flatten(1, 2)
-
-
 class Attention(nn.Module):
     """Attention of r x r tokens of width i, to as many, or (shrink) from every second in each
     direction, with a learned bias for each head and each distance (|dy|, |dx|).
@@ -258,10 +247,10 @@ class Attention(nn.Module):
 
     def __init__(self, i, o, key, heads, r, shrink=False):
         super().__init__()
-        self.heads, self.shrink = heads, shrink
+        self.heads, self.shrink, self.r = heads, shrink, r
         self.key, self.value = key, 4 * key if shrink else 2 * key
         if shrink:
-            self.q = nn.Sequential(Every(r), LinearBN(i, heads * key))
+            self.q = nn.Sequential(nn.Identity(), LinearBN(i, heads * key))
             self.kv = LinearBN(i, heads * (key + self.value))
         else:
             self.qkv = LinearBN(i, heads * (2 * key + self.value))
@@ -275,7 +264,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         if self.shrink:
-            (q,) = self.split(self.q(x), self.key)
+            coarse = x.unflatten(1, (self.r, self.r))[:, ::2, ::2].flatten(1, 2)
+            (q,) = self.split(self.q(coarse), self.key)
             k, v = self.split(self.kv(x), self.key, self.value)
         else:
             q, k, v = self.split(self.qkv(x), self.key, self.key, self.value)
@@ -581,11 +571,8 @@ def mask_source(cfg):
 
 
 def to_input(image, device):
-    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device.
-
-    Pixel after pixel in memory, all channels of one together, which convolutions like: forward and
-    backward of a U-Net take 560 ms instead of 637, in bf16 298 instead of 370 (width 16, batch 16,
-    112 x 112, one CPU core, torch 2.13.0).
+    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device, all channels of a pixel together in
+    memory: a U-Net's step takes 560 ms instead of 637, in bf16 298 instead of 370 (one CPU core).
     """
     image = image.to(device, non_blocking=True, memory_format=torch.channels_last)
     return image.float() / 127.5 - 1
@@ -649,6 +636,7 @@ def load_pretrained(f, cfg, whole=False):
               f"{'network' if whole else 'encoder'}'s {len(wanted)} tensors"
               + (f"; fresh at this size: {', '.join(fresh).replace('levit.', '')}" if fresh else "")
               + (f"; not used: {', '.join(unused)}" if unused else ""))
+    return f
 
 
 # ------------------------------------------------------------------------------- train, evaluate
@@ -680,7 +668,7 @@ def evaluate(f, loader, cfg, machine, info, corrupt=None, bank=None):
     each by name), from one confusion matrix over all pictures at size S; paper_iou, the paper's
     own measure (picture_iou), and the same without void; constant, the miou of the best answer
     that is the same class everywhere; and the loss, CE. Void is not counted, except in paper_iou
-    of more than two classes. With a bank also tasksim, the L_tasksim of M_p and M_pm (S 2).
+    of more than two classes. With a bank also tasksim, L_tasksim between M_p and M_pm (S 2).
     """
     net = MaskSup(f).eval()
     N, device = len(info.classes), machine.device
@@ -822,12 +810,12 @@ def train(cfg):
 
 def said(scores, cfg):
     """The scores in a line; paper_iou for the paper's sets only."""
-    line = f"mIoU {scores['miou']:.2f}"
+    shown = {"mIoU": "miou"}
     if cfg.data in ("glas", "polyp", "nyuv2"):
-        line += f", paper_iou {scores['paper_iou']:.2f}"
+        shown["paper_iou"] = "paper_iou"
     if cfg.data == "nyuv2":
-        line += f" ({scores['paper_iou_without_void']:.2f} without void)"
-    return line + (f", tasksim {scores['tasksim']:.4f}" if "tasksim" in scores else "")
+        shown["without void"] = "paper_iou_without_void"
+    return ", ".join(f"{title} {scores[key]:.2f}" for title, key in shown.items())
 
 
 def write_metrics(out, state, cfg, f, more):
@@ -841,8 +829,9 @@ def write_metrics(out, state, cfg, f, more):
     for split, s in {"": scores, **beside}.items():
         each = (f"{name} {of['iou']:.1f} / {of['dice']:.1f}" for name, of in s["classes"].items()
                 if of["iou"] == of["iou"])                             # not nan: in no picture
+        similar = f"; tasksim {s['tasksim']:.4f}" if "tasksim" in s else ""
         print(textwrap.fill(f"{split} IoU / Dice: {', '.join(each)}; mean {s['miou']:.1f} / "
-                            f"{s['dice']:.1f}".strip(), 100, subsequent_indent="  "))
+                            f"{s['dice']:.1f}{similar}".strip(), 100, subsequent_indent="  "))
     print(f"{said(scores, cfg)} (the best constant answer {scores['constant']:.2f})"
           + "".join(f"; {split}: {said(s, cfg)}" for split, s in beside.items()) + f"  -> {out}")
 
@@ -931,8 +920,7 @@ def load_release(cfg):
     """As load(), of --pretrained FILE: a network that MaskSup's authors released."""
     check(cfg)
     info = data.info(cfg.data, cfg.root, cfg.palette or None)
-    f = build(cfg, len(info.classes)).eval()
-    load_pretrained(f, cfg, whole=True)
+    f = load_pretrained(build(cfg, len(info.classes)).eval(), cfg, whole=True)
     return cfg, info, f, {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
 
 
@@ -957,7 +945,7 @@ def evaluate_only(cfg, origin):
     --eval --pretrained FILE: of MaskSup's release instead.
     """
     shares, curves, paths = shares_of(cfg.corrupt), {}, cfg.eval or (cfg.pretrained,)
-    rows, histories = {}, {}
+    rows, histories, sets = {}, {}, set()
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine = common.Machine(cfg)
     for path, folder in common.result_folders(paths, out).items():
@@ -990,9 +978,9 @@ def evaluate_only(cfg, origin):
         if machine.main:
             rows[name] = draw_samples(f, val_set, here, machine, info, holes,
                                       folder / "samples.png")
-            histories[name] = state["history"]
+            histories[name], sets = state["history"], sets | {here.data}
             write_metrics(folder, {**state, "scores": curve[0.0]}, here, f, more)
-    if len(rows) > 1:
+    if len(rows) > 1 and len(sets) == 1:
         image, truth, _, holed, _ = rows[name]
         common.sheet([image, truth, *(r[2] for r in rows.values()), holed,
                       *(r[4] for r in rows.values())], out / "samples.png",
@@ -1046,8 +1034,7 @@ def bench(cfg):
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
         bank = mask_bank(8, S, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed)).to(device)
         noise = torch.rand(B, 6).to(device)
-        # the last is the one reported
-        for method in sorted(("base", "cb", "masksup"), key=lambda name: name == cfg.method):
+        for method in "base", "cb", "masksup":
             this = replace(cfg, method=method)
             timed = common.time_steps(
                 lambda i: train_step(net, optimizer, scaler, machine, this, image, label,
@@ -1055,7 +1042,7 @@ def bench(cfg):
                 cfg.bench, B, device, gmacs * B * (1 if method == "base" else 2))
             print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B}, "
                   f"{timed['img_per_s']:.1f} img/s, {timed['tflops']:.3g} TFLOP/s")
-        result |= timed
+            result |= timed if method == cfg.method else {}
     print(json.dumps(result))
 
 

@@ -4017,7 +4017,7 @@ class MaskSupRuns(Case):
     def test_paper_iou_is_said_of_the_papers_sets_alone(self):
         scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
         for name, line in (("camvid", "mIoU 12.30"), ("glas", "mIoU 12.30, paper_iou 45.60"),
-                           ("nyuv2", "mIoU 12.30, paper_iou 45.60 (78.90 without void)")):
+                           ("nyuv2", "mIoU 12.30, paper_iou 45.60, without void 78.90")):
             self.assertEqual(masksup.said(scores, masksup.Config(data=name)), line)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
