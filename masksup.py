@@ -82,14 +82,14 @@ class Config:
     flip: bool = False             # mirror half of the training pictures; the paper does not
     coverage: Literal["high", "low"] = "high"  # M_holes removes 50-75 %, or 10-30 % (for Table 3)
     masks: str = ""                # folder of masks to use instead of drawn ones
-    masks_remove: Literal["dark", "bright"] = "dark"  # pixels of --masks; the release's are bright
+    masks_remove: Literal["dark", "bright"] = "dark"  # what removes in --masks; released: bright
     bank: int = 256                # masks that are drawn, once a run
     alpha1: float = 1.0            # weight of L_seg in Eq. 3
     alpha2: float = 1.0            # weight of L_context
     alpha3: float = 1.0            # weight of L_tasksim
     width: int = 32                # channels of the first level of unet and unetpp
-    pretrained: str = "none"       # LeViT's release: imagenet (downloads), or a file of it or of
-    #                                MaskSup's release; none: random weights
+    pretrained: str = "none"       # imagenet (downloads LeViT's), a file of LeViT's or MaskSup's
+    #                                release, or none: random weights
     init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
     pretrain: Literal["none", "mae"] = "none"  # first learn to paint in removed patches (Table 2)
     pretrain_epochs: int = 800     # --pretrain mae: epochs of that; then 50 of --method base
@@ -146,11 +146,6 @@ def up(x):
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
-def halve(x):
-    """Half the height and width: the largest of each 2 x 2."""
-    return F.max_pool2d(x, 2)
-
-
 class UNet(nn.Module):
     """U-Net, five levels, upsampling bilinearly: (B, 3, S, S) -> logits (B, N, S, S), 16 | S."""
 
@@ -164,7 +159,7 @@ class UNet(nn.Module):
     def forward(self, x):
         skips = []
         for stage in self.down:
-            x = stage(halve(x) if skips else x)
+            x = stage(F.max_pool2d(x, 2) if skips else x)
             skips.append(x)
         for stage, skip in zip(self.up, skips[-2::-1]):
             x = stage(torch.cat([skip, up(x)], 1))
@@ -194,7 +189,7 @@ class UNetPlusPlus(nn.Module):
                 if j:
                     inputs = torch.cat([*(x[i, k] for k in range(j)), up(x[i + 1, j - 1])], 1)
                 else:
-                    inputs = halve(x[i - 1, 0]) if i else x[-1, 0]
+                    inputs = F.max_pool2d(x[i - 1, 0], 2) if i else x[-1, 0]
                 x[i, j] = self.node[f"{i}{j}"](inputs)
         return self.head(x[0, 4])
 
@@ -203,11 +198,9 @@ class UNetPlusPlus(nn.Module):
 
 # Module names and shapes down to LeViT are those of LeViT's release, so that its weights load.
 
-class ConvBN(nn.Sequential):
+def conv_bn(i, o):
     """conv3x3 of stride 2, BN."""
-
-    def __init__(self, i, o):
-        super().__init__(OrderedDict(c=nn.Conv2d(i, o, 3, 2, 1, bias=False),
+    return nn.Sequential(OrderedDict(c=nn.Conv2d(i, o, 3, 2, 1, bias=False),
                                      bn=nn.BatchNorm2d(o)))
 
 
@@ -303,12 +296,10 @@ class LeViT(nn.Module):
     def __init__(self, name, size):
         super().__init__()
         widths, heads, depths, key, drop = LEVIT[name]
-        n, r, blocks, self.ends = widths[0], size // 16, [], []
-        stem = [ConvBN(i, o) for i, o in ((3, n // 8), (n // 8, n // 4), (n // 4, n // 2),
-                                          (n // 2, n))]
-        act = [nn.Hardswish() for _ in range(3)]
-        self.patch_embed = nn.Sequential(stem[0], act[0], stem[1], act[1], stem[2], act[2],
-                                         stem[3])
+        n, r, stem, blocks, self.ends = widths[0], size // 16, [], [], []
+        for i, o in (3, n // 8), (n // 8, n // 4), (n // 4, n // 2), (n // 2, n):
+            stem += conv_bn(i, o), nn.Hardswish()
+        self.patch_embed = nn.Sequential(*stem[:-1])
         for stage, (width, h, depth) in enumerate(zip(widths, heads, depths)):
             if stage:
                 before = widths[stage - 1]
@@ -916,14 +907,6 @@ def load(path):
     return common.load(path, "masksup", Config, data.Info, build)
 
 
-def load_release(cfg):
-    """As load(), of --pretrained FILE: a network that MaskSup's authors released."""
-    check(cfg)
-    info = data.info(cfg.data, cfg.root, cfg.palette or None)
-    f = load_pretrained(build(cfg, len(info.classes)).eval(), cfg, whole=True)
-    return cfg, info, f, {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
-
-
 def shares_of(text):
     """'0.1,0.3' -> [0.1, 0.3]. Raises UserError for what are no shares of a picture."""
     try:
@@ -949,11 +932,16 @@ def evaluate_only(cfg, origin):
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine = common.Machine(cfg)
     for path, folder in common.result_folders(paths, out).items():
-        theirs, info, f, state = load(path) if cfg.eval else load_release(cfg)
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        here = theirs if not cfg.eval else common.settled(
-            cfg, origin, path, theirs, check, "eval", "corrupt", "data", "palette", "batch_size",
-            "seed")
+        if cfg.eval:
+            theirs, info, f, state = load(path)
+            here = common.settled(cfg, origin, path, theirs, check, "eval", "corrupt", "data",
+                                  "palette", "batch_size", "seed")
+        else:
+            check(cfg)
+            here, info = cfg, data.info(cfg.data, cfg.root, cfg.palette or None)
+            f = load_pretrained(build(here, len(info.classes)).eval(), here, whole=True)
+            state = {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
         here = replace(here, seed=cfg.seed)                        # of the holes, one for all
         val_set = dataset(here, data.eval_split(here.data))
         if val_set.info.classes != info.classes:
