@@ -600,6 +600,7 @@ def load_pretrained(f, cfg, whole=False):
     BatchNorm takes up the difference. MaskSup's for two classes have one channel z before a
     sigmoid: here logits (0, z). The map of names was tested on tensors of the released names and
     shapes, against the released code's answers to 1e-4; it was not tried on the released files.
+    (Nor do these answers hang on attention biases or on how LeViT's coarsest map is enlarged.)
     Raises UserError if they are those of another network.
     """
     url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
