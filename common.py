@@ -125,12 +125,13 @@ def reasons(Config):
     return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
 
 
-def parse(Config, recipes, doc, argv=None, by="recipe"):
+def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
     """Fill the dataclass Config from its defaults, then recipes[--data], then recipes[--BY], which
     is "small" for a folder of one's own where nothing is said, then the command line.
 
     A field `a_b: int = 3  # why` is the flag --a-b, its comment the help text. A bool that is True
-    by default becomes --no-a-b, a Literal is checked, a tuple takes several values.
+    by default becomes --no-a-b, a Literal is checked, a tuple takes several values, or none if it
+    is in `alone`.
     Returns (cfg, origin), origin[name] being "recipe" or "flag" for what is not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
@@ -145,7 +146,7 @@ def parse(Config, recipes, doc, argv=None, by="recipe"):
             kind["action"] = "store_false" if field.default else "store_true"
             flag = f"no-{flag}" if field.default else flag
         elif field.type is tuple:
-            kind.update(nargs="+", metavar=field.name.upper())
+            kind.update(nargs="*" if field.name in alone else "+", metavar=field.name.upper())
         elif typing.get_origin(field.type) is typing.Literal:
             kind["metavar"] = "|".join(typing.get_args(field.type))
         else:
@@ -728,13 +729,16 @@ def write_history(out, history):
     are any, that is, if the run has got to an evaluation."""
     if not history:
         return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in history:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write(Path(out) / "log.csv", text.getvalue())
+    write_csv(Path(out) / "log.csv", list(history[0]), [
+        [f"{row[k]:.6g}" if isinstance(row[k], float) else row[k] for k in history[0]]
+        for row in history])
     draw_curves(history, Path(out) / "curves.png")
+
+
+def write_csv(path, titles, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
+    write(path, text.getvalue())
 
 
 def write_json(path, value):
@@ -915,11 +919,34 @@ def empty_folder(to):
         raise UserError(f"--to {to} is not an empty folder: give a new one")
 
 
+def pieces(label, classes):
+    """How many 4-connected pieces each class has in (H, W) integer labels: (C,) int.
+
+    Runs of one class along a row are joined to those they touch in the next row: each takes the
+    smallest number it is joined to, until no two that are joined differ.
+    """
+    start = np.ones(label.shape, bool)
+    start[:, 1:] = label[:, 1:] != label[:, :-1]
+    run = start.cumsum().reshape(label.shape) - 1
+    meet = (label[1:] == label[:-1]) & (start[1:] | start[:-1])     # where two begin to touch
+    a, b, root = run[:-1][meet], run[1:][meet], np.arange(run[-1, -1] + 1)
+    while len(a):
+        np.minimum.at(root, np.maximum(root[a], root[b]), np.minimum(root[a], root[b]))
+        while (root[root] != root).any():
+            root = root[root]
+        apart = root[a] != root[b]
+        a, b = a[apart], b[apart]
+    first = root == np.arange(len(root))
+    return np.bincount(label[start][first], minlength=classes)[:classes]
+
+
 def predict_folder(cfg, origin, load, check, data, segment, *flags):
     """--predict PATH .. --ckpt CKPT --to DIR: segment images, and those in folders, and exit.
 
     load, check and segment are the method's, data is data.py, flags: as in settled().
-    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W).
+    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), or these
+    and their confidence, float32 (H, W) in 0..1: then DIR/confidence/NAME.png has 255 times it,
+    and DIR/areas.csv each class's share and mean confidence in percent, and number of pieces.
     Writes DIR/NAME.png, class indices with the classes' colours as palette, and
     DIR/overlay/NAME.png, at the size of the image, which is turned upright first if its EXIF
     data say so; the images of a folder in a folder into the same tree. With a.jpg beside a.png,
@@ -932,7 +959,7 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     theirs, info, model, _ = load(cfg.ckpt)
     paths = cfg.predict
     cfg = settled(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
-    machine, to, failed, found = Machine(cfg), Path(cfg.to), 0, []
+    machine, to, failed, found, areas = Machine(cfg), Path(cfg.to), 0, [], []
     if machine.world > 1:
         raise UserError("--predict works in one process: python in place of torchrun")
     empty_folder(to)
@@ -951,7 +978,7 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     if len({name for _, name in found}) < len(found):
         raise UserError("--predict: two of these have the same name: predict them one by one")
     for path, name in Progress(found):
-        name = f"{name if alike else name.with_suffix('')}.png"
+        file, name = name, f"{name if alike else name.with_suffix('')}.png"
         try:
             image = data.read_image(path)
         except UserError as error:
@@ -959,8 +986,16 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
             print(f"{error} (skipped)", file=sys.stderr)
             continue
         answer = segment(model, image, cfg, machine)
+        if isinstance(answer, tuple):
+            answer, sure = answer
+            save_image(to / "confidence" / name, (255 * sure).round().astype(np.uint8))
+            for c, n in enumerate(pieces(answer, len(info.classes))):
+                mean = round(100 * float(sure[answer == c].mean()), 2) if n else ""
+                areas.append((file, info.classes[c], round(100 * (answer == c).mean(), 4), mean, n))
         save_image(to / name, answer, np.array(info.colors, np.uint8).ravel().tolist())
         save_image(to / "overlay" / name, overlay(image, answer, info.colors))
+    if areas:
+        write_csv(to / "areas.csv", ("file", "class", "share", "confidence", "pieces"), areas)
     print(f"{len(found) - failed} segmented, {failed} failed -> {to}; classes "
           + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
     sys.exit(1 if failed else 0)
@@ -970,16 +1005,29 @@ LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (120, 120,
          (190, 140, 20), (20, 170, 180)]
 
 
-def draw_curves(history, path):
-    """Line plots of a history: the losses in one panel, what is in percent in the other."""
+def draw_curves(history, path, words=("loss", "iou")):
+    """Line plots of a history: the losses in one panel, what is in percent in the other. words: by
+    which the two are known."""
     W, H = 480, 340
     canvas = Image.new("RGB", (2 * W, H), "white")
-    for i, word in enumerate(("loss", "iou")):
+    for i, word in enumerate(words):
         keys = [key for key in history[0] if word in key]
         box = (i * W + 46, 14 + 16 * len(keys), (i + 1) * W - 14, H - 28)
         draw_panel(ImageDraw.Draw(canvas), box, [row["step"] for row in history],
                    {key: [row[key] for row in history] for key in keys})
     save_image(path, np.asarray(canvas))
+
+
+def compare_curves(histories, path, *keys):
+    """As draw_curves(), of several runs {name: history}: a panel for each of two keys of the rows,
+    with a line for each run. A run that has no row at a step is not drawn there."""
+    rows = {step: {"step": step} for step in sorted({row["step"] for history in histories.values()
+                                                     for row in history})}
+    for step in rows:
+        for name, history in histories.items():
+            found = next((row for row in history if row["step"] == step), {})
+            rows[step] |= {f"{key} of {name}": found.get(key, math.nan) for key in keys}
+    draw_curves(list(rows.values()), path, [f"{key} of " for key in keys])
 
 
 def draw_lines(xs, series, path, title):
@@ -1018,4 +1066,5 @@ def draw_panel(draw, box, xs, series, ticks=None):
         for x, y in points if ticks else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         above = top - 10 - 16 * (len(series) - 1 - i)
-        draw.text((left + 4, above), f"{name} {values[-1]:.4g}", color, font(12), anchor="lm")
+        last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
+        draw.text((left + 4, above), f"{name} {last:.4g}", color, font(12), anchor="lm")

@@ -1276,7 +1276,7 @@ def published(pretrained, url, key):
     except Exception as error:           # no file, no network, no pickle: all for the user to mend
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--pretrained {pretrained}: cannot be read ({reason[:100]}); give a file "
-                        f"from {url}") from None
+                        f"from {url}, or --pretrained none for random weights") from None
 
 
 # ------------------------------------------------------- drawn by us: shapes and materials

@@ -9,10 +9,11 @@ cost but that of f. Zunair and Ben Hamza, "Masked supervised learning for semant
 BMVC 2022; equations, tables and figures are numbered as there.
 
     python masksup.py                                       # embedded dataset, CPU, two minutes
-    python masksup.py --data glas                           # the paper's recipe
+    python masksup.py --data glas                           # as released: from LeViT's weights
     python masksup.py --data glas --method base             # what it is compared with (Fig. 5)
-    python masksup.py --data glas --pretrained imagenet     # from LeViT's weights
+    python masksup.py --data glas --pretrained none         # from random weights
     python masksup.py --eval out/a/last.pt out/b/last.pt --corrupt 0.1,0.3,0.5,0.7      # Fig. 6
+    python masksup.py --eval --pretrained masksupglas76.06iou.pth --data glas   # MaskSup's release
     python masksup.py --predict PICTURES --ckpt out/masksup-glas/best.pt --to DIR
     python masksup.py --data glas --pretrain mae            # the other side of Table 2
     torchrun --nproc_per_node=4 masksup.py --data glas      # several GPUs
@@ -22,20 +23,27 @@ On GlaS a reduced model (U-Net, 2.0 M parameters, 112 x 112, from scratch, two C
 of three seeds; commands and tables in README.md. The paper's own networks are built and counted,
 but have not been trained here.
 
-Departures from the paper, and what it leaves open:
-- L_tasksim is the mean squared difference of probabilities, not a norm that grows with the
-  picture. The released NYUDv2 script compares the argmax, which passes no gradient.
+Departures from the paper, and what it leaves open (more in README.md):
+- L_tasksim is half the squared distance of the probabilities, mean over the pixels, not a norm
+  that grows with the picture. The released NYUDv2 script compares the argmax: no gradient.
 - Every set has two classes or more and a softmax, binary ones included.
 - The masks are drawn by draw_mask(); "high" and "low" of Table 3 have no figures in the paper.
+- glas, polyp: Adam and batch 16, as printed; the release has amsgrad, decay 1e-5 and batch 8,
+  averages labels over areas (we: the nearest pixel), and leaves LeViT's first convolution random.
+- LeViT-UNet's coarse maps are brought from 4 to 8, 16 and then 14 pixels, as released.
 - BatchNorm's running averages follow both passes. Taken from clean pictures alone they cost 0.5 of
   mIoU, and 1.8 with half of the picture removed (GlaS as above, three seeds).
 - The last epoch is reported; the paper's choice, the best on the test set, stands beside it.
-- nyuv2: the paper has rate 0.1, its released code 0.01 with decay 5e-4 and steps; ours is 0.1: on
-  CamVid (width 8, 112 x 112, 20 epochs, one seed) mIoU 40.4 against 35.9.
+- nyuv2: the paper has rate 0.1, its released code 0.01 with decay 5e-4 and steps; ours is 0.1.
+  paper_iou counts void, which training leaves out, as class 0; it is given without void, too.
+- Table 4's U-Net of 3 M parameters is --width 20. Table 2's MAE is a ViT, ours f on zeroed pixels.
+- The released networks' names are mapped, tested on their shapes, not tried on the files.
 """
 import json
 import math
 import os
+import re
+import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,13 +81,15 @@ class Config:
     size: int = 224                # pictures are resized to this side, whatever their proportions
     flip: bool = False             # mirror half of the training pictures; the paper does not
     coverage: Literal["high", "low"] = "high"  # M_holes removes 50-75 %, or 10-30 % (for Table 3)
-    masks: str = ""                # folder of masks to use instead of drawn ones: dark removes
+    masks: str = ""                # folder of masks to use instead of drawn ones
+    masks_remove: Literal["dark", "bright"] = "dark"  # what removes in --masks; released: bright
     bank: int = 256                # masks that are drawn, once a run
     alpha1: float = 1.0            # weight of L_seg in Eq. 3
     alpha2: float = 1.0            # weight of L_context
     alpha3: float = 1.0            # weight of L_tasksim
     width: int = 32                # channels of the first level of unet and unetpp
-    pretrained: str = ""           # weights of LeViT's release: imagenet (downloads), or a file
+    pretrained: str = "none"       # imagenet (downloads LeViT's), a file of LeViT's or MaskSup's
+    #                                release, or none: random weights
     init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
     pretrain: Literal["none", "mae"] = "none"  # first learn to paint in removed patches (Table 2)
     pretrain_epochs: int = 800     # --pretrain mae: epochs of that; then 50 of --method base
@@ -97,7 +107,7 @@ class Config:
     save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
     max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
     palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
-    eval: tuple = ()               # evaluate these checkpoints and do nothing else
+    eval: tuple = ()               # evaluate these checkpoints (or --pretrained) and nothing else
     corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
     bench: int = -1                # time N training steps on random tensors; 0: only count
     predict: tuple = ()            # images to segment: files, or folders and what is in them
@@ -112,7 +122,8 @@ RECIPES = {                        # what differs from the defaults above, by da
     "shapes": dict(model="unet", width=16, size=32, epochs=32, batch_size=8, lr=1e-2,
                    schedule="cosine", warmup=30, coverage="low", eval_every=4, mae_patch=8,
                    pretrain_epochs=10),
-    "glas": {}, "polyp": {}, "nyuv2": SCENES,           # the paper's; the others are not in it
+    "glas": dict(pretrained="imagenet"), "polyp": dict(pretrained="imagenet"),  # of LeViT alone
+    "nyuv2": SCENES,                                    # the paper's; the others are not in it
     "voc": SCENES, "camvid": SCENES, "cityscapes": SCENES,
     # for a folder of your own, on a laptop: about ten minutes
     "small": dict(model="unet", width=16, size=128, epochs=0, batch_size=8, lr=1e-3,
@@ -135,11 +146,6 @@ def up(x):
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
-def halve(x):
-    """Half the height and width: the largest of each 2 x 2."""
-    return F.max_pool2d(x, 2)
-
-
 class UNet(nn.Module):
     """U-Net, five levels, upsampling bilinearly: (B, 3, S, S) -> logits (B, N, S, S), 16 | S."""
 
@@ -153,7 +159,7 @@ class UNet(nn.Module):
     def forward(self, x):
         skips = []
         for stage in self.down:
-            x = stage(halve(x) if skips else x)
+            x = stage(F.max_pool2d(x, 2) if skips else x)
             skips.append(x)
         for stage, skip in zip(self.up, skips[-2::-1]):
             x = stage(torch.cat([skip, up(x)], 1))
@@ -183,7 +189,7 @@ class UNetPlusPlus(nn.Module):
                 if j:
                     inputs = torch.cat([*(x[i, k] for k in range(j)), up(x[i + 1, j - 1])], 1)
                 else:
-                    inputs = halve(x[i - 1, 0]) if i else x[-1, 0]
+                    inputs = F.max_pool2d(x[i - 1, 0], 2) if i else x[-1, 0]
                 x[i, j] = self.node[f"{i}{j}"](inputs)
         return self.head(x[0, 4])
 
@@ -192,11 +198,9 @@ class UNetPlusPlus(nn.Module):
 
 # Module names and shapes down to LeViT are those of LeViT's release, so that its weights load.
 
-class ConvBN(nn.Sequential):
+def conv_bn(i, o):
     """conv3x3 of stride 2, BN."""
-
-    def __init__(self, i, o):
-        super().__init__(OrderedDict(c=nn.Conv2d(i, o, 3, 2, 1, bias=False),
+    return nn.Sequential(OrderedDict(c=nn.Conv2d(i, o, 3, 2, 1, bias=False),
                                      bn=nn.BatchNorm2d(o)))
 
 
@@ -226,17 +230,6 @@ class Residual(nn.Module):
         return x + y
 
 
-class Every(nn.Module):
-    """(B, r * r, D) -> every second token of every second row."""
-
-    def __init__(self, r):
-        super().__init__()
-        self.r = r
-
-    def forward(self, x):
-        return x.unflatten(1, (self.r, self.r))[:, ::2, ::2].flatten(1, 2)
-
-
 class Attention(nn.Module):
     """Attention of r x r tokens of width i, to as many, or (shrink) from every second in each
     direction, with a learned bias for each head and each distance (|dy|, |dx|).
@@ -247,10 +240,10 @@ class Attention(nn.Module):
 
     def __init__(self, i, o, key, heads, r, shrink=False):
         super().__init__()
-        self.heads, self.shrink = heads, shrink
+        self.heads, self.shrink, self.r = heads, shrink, r
         self.key, self.value = key, 4 * key if shrink else 2 * key
         if shrink:
-            self.q = nn.Sequential(Every(r), LinearBN(i, heads * key))
+            self.q = nn.Sequential(nn.Identity(), LinearBN(i, heads * key))
             self.kv = LinearBN(i, heads * (key + self.value))
         else:
             self.qkv = LinearBN(i, heads * (2 * key + self.value))
@@ -264,7 +257,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         if self.shrink:
-            (q,) = self.split(self.q(x), self.key)
+            coarse = x.unflatten(1, (self.r, self.r))[:, ::2, ::2].flatten(1, 2)
+            (q,) = self.split(self.q(coarse), self.key)
             k, v = self.split(self.kv(x), self.key, self.value)
         else:
             q, k, v = self.split(self.qkv(x), self.key, self.key, self.value)
@@ -302,12 +296,10 @@ class LeViT(nn.Module):
     def __init__(self, name, size):
         super().__init__()
         widths, heads, depths, key, drop = LEVIT[name]
-        n, r, blocks, self.ends = widths[0], size // 16, [], []
-        stem = [ConvBN(i, o) for i, o in ((3, n // 8), (n // 8, n // 4), (n // 4, n // 2),
-                                          (n // 2, n))]
-        act = [nn.Hardswish() for _ in range(3)]
-        self.patch_embed = nn.Sequential(stem[0], act[0], stem[1], act[1], stem[2], act[2],
-                                         stem[3])
+        n, r, stem, blocks, self.ends = widths[0], size // 16, [], [], []
+        for i, o in (3, n // 8), (n // 8, n // 4), (n // 4, n // 2), (n // 2, n):
+            stem += conv_bn(i, o), nn.Hardswish()
+        self.patch_embed = nn.Sequential(*stem[:-1])
         for stage, (width, h, depth) in enumerate(zip(widths, heads, depths)):
             if stage:
                 before = widths[stage - 1]
@@ -349,8 +341,11 @@ class LeViTUNet(nn.Module):
 
     def forward(self, x):
         *skips, x, one, two, three = self.levit(x)
-        x = torch.cat([x] + [F.interpolate(m, x.shape[-2:], mode="bilinear", align_corners=True)
-                             for m in (one, two, three)], 1)
+        for m in one, two, three:
+            while m.shape[-1] < x.shape[-1]:                   # 4 -> 8 -> 16 -> 14, as released
+                m = up(m)
+            m = F.interpolate(m, x.shape[-2:], mode="bilinear", align_corners=True)
+            x = torch.cat([x, m], 1)
         for stage, skip in zip(self.up, skips[::-1]):
             x = torch.cat([stage(up(x)), skip], 1)
         return up(self.head(x))
@@ -485,14 +480,15 @@ def cross_entropy(logits, label, add=lambda sums: sums):
 
 
 def task_similarity(M_p, M_pm, add=lambda sums: sums):
-    """L_tasksim: mean squared difference of the probabilities, over all pixels and classes.
+    """L_tasksim: half the squared distance of the probabilities, mean over all pixels: from 0 to 1,
+    where the branches are sure of different classes, for any number of classes.
 
     M_p, M_pm: logits (B, N, S, S). Both receive its gradient; it needs no labels, so that void
     counts as well. The paper has the norm, whose size would grow with the picture. add: as in
     cross_entropy().
     """
     top = (M_p.float().softmax(1) - M_pm.float().softmax(1)).square().sum()
-    top, bottom = add(torch.stack([top, torch.full_like(top, M_p.numel())]))
+    top, bottom = add(torch.stack([top, torch.full_like(top, 2 * M_p[:, 0].numel())]))
     return top / bottom
 
 
@@ -543,7 +539,8 @@ def mask_source(cfg):
     """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the pictures in --masks
     (pick() shifts these too, which leaves a seam at the border).
 
-    Raises UserError if there are none.
+    Says what share they remove, and what it would be the other way round. Raises UserError if
+    there are none.
     """
     if not cfg.masks:
         with data.waiting(f"drawing {cfg.bank} masks"):
@@ -555,16 +552,18 @@ def mask_source(cfg):
     bank = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, dtype=torch.bool)
     if bank.all() or not bank.any():
         raise UserError(f"--masks {cfg.masks}: no pictures in it that remove a part: give masks "
-                        "with 0 where the picture is removed and 255 where it is kept")
-    return bank
+                        "with 0 where the picture is removed and 255 where it is kept, or the "
+                        "reverse with --masks-remove bright")
+    bright = 100 * bank.float().mean().item()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - bright:.1f} % and "
+              f"bright {bright:.1f} % on average; --masks-remove dark|bright says which")
+    return bank if cfg.masks_remove == "dark" else ~bank
 
 
 def to_input(image, device):
-    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device.
-
-    Pixel after pixel in memory, all channels of one together, which convolutions like: forward and
-    backward of a U-Net take 560 ms instead of 637, in bf16 298 instead of 370 (width 16, batch 16,
-    112 x 112, one CPU core, torch 2.13.0).
+    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device, all channels of a pixel together in
+    memory: a U-Net's step takes 560 ms instead of 637, in bf16 298 instead of 370 (one CPU core).
     """
     image = image.to(device, non_blocking=True, memory_format=torch.channels_last)
     return image.float() / 127.5 - 1
@@ -572,78 +571,125 @@ def to_input(image, device):
 
 LEVIT_RELEASE = {name: f"https://dl.fbaipublicfiles.com/LeViT/LeViT-{file}.pth" for name, file in (
     ("levit128s", "128S-96703c44"), ("levit192", "192-92712e41"), ("levit384", "384-9bdaf2e2"))}
+MASKSUP_RELEASE = "https://github.com/hasibzunair/masksup-segmentation/releases"
+OUR_NAMES = (           # how names begin in LeViT's release (the first two) and in MaskSup's: ours
+    (r"patch_embed", "levit.patch_embed"), (r"blocks", "levit.blocks"),
+    (r"cnn_b(\d)\.0", lambda m: f"levit.patch_embed.{2 * int(m[1]) - 2}"),
+    (r"block_\d", "levit.blocks"),
+    (r"decoderBlock_(\d)\.conv(\d)\.(\d)", lambda m:
+     f"up.{int(m[1]) - 1}.{3 * int(m[2]) - 3 + int(m[3])}"),
+    (r"conv(\d)_(\d)\.(conv|bn)(\d)", lambda m:
+     f"node.{m[1]}{m[2]}.{3 * int(m[4]) - 3 + (m[3] == 'bn')}"),
+    (r"segmentation_head\.0", "head"), (r"final", "head"), (r"(.*)attention_bias_idxs", r"\1index"),
+    (r"node\.(\d)0", r"down.\1"), (r"node\.(\d)\d", lambda m: f"up.{3 - int(m[1])}"),  # of unet
+)
 
 
-def load_levit(levit, cfg):
-    """--pretrained: copy the weights of LeViT's release into the encoder, and say what was not.
+def our_name(name, model):
+    """A tensor's name in LeViT's or MaskSup's release -> its name in our network."""
+    for pattern, ours in OUR_NAMES if model == "unet" else OUR_NAMES[:-2]:
+        name = re.sub(rf"^{pattern}(?=\.|$)", ours, name)
+    return name
 
-    They were trained on pictures normalised by ImageNet's mean and deviation, not to [-1, 1]:
-    BatchNorm takes up the difference. Raises UserError if they are those of another network.
+
+def load_pretrained(f, cfg, whole=False):
+    """--pretrained: copy the weights of LeViT's release into the encoder, or those of MaskSup's
+    release into all of f, and say what was not copied. whole: accept the second alone.
+
+    LeViT's were trained on pictures normalised by ImageNet's mean and deviation, not to [-1, 1]:
+    BatchNorm takes up the difference. MaskSup's for two classes have one channel z before a
+    sigmoid: here logits (0, z). The map of names was tested on tensors of the released names and
+    shapes, against the released code's answers to 1e-4; it was not tried on the released files.
+    (Nor do these answers hang on attention biases or on how LeViT's coarsest map is enlarged.)
+    Raises UserError if they are those of another network.
     """
-    theirs = data.published(cfg.pretrained, LEVIT_RELEASE[cfg.model], "model")
-    mine = levit.state_dict()
+    url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
+    read = data.published(cfg.pretrained, url, "model")
+    theirs = {our_name(k.removeprefix("module."), cfg.model): read[k] for k in sorted(read)
+              if torch.is_tensor(read[k])}
+    mine, whole = f.state_dict(), whole or "head.weight" in theirs
+    index = {k: t for k, t in f.named_buffers() if k not in mine}   # the distance of each two
+    for k in {"head.weight", "head.bias"} & theirs.keys():
+        if len(theirs[k]) == 1 and len(mine[k]) == 2:
+            theirs[k] = torch.cat([torch.zeros_like(theirs[k]), theirs[k]])
     fits = {k: v for k, v in theirs.items()
-            if k in mine and torch.is_tensor(v) and v.shape == mine[k].shape}
-    fresh = sorted(mine.keys() - fits.keys())
-    if not all(k.endswith("attention_biases") for k in fresh):
-        raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model}; give "
-                        f"{LEVIT_RELEASE[cfg.model]}")
-    levit.load_state_dict(fits, strict=False)
+            if k in mine | index and v.shape == (mine | index)[k].shape}
+    wanted = [k for k in mine if whole or k.startswith("levit.")]
+    fresh = sorted(set(wanted) - fits.keys())
+    if not wanted or fresh and (whole or not all(k.endswith("attention_biases") for k in fresh)):
+        raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model} with "
+                        f"{len(mine['head.bias'])} classes at --size {cfg.size}; give those of "
+                        f"{url}, or another --model")
+    for k, v in fits.items():
+        (mine | index)[k].copy_(v)                                  # these share memory with f's
     if os.environ.get("RANK", "0") == "0":
-        unused = sorted({k.split(".")[0] for k in theirs if k not in mine} - {"blocks"})
-        print(f"pretrained: {len(fits)} of the encoder's {len(mine)} tensors"
-              + (f"; fresh at this size: {', '.join(fresh)}" if fresh else "")
+        unused = sorted({k.split(".")[0] for k in theirs if k not in mine | index})
+        print(f"pretrained: {len(fits.keys() & mine.keys())} of the "
+              f"{'network' if whole else 'encoder'}'s {len(wanted)} tensors"
+              + (f"; fresh at this size: {', '.join(fresh).replace('levit.', '')}" if fresh else "")
               + (f"; not used: {', '.join(unused)}" if unused else ""))
+    return f
 
 
 # ------------------------------------------------------------------------------- train, evaluate
 
-def picture_iou(prediction, target, classes):
+def picture_iou(prediction, target, classes, void=True):
     """MaskSup's measure, (B,) float in percent; its paper_iou is the mean over the pictures.
 
     prediction, target: (B, H, W) ints. Two classes: the IoU of class 1, void (255) left out, 100
     where it is in neither. More: the IoU micro-averaged over the classes, that is pixels right
-    over (pixels right + 2 x pixels wrong), void counted as class 0 as in the released code.
+    over (pixels right + 2 x pixels wrong), void counted as class 0 as in the released code, or
+    left out (void=False).
     """
     prediction, target = prediction.flatten(1), target.flatten(1)
     if classes == 2:
         both = ((prediction == 1) & (target == 1)).sum(1).float()
         either = (((prediction == 1) | (target == 1)) & (target != 255)).sum(1)
         return 100 * torch.where(either > 0, both / either.clamp(min=1), 1.0)
-    right = (prediction == target.masked_fill(target == 255, 0)).sum(1)
-    return 100 * right / (2 * target.shape[1] - right)
+    counted = (target != 255) | void
+    right = ((prediction == target.masked_fill(target == 255, 0)) & counted).sum(1)
+    return 100 * right / (2 * counted.sum(1) - right).clamp(min=1)
 
 
 @torch.no_grad()
-def evaluate(f, loader, cfg, machine, info, bank=None):
-    """Score the network f. bank: of masks to hold before the pictures, fixed by (seed, index).
+def evaluate(f, loader, cfg, machine, info, corrupt=None, bank=None):
+    """Score the network f. corrupt: a bank of masks to hold before the pictures (Fig. 6); bank: one
+    for M_holes, to compare the branches. A picture's mask is fixed by (seed, index).
 
-    Returns, in percent: miou and class_iou, from one confusion matrix over all pictures at size
-    S; paper_iou, the paper's own measure (picture_iou); constant, the miou of the best
-    answer that is the same class everywhere; and the loss, CE. Void is not counted, except in
-    paper_iou of more than two classes.
+    Returns, in percent: miou, dice (their means over the classes), class_iou and classes (both of
+    each by name), from one confusion matrix over all pictures at size S; paper_iou, the paper's
+    own measure (picture_iou), and the same without void; constant, the miou of the best answer
+    that is the same class everywhere; and the loss, CE. Void is not counted, except in paper_iou
+    of more than two classes. With a bank also tasksim, L_tasksim between M_p and M_pm (S 2).
     """
-    f.eval()
+    net = MaskSup(f).eval()
     N, device = len(info.classes), machine.device
     counts = torch.zeros(N, N, dtype=torch.int64, device=device)
-    sums = torch.zeros(4, device=device)              # CE, its pixels, IoUs of pictures, pictures
+    sums = torch.zeros(6, device=device)    # CE, its pixels, IoUs (two), tasksim, pictures
     for image, label, index in loader:
         image, label = to_input(image, device), label.to(device, non_blocking=True)
-        if bank is not None:
-            noise = noise_of([common.seed_of(cfg.seed, i) for i in index.tolist()])
-            image = image * pick(bank, noise.to(device))
+        noise = noise_of([common.seed_of(cfg.seed, i) for i in index.tolist()]).to(device)
+        if corrupt is not None:
+            image = image * pick(corrupt, noise)
         with machine.autocast():
-            logits = f(image)
-        answer = logits.argmax(1)
+            M_p, M_pm = net(image, None if bank is None else pick(bank, noise))
+        answer = M_p.argmax(1)
         counts += common.confusion(answer, label, N)
-        each = picture_iou(answer, label, N)
+        each, without = (picture_iou(answer, label, N, void).sum() for void in (True, False))
         valid = (label != common.VOID).sum()
-        sums += torch.stack([cross_entropy(logits, label) * valid, valid.float(), each.sum(),
-                             torch.full_like(each.sum(), len(each))])
+        similar = valid * 0.0 if bank is None else task_similarity(M_p, M_pm) * len(label)
+        sums += torch.stack([cross_entropy(M_p, label) * valid, valid.float(), each, without,
+                             similar, torch.full_like(each, len(label))])
     common.all_reduce(counts, sums)
-    return {"miou": common.miou(counts), "class_iou": common.class_iou(counts).tolist(),
-            "paper_iou": (sums[2] / sums[3]).item(), "constant": common.constant_miou(counts),
-            "loss": (sums[0] / sums[1].clamp(min=1)).item()}
+    iou = common.class_iou(counts)
+    dice = 200 * iou / (100 + iou)
+    return {"miou": iou.nanmean().item(), "dice": dice.nanmean().item(), "class_iou": iou.tolist(),
+            "classes": {name: {"iou": a, "dice": b}
+                        for name, a, b in zip(info.classes, iou.tolist(), dice.tolist())},
+            "paper_iou": (sums[2] / sums[5]).item(), "constant": common.constant_miou(counts),
+            "paper_iou_without_void": (sums[3] / sums[5]).item(),
+            "loss": (sums[0] / sums[1].clamp(min=1)).item(),
+            **({} if bank is None else {"tasksim": (sums[4] / sums[5]).item()})}
 
 
 def train_step(net, optimizer, scaler, machine, cfg, image, label, holes):
@@ -700,8 +746,8 @@ def train(cfg):
 
     torch.manual_seed(common.seed_of(cfg.seed))
     f = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
-    if cfg.pretrained and not common.resuming(cfg):
-        load_levit(f.levit, cfg)
+    if cfg.pretrained != "none" and not common.resuming(cfg):
+        load_pretrained(f, cfg)
     if cfg.init and not common.resuming(cfg):
         common.load_weights(f, cfg.init, "masksup", len(info.classes))
     optimizer, scaler = make_optimizer(f, cfg, machine.fused), machine.scaler()
@@ -738,9 +784,9 @@ def train(cfg):
         # 3. evaluate, log, save
         due = run.note(step, terms, (train_set, index))
         if due == "evaluate":
-            scores = evaluate(f, val_loader, cfg, machine, info)
-            run.log(scores, "miou", f"mIoU {scores['miou']:.2f}  paper_iou "
-                    f"{scores['paper_iou']:.2f}", val_loss=scores["loss"], miou=scores["miou"],
+            scores = evaluate(f, val_loader, cfg, machine, info, bank=bank)
+            run.log(scores, "miou", said(scores, cfg), val_loss=scores["loss"],
+                    val_loss_tasksim=scores["tasksim"], miou=scores["miou"],
                     paper_iou=scores["paper_iou"])
         if due:
             run.save()
@@ -754,25 +800,38 @@ def train(cfg):
         write_metrics(out, run.state(), cfg, f, more)
 
 
+def said(scores, cfg):
+    """The scores in a line; paper_iou for the paper's sets only."""
+    shown = {"mIoU": "miou"}
+    if cfg.data in ("glas", "polyp", "nyuv2"):
+        shown["paper_iou"] = "paper_iou"
+    if cfg.data == "nyuv2":
+        shown["without void"] = "paper_iou_without_void"
+    return ", ".join(f"{title} {scores[key]:.2f}" for title, key in shown.items())
+
+
 def write_metrics(out, state, cfg, f, more):
     """OUT/metrics.json of a checkpoint's state and what is given, and its scores on the screen."""
     scores = state["scores"]
-    metrics = {"miou": scores["miou"], "class_iou": scores["class_iou"],
-               "paper_iou": scores["paper_iou"], "constant": scores["constant"],
-               "epoch": state["history"][-1]["epoch"], "steps": state["step"],
+    metrics = {**scores, "epoch": state["history"][-1]["epoch"], "steps": state["step"],
                "seconds": state["seconds"], "params": parameters(f), "method": cfg.method,
                "model": cfg.model, **more}
     common.write_json(Path(out) / "metrics.json", metrics)
-    print(f"mIoU {scores['miou']:.2f} (the best constant answer {scores['constant']:.2f}), "
-          f"paper_iou {scores['paper_iou']:.2f}"
-          + "".join(f"; {split}: mIoU {s['miou']:.2f}, paper_iou {s['paper_iou']:.2f}"
-                    for split, s in more.items() if isinstance(s, dict) and "miou" in s)
-          + f"  -> {out}")
+    beside = {split: s for split, s in more.items() if isinstance(s, dict) and "miou" in s}
+    for split, s in {"": scores, **beside}.items():
+        each = (f"{name} {of['iou']:.1f} / {of['dice']:.1f}" for name, of in s["classes"].items()
+                if of["iou"] == of["iou"])                             # not nan: in no picture
+        similar = f"; tasksim {s['tasksim']:.4f}" if "tasksim" in s else ""
+        print(textwrap.fill(f"{split} IoU / Dice: {', '.join(each)}; mean {s['miou']:.1f} / "
+                            f"{s['dice']:.1f}{similar}".strip(), 100, subsequent_indent="  "))
+    print(f"{said(scores, cfg)} (the best constant answer {scores['constant']:.2f})"
+          + "".join(f"; {split}: {said(s, cfg)}" for split, s in beside.items()) + f"  -> {out}")
 
 
 @torch.no_grad()
 def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
-    """samples.png: picture, truth, M_p; the picture with holes, and what f makes of that, M_pm."""
+    """samples.png: picture, truth, M_p; the picture with holes, and what f makes of that, M_pm.
+    Returns these rows."""
     f.eval()
     chosen = range(0, len(val_set), max(1, len(val_set) // n))[:n]
     image, label, _ = zip(*(val_set[i] for i in chosen))
@@ -787,8 +846,9 @@ def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
     def shown(x):
         return list(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
-    common.sheet([shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)], path,
-                 ["image", "truth", "M_p", "with holes", "M_pm"])
+    rows = [shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)]
+    common.sheet(rows, path, ["image", "truth", "M_p", "with holes", "M_pm"])
+    return rows
 
 
 # ----------------------------------------------------------- --pretrain mae: Table 2's other side
@@ -851,13 +911,12 @@ def load(path):
 def shares_of(text):
     """'0.1,0.3' -> [0.1, 0.3]. Raises UserError for what are no shares of a picture."""
     try:
-        shares = [float(word) for word in text.split(",") if word.strip()]
+        shares = sorted({float(word) for word in text.split(",") if word.strip()})
+        if all(0 < share <= 0.95 for share in shares):
+            return shares
     except ValueError:
-        shares = [-1.0]
-    if not all(0 < share <= 0.95 for share in shares):
-        raise UserError(f"--corrupt {text}: expected shares above 0 and up to 0.95, "
-                        "such as 0.1,0.3,0.5,0.7")
-    return sorted(set(shares))
+        pass
+    raise UserError(f"--corrupt {text}: expected shares above 0 and up to 0.95, such as 0.1,0.3")
 
 
 def evaluate_only(cfg, origin):
@@ -865,27 +924,38 @@ def evaluate_only(cfg, origin):
     removed (Fig. 6), as a table and as OUT/robustness.png with a line for each checkpoint.
 
     All checkpoints of one size see the same holes, whose share is right to one percent of the
-    picture. metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each.
+    picture. metrics.json is written to OUT, for several checkpoints to OUT/RUN-CHECKPOINT each,
+    with one sheet of their answers (Fig. 3, 4) and one picture of their curves (S 2-3) in OUT.
+    --eval --pretrained FILE: of MaskSup's release instead.
     """
-    shares, curves = shares_of(cfg.corrupt), {}
-    out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
+    shares, curves, paths = shares_of(cfg.corrupt), {}, cfg.eval or (cfg.pretrained,)
+    rows, histories, sets = {}, {}, set()
+    out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine = common.Machine(cfg)
-    for path, folder in common.result_folders(cfg.eval, out).items():
-        theirs, info, f, state = load(path)
+    for path, folder in common.result_folders(paths, out).items():
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        here = common.settled(cfg, origin, path, theirs, check, "eval", "corrupt", "data",
-                              "palette", "batch_size", "seed")
+        if cfg.eval:
+            theirs, info, f, state = load(path)
+            here = common.settled(cfg, origin, path, theirs, check, "eval", "corrupt", "data",
+                                  "palette", "batch_size", "seed")
+        else:
+            check(cfg)
+            here, info = cfg, data.info(cfg.data, cfg.root, cfg.palette or None)
+            f = load_pretrained(build(here, len(info.classes)).eval(), here, whole=True)
+            state = {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
         here = replace(here, seed=cfg.seed)                        # of the holes, one for all
         val_set = dataset(here, data.eval_split(here.data))
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
         f.to(machine.device)
 
-        def score(pictures, bank=None):
+        def score(pictures, *banks):
             loader = data.eval_loader(pictures, here.batch_size, **machine.loading)
-            return evaluate(f, loader, here, machine, info, bank)
+            return evaluate(f, loader, here, machine, info, *banks)
 
-        curve = curves[name] = {0.0: score(val_set)}
+        holes = mask_bank(64, here.size, *COVERAGE["high"], common.seed_of(cfg.seed))
+        holes = holes.to(machine.device)
+        curve = curves[name] = {0.0: score(val_set, None, holes)}
         for share in shares:
             bank = mask_bank(64, here.size, max(0, share - 0.01), share + 0.01,
                              common.seed_of(cfg.seed, round(1000 * share)))
@@ -895,24 +965,30 @@ def evaluate_only(cfg, origin):
             more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}
         if machine.main:
-            bank = mask_bank(8, here.size, *COVERAGE[here.coverage], common.seed_of(cfg.seed))
-            draw_samples(f, val_set, here, machine, info, bank.to(machine.device),
-                         folder / "samples.png")
+            rows[name] = draw_samples(f, val_set, here, machine, info, holes,
+                                      folder / "samples.png")
+            histories[name], sets = state["history"], sets | {here.data}
             write_metrics(folder, {**state, "scores": curve[0.0]}, here, f, more)
+    if len(rows) > 1 and len(sets) == 1:
+        image, truth, _, holed, _ = rows[name]
+        common.sheet([image, truth, *(r[2] for r in rows.values()), holed,
+                      *(r[4] for r in rows.values())], out / "samples.png",
+                     ["image", "truth", *rows, "with holes", *rows])
+        common.compare_curves(histories, out / "curves.png", "val_loss_tasksim", "miou")
     if shares and machine.main:
-        for title in "miou", "paper_iou":
-            print(f"\n{title:24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)))
-            for name, curve in curves.items():
-                print(f"{name:24}" + "".join(f"{score[title]:9.2f}" for score in curve.values()))
-        common.draw_lines([100 * s for s in (0, *shares)],
-                          {name: [score["miou"] for score in curve.values()]
-                           for name, curve in curves.items()}, out / "robustness.png",
+        lines = {name: [score["miou"] for score in curve.values()]
+                 for name, curve in curves.items()}
+        print(f"\n{'mIoU':24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)))
+        for name, line in lines.items():
+            print(f"{name:24}" + "".join(f"{value:9.2f}" for value in line))
+        common.draw_lines([100 * s for s in (0, *shares)], lines, out / "robustness.png",
                           "mIoU against the share of the picture removed, %")
 
 
 @torch.no_grad()
 def segment(f, image, cfg, machine):
-    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W).
+    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W), and their probability,
+    float32 (H, W).
 
     It is resized to the size of training, and the logits back to its own. Above 2048 pixels a side
     the answer, not the logits, is enlarged: N planes of floats would not fit.
@@ -923,8 +999,10 @@ def segment(f, image, cfg, machine):
         logits = f(to_input(small, machine.device)).float()
     H, W = image.shape[:2]
     logits = F.interpolate(logits, (min(H, 2048), min(W, 2048)), mode="bilinear")
-    answer = logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
-    return np.array(Image.fromarray(answer).resize((W, H), Image.NEAREST))
+    top, answer = logits.max(1)
+    sure = 1 / logits.sub_(top[:, None]).exp_().sum(1)          # the softmax of the class answered
+    return tuple(np.array(Image.fromarray(one[0].cpu().numpy()).resize((W, H), Image.NEAREST))
+                 for one in (answer.to(torch.uint8), sure))
 
 
 def bench(cfg):
@@ -945,8 +1023,7 @@ def bench(cfg):
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
         bank = mask_bank(8, S, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed)).to(device)
         noise = torch.rand(B, 6).to(device)
-        # the last is the one reported
-        for method in sorted(("base", "cb", "masksup"), key=lambda name: name == cfg.method):
+        for method in "base", "cb", "masksup":
             this = replace(cfg, method=method)
             timed = common.time_steps(
                 lambda i: train_step(net, optimizer, scaler, machine, this, image, label,
@@ -954,7 +1031,7 @@ def bench(cfg):
                 cfg.bench, B, device, gmacs * B * (1 if method == "base" else 2))
             print(f"{method:8s}{timed['ms_per_step']:8.1f} ms for a batch of {B}, "
                   f"{timed['img_per_s']:.1f} img/s, {timed['tflops']:.3g} TFLOP/s")
-        result |= timed
+            result |= timed if method == cfg.method else {}
     print(json.dumps(result))
 
 
@@ -976,18 +1053,22 @@ def check(cfg):
     if cfg.pretrain == "mae" and (cfg.size % cfg.mae_patch or not 1 <= n * cfg.mae_ratio < n):
         raise UserError(f"--mae-patch {cfg.mae_patch} --mae-ratio {cfg.mae_ratio}: --size must be "
                         "a multiple of the patch, and at least one patch be removed and one kept")
-    if cfg.pretrained and not cfg.model.startswith("levit"):
-        raise UserError(f"--pretrained: there are weights for LeViT only, not for {cfg.model}")
-    if cfg.corrupt and not cfg.eval or (cfg.ckpt or cfg.to) and not cfg.predict:
-        raise UserError("--corrupt goes with --eval, --ckpt and --to with --predict")
+    if cfg.pretrained == "imagenet" and not cfg.model.startswith("levit"):
+        raise UserError("--pretrained imagenet: there are weights for LeViT only, not for "
+                        f"{cfg.model}")
 
 
 def main():
-    cfg, origin = common.parse(Config, RECIPES, __doc__)
+    cfg, origin = common.parse(Config, RECIPES, __doc__, alone={"eval"})
     cfg.out = cfg.out or str(Path("out") / f"masksup-{Path(cfg.data).name}")
+    if origin.get("pretrained") == "recipe" and (cfg.init or not cfg.model.startswith("levit")):
+        cfg.pretrained = "none"
+        del origin["pretrained"]
     if cfg.predict:
         return common.predict_folder(cfg, origin, load, check, data, segment, "seed")
-    if cfg.eval:
+    if "eval" in origin:
+        if not cfg.eval and origin.get("pretrained") != "flag":
+            raise UserError("--eval: give checkpoints, or --pretrained FILE, MaskSup's release")
         return evaluate_only(cfg, origin)
     if cfg.pretrain == "mae":                       # Table 2: a baseline of MaskSup, in two stages
         for name, value in ("epochs", 50), ("method", "base"):
@@ -995,6 +1076,8 @@ def main():
                 setattr(cfg, name, value)
                 origin[name] = "pretrain"
     check(cfg)
+    if cfg.corrupt or cfg.ckpt or cfg.to:
+        raise UserError("--corrupt goes with --eval, --ckpt and --to with --predict")
     common.show_config(cfg, origin)
     if cfg.bench >= 0:
         bench(cfg)

@@ -53,6 +53,7 @@ from data import Item
 MAIN = Path(__file__).resolve().parent
 
 SHARED = MAIN.parent / "shared/data"
+RELEASE = MAIN.parent / "shared/release"        # what MaskSup's released networks are and answer
 
 KILLS = 2       # of each script; python test_all.py --kills 50 Broken
 IDLE = common.idle_processors       # which the tests replace
@@ -2046,20 +2047,24 @@ class Metrics(Case):
             target, answer = (self.rng.integers(0, N, (5, 7, 9)) for _ in range(2))
             target[:, 0] = 255
             target[1, 1:], answer[1] = 0, 0
-            expected = []
+            expected, without = [], []
             for t, a in zip(target, answer):
                 if N == 2:
                     both = sum(x == y == 1 for x, y in zip(t.flat, a.flat))
                     either = sum(x != 255 and 1 in (x, y) for x, y in zip(t.flat, a.flat))
                     expected.append(100 * both / either if either else 100)
+                    without.append(expected[-1])
                 else:                       # true and false positives, false negatives, all added
-                    t = np.where(t == 255, 0, t)
-                    tp = sum(((a == c) & (t == c)).sum() for c in range(N))
-                    fp = sum(((a == c) & (t != c)).sum() for c in range(N))
-                    fn = sum(((a != c) & (t == c)).sum() for c in range(N))
-                    expected.append(100 * tp / (tp + fp + fn))
-            found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N)
-            np.testing.assert_allclose(found, expected, rtol=1e-5)
+                    for into, (t, a) in ((expected, (np.where(t == 255, 0, t), a)),
+                                         (without, (t[t != 255], a[t != 255]))):
+                        tp = sum(((a == c) & (t == c)).sum() for c in range(N))
+                        fp = sum(((a == c) & (t != c)).sum() for c in range(N))
+                        fn = sum(((a != c) & (t == c)).sum() for c in range(N))
+                        into.append(100 * tp / (tp + fp + fn))
+            for void, right in (True, expected), (False, without):
+                found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
+                                            void)
+                np.testing.assert_allclose(found, right, rtol=1e-5)
 
     def test_nearest_fill_against_all_distances(self):
         label, removed = self.noise(3, 20, 26) % 6, self.rng.random((3, 20, 26)) < 0.9
@@ -3360,6 +3365,7 @@ class MaskSupModels(Case):
                 self.assertEqual(masksup.parameters(masksup.LeViTUNet(1, name)), expected)
             self.assertEqual(masksup.parameters(masksup.UNetPlusPlus(40)), 9_164_616)
             self.assertEqual(masksup.parameters(masksup.UNet(40)), 7_853_832)
+            self.assertEqual(masksup.parameters(masksup.UNet(40, 20)), 3_070_500)     # Table 4
 
     def test_unet_against_its_formula(self):
         f, x = shuffled(masksup.UNet(3, width=2).double()).eval(), self.image()
@@ -3528,7 +3534,7 @@ class MaskSupPretrained(Case):
         f, text = masksup.build(cfg, 2), io.StringIO()
         before = {k: v.clone() for k, v in f.state_dict().items()}
         with contextlib.redirect_stdout(text):
-            masksup.load_levit(f.levit, cfg)
+            masksup.load_pretrained(f, cfg)
         return before, f.state_dict(), text.getvalue()
 
     def test_every_weight_of_the_encoder_comes_from_the_release(self):
@@ -3571,6 +3577,149 @@ class MaskSupPretrained(Case):
             "https://dl.fbaipublicfiles.com/LeViT/LeViT-128S-96703c44.pth",))
         self.assertTrue(asked.call_args.kwargs["check_hash"])
         self.assertTrue(asked.call_args.kwargs["weights_only"])
+
+    def test_imagenet_is_the_recipe_of_glas_and_polyp_for_levit_alone(self):
+        for flags, expected in (((), "pretrained imagenet"), (("--model", "unet"), None),
+                                (("--model", "levit192"), "pretrained imagenet"),
+                                (("--init", "a.pt"), None), (("--recipe", "small"), None),
+                                (("--pretrained", "none"), "pretrained none")):
+            name = "polyp" if flags and expected else "glas"
+            out = inside("masksup.py", "--data", name, "--bench", 0, *flags).stdout
+            found = re.search("pretrained \\w+", out)
+            self.assertEqual(found and found[0], expected, (name, flags))
+
+    def test_a_run_starts_from_a_file_and_says_how_to_go_on_without_one(self):
+        theirs = self.release("levit128s")
+        flags = ("--data", self.folder(6, classes=2), "--model", "levit128s", "--size", 96,
+                 "--batch-size", 4, "--max-steps", 1, "--lr", 1e-9, "--bank", 2, "--method", "base")
+        done = inside("masksup.py", *flags, "--pretrained", self.tmp / "levit.pth", "--out",
+                      self.tmp / "a")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"\d+ of the encoder's \d+ tensors")
+        found = saved(self.tmp / "a/last.pt")["model"]
+        for key in "patch_embed.0.c.weight", "blocks.21.m.2.c.weight":
+            torch.testing.assert_close(found[f"levit.{key}"], theirs[key], atol=1e-6, rtol=0)
+        with mock.patch("torch.hub.load_state_dict_from_url", side_effect=OSError("no network")):
+            done = inside("masksup.py", *flags, "--pretrained", "imagenet", "--out", self.tmp / "b")
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+        for word in "no network", "LeViT-128S-96703c44.pth", "--pretrained none":
+            self.assertIn(word, done.stderr)
+
+
+class MaskSupRelease(Case):
+    """The networks that MaskSup's authors released."""
+
+    def answers(self, name, model):
+        """Fill the released tensors by the recipe of RELEASE, load them, and compare logits."""
+        if not RELEASE.is_dir():
+            return print(f"no {RELEASE}: {name} is not compared with the released code")
+        shapes = {line.split()[0]: [int(n) for n in line.split()[1:]]
+                  for line in (RELEASE / f"{name}.txt").read_text().splitlines() if line}
+        weights = {}
+        for k, key in enumerate(sorted(shapes)):
+            r = torch.randn(shapes[key], generator=torch.Generator().manual_seed(k))
+            last = key.split(".")[-1]
+            weights[key] = (torch.tensor(0) if last == "num_batches_tracked" else
+                            1 + 0.1 * r.abs() if last == "running_var" else
+                            0.1 * r if last in ("running_mean", "bias", "attention_biases") else
+                            1 + 0.1 * r if r.ndim == 1 else r / r[0].numel() ** 0.5)
+            if last == "attention_bias_idxs":           # integers, into which the recipe is cut
+                weights[key] = weights[key].long()
+        expected = json.loads((RELEASE / "expected.json").read_text())[name]
+        cfg = masksup.Config(model=model, pretrained="x")
+        f = masksup.build(cfg, max(2, expected["classes"])).eval()
+        with mock.patch("data.published", return_value=weights), torch.no_grad(), \
+                contextlib.redirect_stdout(io.StringIO()):
+            masksup.load_pretrained(f, cfg, whole=True)
+            logits = f(2 * torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+                       - 1)
+        if expected["classes"] == 1:                    # a sigmoid of z: logits (0, z)
+            self.assertEqual(logits[:, 0].abs().max().item(), 0)
+            logits = logits[:, 1:]
+        self.assertEqual(list(logits.shape), expected["shape"])
+        self.assertLess(abs(logits.mean().item() - expected["mean"]), 1e-5)
+        self.assertLess(abs(logits.std().item() - expected["std"]), 1e-5)
+        for c, y, x, z in expected["at"]:
+            self.assertLess(abs(logits[0, c, y, x].item() - z), 1e-5, (c, y, x))
+
+    def test_unet_answers_as_released(self):
+        self.answers("UNet", "unet")
+
+    def test_unetpp_answers_as_released(self):
+        self.answers("NestedUNet", "unetpp")
+
+    def test_levit128s_answers_as_released(self):
+        self.answers("LeViTUNet128s", "levit128s")
+
+    def test_levit192_answers_as_released(self):
+        self.answers("LeViTUNet192", "levit192")
+
+    def test_levit384_answers_as_released(self):
+        self.answers("LeViTUNet384", "levit384")
+
+    def renamed(self, f, nodes):
+        """The weights of one of our U-Nets under the released names. nodes: {our stage: theirs}."""
+        parts = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2"}
+        theirs = {f"final.{k}": v for k, v in f.head.state_dict().items()}
+        for ours, name in nodes.items():
+            for key, value in f.get_submodule(ours).state_dict().items():
+                part, last = key.split(".")
+                theirs[f"{name}.{parts[part]}.{last}"] = value
+        return theirs
+
+    NODES = {"unet": {**{f"down.{i}": f"conv{i}_0" for i in range(5)}, "up.0": "conv3_1",
+                      "up.1": "conv2_2", "up.2": "conv1_3", "up.3": "conv0_4"},
+             "unetpp": {f"node.{i}{j}": f"conv{i}_{j}" for i in range(5) for j in range(5 - i)}}
+
+    def test_names_of_the_u_nets(self):
+        for model, nodes in self.NODES.items():
+            cfg = masksup.Config(model=model, width=2, size=32, pretrained=str(self.tmp / "f.pth"))
+            f, g = shuffled(masksup.build(cfg, 3)).eval(), masksup.build(cfg, 3).eval()
+            torch.save(self.renamed(f, nodes), self.tmp / "f.pth")
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                masksup.load_pretrained(g, cfg, whole=True)
+            n = len(f.state_dict())
+            self.assertIn(f"{n} of the network's {n} tensors\n", text.getvalue())
+            x = torch.rand(1, 3, 32, 32)
+            self.assertTrue(torch.equal(f(x), g(x)))
+
+    def test_coarse_maps_are_doubled_and_then_shrunk(self):
+        # 224 pixels: maps of 14, 7 and 4, which the release brings to 8, 16 and then 14
+        f, inputs, S = masksup.LeViTUNet(2, "levit128s", 224).eval(), [], stretching(16, 14)
+        maps = [torch.rand(1, c, r, r) for c, r in ((16, 112), (32, 56), (64, 28), (128, 14),
+                                                    (128, 14), (256, 7), (384, 4))]
+        f.up[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        with mock.patch.object(f.levit, "forward", return_value=maps), torch.no_grad():
+            f(torch.rand(1, 3, 224, 224))
+        *_, x, one, two, three = (m.double() for m in maps)
+        y = torch.cat([x, one, doubled(two), S @ doubled(doubled(three)) @ S.T], 1)
+        torch.testing.assert_close(inputs[0].double(), doubled(y), atol=1e-5, rtol=1e-5)
+
+    def test_eval_of_a_released_network_from_the_command_line(self):
+        root = self.folder(3, classes=2, size=(32, 32))
+        torch.manual_seed(0)
+        f = shuffled(masksup.UNet(1, 4)).eval()
+        theirs = self.renamed(f, self.NODES["unet"])
+        torch.save({f"module.{k}": v for k, v in theirs.items()}, self.tmp / "glas.pth")
+        flags = ("--eval", "--pretrained", self.tmp / "glas.pth", "--data", root, "--model", "unet",
+                 "--size", 32)
+        done = inside("masksup.py", *flags, "--width", 4)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        inter, union = 0, 0
+        val = data.Dataset(str(root), "", "val", size=32)
+        for image, truth, _ in (val[i] for i in range(len(val))):
+            with torch.no_grad():
+                answer = f(image[None] / 127.5 - 1)[0, 0].sigmoid() > 0.5
+            inter += (answer & (truth == 1)).sum().item()
+            union += (answer | (truth == 1)).sum().item()
+        metrics = json.loads((self.tmp / "eval/metrics.json").read_text())
+        self.assertAlmostEqual(metrics["class_iou"][1], 100 * inter / union, places=2)
+        for more, word in ((("--width", 8), "not the weights of unet with 2 classes"),
+                           (("--model", "levit128s", "--size", 96), "not the weights of levit")):
+            done = inside("masksup.py", *flags, *more, "--out", self.tmp / "more")
+            self.assertEqual((done.returncode, word in done.stderr), (2, True), done.stderr)
+        done = inside("masksup.py", "--eval")
+        self.assertEqual((done.returncode, "--pretrained FILE" in done.stderr), (2, True))
 
 
 class MaskSupMasking(Case):
@@ -3629,11 +3778,16 @@ class MaskSupMasking(Case):
         self.assertTrue((cells.sum((1, 2)) == 4).all())
         self.assertGreater(len({tuple(c.flatten().tolist()) for c in cells}), 25)
 
-    def test_a_folder_of_masks_dark_removes(self):
+    def test_a_folder_of_masks_and_what_is_removed(self):
         for i in range(3):
             save(self.tmp / f"m/{i}.png", np.full((20, 30), 255 * (i > 0), np.uint8))
-        bank = masksup.mask_source(masksup.Config(masks=str(self.tmp / "m"), size=16))
-        self.assertEqual(bank.float().mean((1, 2)).tolist(), [0, 1, 1])
+        for remove, kept in (("dark", [0, 1, 1]), ("bright", [1, 0, 0])):
+            cfg = masksup.Config(masks=str(self.tmp / "m"), size=16, masks_remove=remove)
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                bank = masksup.mask_source(cfg)
+            self.assertEqual(bank.float().mean((1, 2)).tolist(), kept)
+            for words in f"removes what is {remove}", "dark are 33.3 %", "bright 66.7 %":
+                self.assertIn(words, text.getvalue())
         (self.tmp / "empty").mkdir()
         save(self.tmp / "ones/a.png", self.noise(20, 30) % 2)           # 0 and 1 are both dark
         for name, word in (("gone", "no such folder"), ("empty", "no pictures"),
@@ -3657,7 +3811,7 @@ class MaskSupLoss(Case):
                     for x in range(6):
                         p, q = (np.exp(m[b, :, y, x].numpy()) for m in (M_p, M_pm))
                         p, q = p / p.sum(), q / q.sum()
-                        similar += ((p - q) ** 2).sum() / (2 * 36 * N)
+                        similar += ((p - q) ** 2).sum() / (2 * 36 * 2)
                         if (c := int(label[b, y, x])) != 255:
                             seg -= np.log(p[c]) / 60
                             context -= np.log(q[c]) / 60
@@ -3675,6 +3829,17 @@ class MaskSupLoss(Case):
         loss, _ = masksup.loss_fn(M_p, None, torch.full((2, 4, 4), 255))
         loss.backward()
         self.assertEqual((loss.item(), M_p.grad.abs().max().item()), (0, 0))
+
+    def test_similarity_is_one_where_the_branches_are_sure_of_different_classes(self):
+        for N in 2, 40:
+            label = torch.randint(0, N, (2, 5, 5))
+            logits, others = (100.0 * F.one_hot((label + i) % N, N).permute(0, 3, 1, 2)
+                              for i in (0, 1))
+            self.assertAlmostEqual(masksup.task_similarity(logits, others).item(), 1, places=5)
+            self.assertEqual(masksup.task_similarity(logits, logits).item(), 0)
+            # sure against even: ((1 - 1/N)^2 + (N - 1) / N^2) / 2
+            even = masksup.task_similarity(logits, torch.zeros_like(logits)).item()
+            self.assertAlmostEqual(even, (1 - 1 / N) / 2, places=5)
 
     def gradients(self, f, term, N, S):
         """Whether each weight of f gets a gradient from one term: seg, context or tasksim with the
@@ -3780,11 +3945,11 @@ class MaskSupRuns(Case):
         with torch.no_grad():                     # answers that differ from pixel to pixel
             f.head.weight *= 100
             f.head.bias -= f(masksup.to_input(items[0][0][None], "cpu")).mean((0, 2, 3))
-        bank = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0)
-        for masks in None, bank:
+        bank, far = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0), []
+        for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
-                                     items.info, masks)
-            inter, union, each, ce, n = np.zeros(2), np.zeros(2), [], 0.0, 0
+                                     items.info, masks, holes)
+            inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
             for i in range(len(items)):
                 image, label, _ = items[i]
                 x = image[None].float() / 127.5 - 1
@@ -3792,16 +3957,29 @@ class MaskSupRuns(Case):
                     x = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
                 with torch.no_grad():
                     p = f(x)[0].double().softmax(0).numpy()
+                    if holes is not None:
+                        seen = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
+                        q = f(seen)[0].double().softmax(0).numpy()
+                        far.append(((p - q) ** 2).sum(0).mean() / 2)
                 answer, truth = p.argmax(0), label.numpy()
                 for c in range(2):
                     inter[c] += ((answer == c) & (truth == c)).sum()
                     union[c] += (((answer == c) | (truth == c)) & (truth != 255)).sum()
+                    both[c] += ((answer == c) & (truth != 255)).sum() + (truth == c).sum()
                 each.append(((answer == 1) & (truth == 1)).sum()
                             / (((answer == 1) | (truth == 1)) & (truth != 255)).sum())
                 for c in range(2):
                     ce -= np.log(p[c][truth == c]).sum()
                     n += (truth == c).sum()
             self.assertAlmostEqual(found["miou"], 100 * (inter / union).mean(), places=3)
+            if holes is not None:
+                self.assertAlmostEqual(found["tasksim"], np.mean(far), places=5)
+            self.assertAlmostEqual(found["dice"], 100 * (2 * inter / both).mean(), places=3)
+            self.assertEqual(list(found["classes"]), ["class 0", "class 1"])
+            for c in range(2):
+                of = found["classes"][f"class {c}"]
+                self.assertAlmostEqual(of["iou"], 100 * inter[c] / union[c], places=3)
+                self.assertAlmostEqual(of["dice"], 200 * inter[c] / both[c], places=3)
             self.assertAlmostEqual(found["paper_iou"], 100 * np.mean(each), places=3)
             self.assertAlmostEqual(found["loss"], ce / n, places=4)
 
@@ -3818,12 +3996,28 @@ class MaskSupRuns(Case):
         self.assertEqual(len((out / "log.csv").read_text().splitlines()), 3)
         self.assertAlmostEqual(
             metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
+        self.assertNotIn("paper_iou", done.stdout)                  # shapes is not of the paper
+        disc = metrics["classes"]["disc"]
+        self.assertIn(f"disc {disc['iou']:.1f} / {disc['dice']:.1f}", done.stdout)
         base = self.tmp / "base"
         inside("masksup.py", *MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
-        done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
-                      "0.7,0.3,0.3", "--out", self.tmp / "eval")
+        state = saved(base / "last.pt")             # which is to answer all kinds of classes
+        state["model"]["head.weight"] = torch.randn(6, 4, 1, 1) * torch.tensor(100.0)
+        common.save_checkpoint(base / "last.pt", state)
+        with mock.patch("common.draw_curves", wraps=common.draw_curves) as drawn:
+            done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
+                          "0.7,0.3,0.3", "--out", self.tmp / "eval")
         self.assertEqual(done.returncode, 0, done.stderr)
         rows = list(csv.DictReader((base / "log.csv").read_text().splitlines()))
+        curves = {(name, int(row["step"])): row for name in ("run", "base") for row in
+                  csv.DictReader((self.tmp / f"{name}/log.csv").read_text().splitlines())}
+        self.assertEqual([point["step"] for point in drawn.call_args.args[0]], [1, 4, 8])
+        for point in drawn.call_args.args[0]:
+            for name in "run", "base":
+                row = curves.get((name, point["step"]), {})
+                for key in "miou", "val_loss_tasksim":
+                    np.testing.assert_allclose(point[f"{key} of {name}-last"],
+                                               float(row.get(key, "nan")), rtol=1e-5)
         self.assertEqual((float(rows[0]["loss_context"]), float(rows[0]["loss_tasksim"])), (0, 0))
         self.assertEqual(rows[0]["loss"], rows[0]["loss_seg"])
         again = json.loads((self.tmp / "eval/run-last/metrics.json").read_text())
@@ -3833,6 +4027,18 @@ class MaskSupRuns(Case):
         self.assertNotEqual(again["corrupt"]["0"], again["corrupt"]["0.7"])
         self.assertIn("base-last", done.stdout)
         self.assertTrue((self.tmp / "eval/robustness.png").exists())
+        # the sheet of both: image, truth, two rows of M_p, with holes, two of M_pm
+        one, two = (np.array(Image.open(self.tmp / f"eval/{name}-last/samples.png"))
+                    for name in ("run", "base"))
+        both = np.array(Image.open(self.tmp / "eval/samples.png"))
+        tiles = [[picture[4 + 164 * i:164 + 164 * i, -980:] for i in range(n)]
+                 for picture, n in ((one, 5), (two, 5), (both, 7))]
+        for i, expected in enumerate((tiles[0][0], tiles[0][1], tiles[0][2], tiles[1][2],
+                                      tiles[0][3], tiles[0][4], tiles[1][4])):
+            np.testing.assert_array_equal(tiles[2][i], expected, str(i))
+        for a, b in (2, 3), (3, 6):
+            self.assertFalse(np.array_equal(tiles[2][a], tiles[2][b]))
+        self.assertEqual([float(r["val_loss_tasksim"]) > 0 for r in rows], [True])   # of base
         for flags, word in ((["--out", out], "already holds a run"),
                             (["--out", out, "--resume", "--lr", 0.5], "lr was 0.01, now 0.5"),
                             (["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
@@ -3848,6 +4054,12 @@ class MaskSupRuns(Case):
                 masksup.main()
         done = inside("masksup.py", "--size", 50)
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+
+    def test_paper_iou_is_said_of_the_papers_sets_alone(self):
+        scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
+        for name, line in (("camvid", "mIoU 12.30"), ("glas", "mIoU 12.30, paper_iou 45.60"),
+                           ("nyuv2", "mIoU 12.30, paper_iou 45.60, without void 78.90")):
+            self.assertEqual(masksup.said(scores, masksup.Config(data=name)), line)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
@@ -3892,7 +4104,34 @@ class MaskSupRuns(Case):
                                       "peak_mb"])
 
 
+def flooded(label):
+    """(H, W) numbers of the 4-connected pieces of equal class, by flooding one after the other."""
+    number, n = np.zeros(label.shape, int), 0
+    for at in np.ndindex(label.shape):
+        if number[at]:
+            continue
+        n, todo = n + 1, [at]
+        while todo:
+            y, x = todo.pop()
+            if (0 <= y < label.shape[0] and 0 <= x < label.shape[1] and not number[y, x]
+                    and label[y, x] == label[at]):
+                number[y, x] = n
+                todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    return number
+
+
 class MaskSupPredict(Case):
+    def test_pieces_against_flooding(self):
+        spiral = np.zeros((21, 21), np.uint8)           # one long piece, and one between its turns
+        for i in range(0, 10, 2):
+            spiral[i, i - 1 if i else 0:21 - i] = spiral[i:21 - i, 20 - i] = 1
+            spiral[20 - i, i:21 - i] = spiral[i + 2:21 - i, i] = 1
+        for label in (spiral, self.noise(1, 1) % 2, self.noise(30, 40) % 2, self.noise(9, 50) % 4,
+                      np.zeros((3, 4), np.uint8), np.eye(7, dtype=np.uint8)):
+            number = flooded(label)
+            expected = [len(set(number[label == c])) for c in range(5)]
+            self.assertEqual(common.pieces(label, 5).tolist(), expected)
+
     def setUp(self):
         super().setUp()
         torch.manual_seed(0)
@@ -3927,6 +4166,8 @@ class MaskSupPredict(Case):
         before = {p: p.read_bytes() for p in folder.iterdir()}
         done = self.predict(folder)
         self.assertEqual(done.returncode, 0, done.stderr)
+        areas = list(csv.DictReader((self.tmp / "to/areas.csv").read_text().splitlines()))
+        self.assertEqual(len(areas), 3 * 8)
         # each as RGB; two files share a stem, so that the outputs have whole names
         twins = {"rgb.png": rgb, "grey.png": np.stack([grey] * 3, 2), "alpha.png": alpha[..., :3],
                  "deep.png": np.stack([(deep // 256).astype(np.uint8)] * 3, 2), "tiny.png": tiny,
@@ -3940,6 +4181,18 @@ class MaskSupPredict(Case):
                 self.assertEqual((index.size, index.mode), (twin.shape[1::-1], "P"), name)
                 self.assertEqual(index.getpalette()[:9], colors.ravel().tolist())
                 index, overlay = np.array(index), np.array(overlay)
+            with Image.open(self.tmp / f"to/confidence/{name}.png") as confidence:
+                self.assertEqual((confidence.size, confidence.mode), (twin.shape[1::-1], "L"))
+                confidence = np.array(confidence)
+            for c, row in enumerate(r for r in areas if r["file"] == name):
+                self.assertEqual(row["class"], "abc"[c])
+                self.assertAlmostEqual(float(row["share"]), 100 * (index == c).mean(), places=3)
+                self.assertEqual(int(row["pieces"]), len(set(flooded(index)[index == c])))
+                if (index == c).any():
+                    mean = confidence[index == c].mean() / 2.55
+                    self.assertLess(abs(float(row["confidence"]) - mean), 0.3)
+                else:
+                    self.assertEqual(row["confidence"], "")
             # the answer, step by step
             small = Image.fromarray(np.ascontiguousarray(twin)).resize((32, 32), Image.BILINEAR)
             with torch.no_grad():
@@ -3949,6 +4202,8 @@ class MaskSupPredict(Case):
                                                                  Image.BILINEAR)) for m in logits]
             if min(twin.shape[:2]) >= 32:           # below, Pillow's bilinear averages
                 self.assertGreater((index == np.argmax(planes, 0)).mean(), 0.97, name)
+                odds = np.exp(planes - np.max(planes, 0))
+                self.assertLess(abs(confidence / 255 - 1 / odds.sum(0)).mean(), 0.02, name)
             np.testing.assert_allclose(overlay, 0.45 * twin + 0.55 * colors[index], atol=1)
         self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
         self.assertEqual(self.predict(folder).returncode, 2)                 # --to is not empty
@@ -3957,9 +4212,9 @@ class MaskSupPredict(Case):
         image = self.noise(1, 1, 3).repeat(40, 0).repeat(2500, 1)
         image[:, 1300:] = 255 - image[:, 1300:]
         cfg = masksup.Config(model="unet", width=4, size=32, device="cpu")
-        large = masksup.segment(self.f, image, cfg, common.Machine(cfg))
-        small = masksup.segment(self.f, image[:, ::2], cfg, common.Machine(cfg))
-        self.assertEqual(large.shape, (40, 2500))
+        large, sure = masksup.segment(self.f, image, cfg, common.Machine(cfg))
+        small, _ = masksup.segment(self.f, image[:, ::2], cfg, common.Machine(cfg))
+        self.assertEqual((large.shape, sure.shape), ((40, 2500), (40, 2500)))
         self.assertGreater((large[:, ::2] == small).mean(), 0.95)
 
     def test_broken_files_are_named_and_skipped(self):
