@@ -1376,7 +1376,7 @@ def draw_materials(stem, size):
     n = rng.integers(5, 9)
     classes, centers = rng.integers(0, 4, n), rng.random((n, 2))
     tone, contrast = rng.uniform(60, 195, (n, 3)), rng.standard_normal((n, 3))
-    contrast *= rng.uniform(30, 90, (n, 1)) / np.linalg.norm(contrast, axis=1, keepdims=True)
+    contrast *= rng.uniform(60, 140, (n, 1)) / np.linalg.norm(contrast, axis=1, keepdims=True)
     angle, start = rng.uniform(0, 2 * np.pi, (2, n))
     y, x = np.mgrid[:size, :size] / size
     bent = np.stack([y + 0.05 * clouds(rng, size), x + 0.05 * clouds(rng, size)], -1)
@@ -1384,11 +1384,11 @@ def draw_materials(stem, size):
     u = x * np.cos(angle[piece]) + y * np.sin(angle[piece])                 # along the pattern
     v = y * np.cos(angle[piece]) - x * np.sin(angle[piece])                 # and across
     wave = lambda along, count: np.sin(2 * np.pi * count * along + start[piece])
-    pattern = np.choose(classes[piece], [np.sin(start[piece]), wave(u, 16), wave(u, 7),
-                                         (wave(u, 9) + wave(v, 9)).clip(-0.5) * 0.8 - 0.6])
+    pattern = np.choose(classes[piece], [np.sin(start[piece]), wave(u, 13), wave(u, 5),
+                                         (wave(u, 8) + wave(v, 8)).clip(-0.5) * 0.8 - 0.6])
     image = tone[piece] + contrast[piece] * pattern[..., None]
-    image += 15 * clouds(rng, size, 4)[..., None]                           # light
-    image += 6 * rng.standard_normal((size, size, 1))                       # grain
+    image += 8 * clouds(rng, size, 4)[..., None]                           # light
+    image += 3 * rng.standard_normal((size, size, 1))                       # grain
     return image.clip(0, 255).round().astype(np.uint8), classes[piece].astype(np.uint8)
 
 
