@@ -685,9 +685,6 @@ def voc(folder, split, protocol):
             known = set(stems)
             unlabelled = [Item(s, folder / "JPEGImages" / f"{s}.jpg", None)
                           for s in listed("train_aug") if s not in known]
-        else:
-            say("voc: no ImageSets/Segmentation/train_aug.txt (SBD's list of 10582): only the "
-                "1464 of train.txt are used")
     items = [Item(s, folder / "JPEGImages" / f"{s}.jpg", masks / f"{s}.png") for s in stems]
     for item in items:
         if not (item.mask.is_file() or item.image.is_file()):
