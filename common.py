@@ -944,14 +944,14 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     """--predict PATH .. --ckpt CKPT --to DIR: segment images, and those in folders, and exit.
 
     load, check and segment are the method's, data is data.py, flags: as in settled().
-    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), or these
-    and their confidence, float32 (H, W) in 0..1: then DIR/confidence/NAME.png has 255 times it,
-    and DIR/areas.csv each class's share and mean confidence in percent, and number of pieces.
-    Writes DIR/NAME.png, class indices with the classes' colours as palette, and
-    DIR/overlay/NAME.png, at the size of the image, which is turned upright first if its EXIF
-    data say so; the images of a folder in a folder into the same tree. With a.jpg beside a.png,
-    whole names are kept: a.jpg.png. What cannot be read is a line on stderr, and the exit status
-    is then 1.
+    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), and their
+    confidence, float32 (H, W) in 0..1.
+    Writes DIR/NAME.png, class indices with the classes' colours as palette, DIR/overlay/NAME.png,
+    and DIR/confidence/NAME.png, 255 times the confidence, at the size of the image, which is
+    turned upright first if its EXIF data say so; the images of a folder in a folder into the same
+    tree. DIR/areas.csv has each class's share and mean confidence in percent, and number of
+    pieces. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a line
+    on stderr, and the exit status is then 1.
     """
     if not (cfg.ckpt and cfg.to):
         raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "
@@ -985,17 +985,14 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
             failed += 1
             print(f"{error} (skipped)", file=sys.stderr)
             continue
-        answer = segment(model, image, cfg, machine)
-        if isinstance(answer, tuple):
-            answer, sure = answer
-            save_image(to / "confidence" / name, (255 * sure).round().astype(np.uint8))
-            for c, n in enumerate(pieces(answer, len(info.classes))):
-                mean = round(100 * float(sure[answer == c].mean()), 2) if n else ""
-                areas.append((file, info.classes[c], round(100 * (answer == c).mean(), 4), mean, n))
+        answer, sure = segment(model, image, cfg, machine)
+        save_image(to / "confidence" / name, (255 * sure).round().astype(np.uint8))
+        for c, n in enumerate(pieces(answer, len(info.classes))):
+            mean = round(100 * float(sure[answer == c].mean()), 2) if n else ""
+            areas.append((file, info.classes[c], round(100 * (answer == c).mean(), 4), mean, n))
         save_image(to / name, answer, np.array(info.colors, np.uint8).ravel().tolist())
         save_image(to / "overlay" / name, overlay(image, answer, info.colors))
-    if areas:
-        write_csv(to / "areas.csv", ("file", "class", "share", "confidence", "pieces"), areas)
+    write_csv(to / "areas.csv", ("file", "class", "share", "confidence", "pieces"), areas)
     print(f"{len(found) - failed} segmented, {failed} failed -> {to}; classes "
           + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
     sys.exit(1 if failed else 0)

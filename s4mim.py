@@ -969,7 +969,8 @@ def evaluate_only(cfg, origin):
 
 @torch.no_grad()
 def segment(model, image, cfg, machine):
-    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W).
+    """Segment one picture: uint8 (H, W, 3) -> class indices uint8 (H, W), and their probability,
+    float32 (H, W).
 
     Above 2048 pixels a side a smaller copy is segmented, by windows, and the answer enlarged: C
     planes of floats would not fit.
@@ -981,9 +982,9 @@ def segment(model, image, cfg, machine):
         cfg = replace(cfg, window="slide")
         x = F.interpolate(x, (max(1, round(H * shrink)), max(1, round(W * shrink))),
                           mode="bilinear", antialias=True)
-    answer = probabilities(model, normalize(x), cfg, machine).argmax(1)
-    answer = answer[0].to(torch.uint8).cpu().numpy()
-    return np.array(Image.fromarray(answer).resize((W, H), Image.NEAREST))
+    sure, answer = probabilities(model, normalize(x), cfg, machine).max(1)
+    return tuple(np.array(Image.fromarray(one[0].cpu().numpy()).resize((W, H), Image.NEAREST))
+                 for one in (answer.to(torch.uint8), sure))
 
 
 def bench(cfg):

@@ -6012,7 +6012,7 @@ class S4mimPredict(S4mimCase):
         self.assertEqual((code, len(lines)), (1, 2), lines)
         self.assertTrue("cut.png" in lines[0] and "empty.jpg" in lines[1], lines)
         self.assertEqual({p.name for p in (self.tmp / "to").iterdir()},
-                         {"whole.png.png", "whole.jpg.png", "overlay"})
+                         {"whole.png.png", "whole.jpg.png", "overlay", "confidence", "areas.csv"})
 
     def test_one_picture_by_windows_and_no_picture(self):
         image = self.noise(40, 61, 3)
@@ -6032,7 +6032,7 @@ class S4mimPredict(S4mimCase):
         """A copy of 2048 is segmented, by windows, and the answer enlarged."""
         image = self.noise(8, 50, 3).repeat(5, 0).repeat(50, 1)         # 40 x 2500
         cfg = dataclasses.replace(self.cfg, size=200)
-        found = s4mim.segment(self.model, image, cfg, common.Machine(cfg))
+        found, sure = s4mim.segment(self.model, image, cfg, common.Machine(cfg))
         self.assertEqual((found.shape, found.dtype), ((40, 2500), np.uint8))
         copy = [Image.fromarray(plane).resize((2048, 33), Image.BILINEAR)
                 for plane in (image / np.float32(255)).transpose(2, 0, 1)]
@@ -6049,6 +6049,8 @@ class S4mimPredict(S4mimCase):
                                                                               (2500, 2048)))
         expected = answer[rows][:, columns]
         self.assertGreater((found == expected).mean(), 0.999)
+        expected = (total / times)[0].max(0).values.numpy()[rows][:, columns]
+        self.assertGreater((abs(sure - expected) < 1e-3).mean(), 0.999)
 
     def test_a_checkpoint_of_another_kind_or_version(self):
         state = saved(self.tmp / "c.pt")
