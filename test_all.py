@@ -6050,7 +6050,7 @@ class S4mimPredict(S4mimCase):
         expected = answer[rows][:, columns]
         self.assertGreater((found == expected).mean(), 0.999)
         expected = (total / times)[0].max(0).values.numpy()[rows][:, columns]
-        self.assertGreater((abs(sure - expected) < 1e-3).mean(), 0.999)
+        self.assertGreater((abs(sure - expected) < 1e-3).mean(), 0.998)
 
     def test_a_checkpoint_of_another_kind_or_version(self):
         state = saved(self.tmp / "c.pt")
