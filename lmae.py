@@ -1104,9 +1104,11 @@ class Mask:
             self.raw[where, 3:] = 255
         elif info.threshold == 0:       # numbers of objects: join what is there
             drawn = regions(where & (classes > 0), np.where(where, 0, known))
-            if drawn.max() > 255:
+            if drawn.max() > 255 and known.max() > 1:
                 raise UserError(f"{self.path}: more than 255 objects after the repair; skipped")
-            self.raw = drawn.astype(np.uint8)
+            # 0 and 1 alone that fall into more pieces are no numbers of objects
+            self.raw = (drawn if drawn.max() < 256 else np.where(where, classes, known)).astype(
+                np.uint8)
         else:
             ids = np.array([*info.ids, *[0] * (256 - len(info.ids))], np.uint8)
             self.raw = np.where(where, ids[classes], known)

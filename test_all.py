@@ -3106,6 +3106,20 @@ class LmaeComplete(Case):
             self.assertTrue((new[old == 255] == 255).all())
             self.assertTrue(set(np.unique(new)) <= {0, 255} and new.shape == old.shape)
 
+    def test_more_pieces_than_numbers(self):
+        found = np.zeros((48, 48), bool)
+        found[::2, ::2] = True                              # 576 pieces
+        for known, painted in ((0, 1), (1, 1), (2, None)):
+            ids = np.zeros((48, 48), np.uint8)
+            ids[47, 47] = known
+            mask = lmae.Mask(save(self.tmp / f"{known}.png", ids), data.info("glas"))
+            if painted:
+                mask.paint(found, found.astype(np.uint8))
+                np.testing.assert_array_equal(mask.raw, np.maximum(ids, found))
+            else:
+                with self.fails("2.png", "more than 255 objects"):
+                    mask.paint(found, found.astype(np.uint8))
+
     def test_instances_keep_their_numbers(self):
         """Filled pixels join the object they touch; what touches none gets a number of its own."""
         ids = np.zeros((6, 9), np.uint8)
