@@ -156,6 +156,7 @@ RECIPES = {                        # what differs from the defaults above, by da
     "base": dict(SMALL, enc_blocks=6, dec_blocks=4, enc_dim=512, dec_dim=256, lr=5e-4),
     "paper": dict(supplement="image"),
 }
+RECIPES["materials"] = RECIPES["shapes"]
 
 
 # ----------------------------------------------------------------------------------------- model
