@@ -76,7 +76,8 @@ class Config:
     epochs: int = 80               # passes over the unlabelled pictures; 0: 3000 steps
     batch_size: int = 16           # pictures a step, over all processes, half of them labelled
     lr: float = 1e-3               # of E at the start
-    decoder_lr: float = 10.0       # the decoders' rate is so many times E's
+    decoder_lr: float = 10.0       # SeD's rate is so many times E's
+    pixel_lr: float = 10.0         # PiD's is constant, so many times E's at the start
     weight_decay: float = 1e-4     # of SGD, whose momentum is 0.9
     size: int = 321                # side of the crops; best a multiple of 4 plus 1: see resize()
     scale: float = 2.0             # pictures are scaled by 1 / scale to scale, then cropped
@@ -117,17 +118,18 @@ RECIPES = {                        # what differs from the defaults above, the p
     # two minutes on a CPU core, suponly included: a narrow network, from scratch; the first
     # pseudo-labels come from one that knows something already
     "materials": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
-                      scale=1.25, epochs=12, lr=0.05, decoder_lr=1.0, burn_in=100,
+                      scale=1.25, epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=0.1, burn_in=100,
                       baseline="suponly", eval_every=2),
     "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
-                   epochs=12, lr=0.05, decoder_lr=1.0, baseline="suponly", eval_every=2),
+                   epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=0.1, baseline="suponly",
+                   eval_every=2),
     "voc": dict(labeled="1/16"),   # 92
     "camvid": dict(labeled="1/8"), "nyuv2": {}, "glas": {}, "polyp": {},
-    "cityscapes": dict(labeled="1/16", size=801, epochs=240, lr=0.005, decoder_lr=1.0, psi=0.0,
-                       ohem=True, window="slide"),
+    "cityscapes": dict(labeled="1/16", size=801, epochs=240, lr=0.005, decoder_lr=1.0,
+                       pixel_lr=1.0, psi=0.0, ohem=True, window="slide"),
     # for a folder of your own, on a laptop: about a quarter of an hour
     "small": dict(backbone="resnet18", width=16, pretrained="none", size=97, zoom=0.0, scale=1.25,
-                  epochs=0, lr=0.05, decoder_lr=1.0),
+                  epochs=0, lr=0.05, decoder_lr=1.0, pixel_lr=0.1),
 }
 
 
@@ -789,7 +791,7 @@ def evaluate(model, loader, cfg, machine, info):
 def make_optimizer(model, cfg, fused=None):
     groups = [{"params": part.parameters(), "start": cfg.lr * times, "poly": poly}
               for part, times, poly in ((model.E, 1.0, True), (model.SeD, cfg.decoder_lr, True),
-                                        (model.PiD, cfg.decoder_lr, False)) if part]
+                                        (model.PiD, cfg.pixel_lr, False)) if part]
     return torch.optim.SGD(groups, cfg.lr, 0.9, weight_decay=cfg.weight_decay, fused=fused)
 
 
@@ -1035,7 +1037,7 @@ def check(cfg):
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "max_steps", "weight_decay", "psi", "lambda_u", "lambda_mp",
                     "lambda_mf", "lambda_ms", "threads", "save_every", "in_memory", "burn_in")
-    for name in ("lr", "decoder_lr", "tau", "zoom"):
+    for name in ("lr", "decoder_lr", "pixel_lr", "tau", "zoom"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number "
                             "above 0")

@@ -5367,10 +5367,11 @@ class S4mimTraining(S4mimCase):
         paper = dict(backbone="resnet101", batch_size=16, size=321, lr=0.001, weight_decay=1e-4,
                      epochs=80, patch=6, ratio=0.4, alpha=0.99, tau=10, lambda_u=1 / 2,
                      lambda_mp=1 / 3, lambda_mf=0.05, lambda_ms=0.1 / 3, psi=0.95, decoder_lr=10,
-                     ohem=False, window="whole", method="s4mim", semantic="ce", pi=True, fea=True,
-                     burn_in=0, se=True, dic=True, conf=True, pretrained="imagenet", zoom=1)
+                     pixel_lr=10, ohem=False, window="whole", method="s4mim", semantic="ce",
+                     pi=True, fea=True, burn_in=0, se=True, dic=True, conf=True, pretrained="imagenet",
+                     zoom=1)
         cities = dict(size=801, lr=0.005, epochs=240, ohem=True, window="slide", psi=0,
-                      decoder_lr=1)
+                      decoder_lr=1, pixel_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
             cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
             s4mim.settle(cfg)
@@ -5402,11 +5403,11 @@ class S4mimTraining(S4mimCase):
             "its pictures are in JPEGImages"])
 
     def test_rates(self):
-        cfg = tiny(lr=0.1, decoder_lr=5.0)
+        cfg = tiny(lr=0.1, decoder_lr=5.0, pixel_lr=2.0)
         model = s4mim.build(cfg, 3)
         optimizer = s4mim.make_optimizer(model, cfg)
         for part, group, start in zip((model.E, model.SeD, model.PiD), optimizer.param_groups,
-                                      (0.1, 0.5, 0.5)):
+                                      (0.1, 0.5, 0.2)):
             self.assertEqual([id(p) for p in group["params"]], [id(p) for p in part.parameters()])
             self.assertEqual((group["momentum"], group["weight_decay"], group["nesterov"]),
                              (0.9, 1e-4, False))
@@ -5427,6 +5428,7 @@ class S4mimTraining(S4mimCase):
                 ({"epochs": -1}, ["--epochs -1"]), ({"lr": -1.0}, ["--lr -1"]),
                 ({"lr": float("nan")}, ["--lr nan"]), ({"zoom": 0.0}, ["--zoom"]),
                 ({"tau": 0.0}, ["--tau"]), ({"decoder_lr": 0.0}, ["--decoder-lr"]),
+                ({"pixel_lr": 0.0}, ["--pixel-lr"]),
                 ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
                 ({"lambda_mf": -0.1}, ["--lambda"]), ({"psi": -0.5}, ["--psi"]),
                 ({"setup": "aug"}, ["--setup aug", "voc"]), ({"eval_every": 0}, ["--eval-every"]),
@@ -5458,7 +5460,8 @@ class S4mimTraining(S4mimCase):
         # which labelled picture goes with which unlabelled one, epoch after epoch
         n, met = len(unlabeled), []
         loaders = [data.train_loader(part, 1, seed=common.seed_of(0, kind), stop=3 * n,
-                                     endless=True) for kind, part in enumerate((labeled, unlabeled))]
+                                     endless=True)
+                   for kind, part in enumerate((labeled, unlabeled))]
         pairs = [(int(a[2]), int(b[2])) for a, b in zip(*loaders)]
         for epoch in range(3):
             met.append(dict((b, a) for a, b in pairs[epoch * n:(epoch + 1) * n]))
@@ -5854,7 +5857,7 @@ class S4mimRuns(S4mimCase):
 
         four, others = batch(0), batch(4)
         torch.manual_seed(0)
-        cfg = tiny(width=8, lr=0.1, decoder_lr=1.0, batch_size=8)
+        cfg = tiny(width=8, lr=0.1, decoder_lr=1.0, pixel_lr=1.0, batch_size=8)
         machine, model = common.Machine(cfg), s4mim.build(cfg, 4).train()
         prototypes, optimizer = s4mim.Prototypes(4, 32), s4mim.make_optimizer(model, cfg)
         losses = []
