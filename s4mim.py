@@ -121,7 +121,7 @@ RECIPES = {                        # what differs from the defaults above, the p
                       scale=1.25, epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=0.1, burn_in=100,
                       eval_every=2),
     "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
-                   epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=0.1, baseline="suponly",
+                   epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=1.0, baseline="suponly",
                    eval_every=2),
     "voc": dict(labeled="1/16"),   # 92
     "camvid": dict(labeled="1/8"), "nyuv2": {}, "glas": {}, "polyp": {},
@@ -129,7 +129,7 @@ RECIPES = {                        # what differs from the defaults above, the p
                        pixel_lr=1.0, psi=0.0, ohem=True, window="slide"),
     # for a folder of your own, on a laptop: about a quarter of an hour
     "small": dict(backbone="resnet18", width=16, pretrained="none", size=97, zoom=0.0, scale=1.25,
-                  epochs=0, lr=0.05, decoder_lr=1.0, pixel_lr=0.1),
+                  epochs=0, lr=0.05, decoder_lr=1.0, pixel_lr=1.0),
 }
 
 
