@@ -116,10 +116,11 @@ class Config:
 
 RECIPES = {                        # what differs from the defaults above, the paper's for voc
     # two minutes on a CPU core: a narrow network, from scratch, and pseudo-labels only from one
-    # that knows something already; PiD's rate is low, for at E's its loss may run away
+    # that knows something already. PiD's rate is low, for at E's its loss may run away, and
+    # lambda_mp a tenth of the paper's: here L_mimpi is the loudest term (README.md, Results)
     "materials": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
                       scale=1.25, epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=0.1, burn_in=100,
-                      eval_every=2),
+                      lambda_mp=0.03, eval_every=2),
     "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
                    epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=1.0, baseline="suponly",
                    eval_every=2),

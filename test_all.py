@@ -2153,9 +2153,9 @@ class CommandLine(Case):
         (self.tmp / "x.png").unlink(missing_ok=True)
         for more, line in (([], "standard output: No space left on device; mend that and run this "
                                 "again"),
-                           (["--data", "camvit"], "--data camvit: neither a dataset (shapes, voc, "
-                            "cityscapes, camvid, nyuv2, glas, polyp) nor a folder, here or in data "
-                            "(did you mean camvid?)")):
+                           (["--data", "camvit"], "--data camvit: neither a dataset (shapes, "
+                            "materials, voc, cityscapes, camvid, nyuv2, glas, polyp) nor a folder, "
+                            "here or in data (did you mean camvid?)")):
             with open("/dev/full", "w") as full:
                 done = subprocess.run([*argv, *more], stdout=full, stderr=subprocess.PIPE,
                                       text=True)
@@ -2221,7 +2221,7 @@ class Waiting(Case):
         told = [line for line in text.splitlines() if line.startswith("step ")]
         self.assertRegex(told[0], r"^step 21/60  loss [\d.]+  [\d.e+]+ img/s  \d+ s left$")
         self.assertEqual(len(told), 1)
-        for words in ("from the recipe for shapes: ", "from the command line: ", "lr 0.01"):
+        for words in ("from the recipe for shapes: ", "from the command line: ", "lr 0.005"):
             self.assertIn(words, text)
         self.assertNotIn("alpha1", text)
         self.assertNotIn("\r", text)
@@ -4253,7 +4253,8 @@ class MaskSupPredict(Case):
 
 # -------------------------------------------------------------------------------------- s4mim.py
 
-S4MIM = ("--labeled 8 --width 4 --size 32 --batch-size 8 --baseline none --save-every 0").split()
+S4MIM = ("--data shapes --labeled 8 --width 4 --size 32 --batch-size 8 --baseline none "
+         "--save-every 0").split()
 
 
 def tiny(**changes):
