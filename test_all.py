@@ -4054,7 +4054,7 @@ class MaskSupRuns(Case):
             self.assertFalse(np.array_equal(tiles[2][a], tiles[2][b]))
         self.assertEqual([float(r["val_loss_tasksim"]) > 0 for r in rows], [True])   # of base
         for flags, word in ((["--out", out], "already holds a run"),
-                            (["--out", out, "--resume", "--lr", 0.5], "lr was 0.01, now 0.5"),
+                            (["--out", out, "--resume", "--lr", 0.5], "lr was 0.005, now 0.5"),
                             (["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
                             (["--init", self.tmp / "no.pt"], "no.pt"),
                             (["--predict", self.tmp], "--ckpt"), (["--modle", "unet"], "--model"),
