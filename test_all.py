@@ -5369,7 +5369,8 @@ class S4mimTraining(S4mimCase):
                      epochs=80, patch=6, ratio=0.4, alpha=0.99, tau=10, lambda_u=1 / 2,
                      lambda_mp=1 / 3, lambda_mf=0.05, lambda_ms=0.1 / 3, psi=0.95, decoder_lr=10,
                      pixel_lr=10, ohem=False, window="whole", method="s4mim", semantic="ce",
-                     pi=True, fea=True, burn_in=0, se=True, dic=True, conf=True, pretrained="imagenet",
+                     pi=True, fea=True, burn_in=0, se=True, dic=True, conf=True,
+                     pretrained="imagenet",
                      zoom=1)
         cities = dict(size=801, lr=0.005, epochs=240, ohem=True, window="slide", psi=0,
                       decoder_lr=1, pixel_lr=1)
