@@ -129,7 +129,7 @@ RECIPES = {                        # what differs from the defaults above, by da
     "small": dict(model="unet", width=16, size=128, epochs=0, batch_size=8, lr=1e-3,
                   schedule="cosine", warmup=50, coverage="low", flip=True),
 }
-RECIPES["materials"] = dict(RECIPES["shapes"], size=48)     # stripes are lost at 32
+RECIPES["materials"] = dict(RECIPES["shapes"], size=48)     # for its 13 stripes a side
 
 
 # ----------------------------------------------------------------------------- model: the U-Nets
