@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import hashlib
 import http.server
 import io
@@ -61,6 +62,12 @@ SECONDS = {"BadData": 55, "MaskSupRuns": 45, "LmaeRuns": 40, "Broken": 40, "S4mi
            "Kinds": 23, "SemiData": 20, "AsFoundFiles": 14, "Fuzz": 13, "CommandLine": 11}
 FUZZ = 40       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
 
+arrays_equal = np.testing.assert_array_equal
+tensors_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+# what makes an array upright, by its EXIF orientation
+TURNS = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}
+
 
 def option(flag, default):
     """The number after a flag of this file, taken off the command line."""
@@ -89,25 +96,83 @@ def contents(folder):
 
 def save(path, array, **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array)).save(path, **kwargs)
+    image = array if isinstance(array, Image.Image) else Image.fromarray(np.asarray(array))
+    image.save(path, **kwargs)
     return path
 
 
-class Case(unittest.TestCase):
+def array_of(path):
+    return np.asarray(Image.open(path))
+
+
+def rewrite(folder, change):
+    """Every image of a folder becomes change(its array)."""
+    for path in folder.iterdir():
+        save(path, change(array_of(path)))
+
+
+def indexed(ids, palette):
+    """An image of indices into a palette of RGB colours."""
+    image = Image.fromarray(ids)
+    image.putpalette(np.ravel(palette).tolist())
+    return image
+
+
+def png(width, height, bits, kind, rows):
+    """The bytes of a PNG that Pillow does not write; kind 0 is grey, 2 RGB; rows in bytes."""
+    def chunk(name, content):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+            + chunk(b"IEND", b""))
+
+
+def grey_png(ids, bits):
+    """The bytes of a grey PNG with 1, 2 or 4 bits per pixel."""
+    rows = [np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits:]).tobytes() for row in ids]
+    return png(*ids.shape[::-1], bits, 0, rows)
+
+
+def tiff(width, height, pixels, bits=8, channels=1, zero_is_black=1, sign=None, order="<"):
+    """The bytes of a TIFF that Pillow does not write: pixels in bytes, and tags as told."""
+    tags = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, zero_is_black),
+            (273, 4, 200), (277, 3, channels), (278, 3, height), (279, 4, len(pixels))]
+    tags += [(339, 3, sign)] if sign else []
+    header = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
+    for tag, kind, value in tags:
+        header += struct.pack(order + ("HHIHxx" if kind == 3 else "HHII"), tag, kind, 1, value)
+    return header.ljust(200, b"\0") + pixels
+
+
+def dataset_of(root, split="train", **kwargs):
+    """The Dataset of a folder, or of drawn images, with 8 pixels a side if nothing else is told."""
+    return data.Dataset(str(root), "", split, **{"size": 8} | kwargs)
+
+
+def items_of(root, split="train"):
+    return data.list_items(str(root), "", split)
+
+
+def stems_of(root, split="train"):
+    return [item.stem for item in items_of(root, split)]
+
+
+def printed():
+    """What the block prints goes into the io.StringIO that this returns."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+class Base(unittest.TestCase):
+    """A folder and random numbers for each test, and what several classes need."""
+
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.tmp = Path(folder.name)
         self.rng = np.random.default_rng(0)
-        # on the CPU, also where there is a GPU, and with one thread: the same bits everywhere
-        for patch in (mock.patch("torch.cuda.is_available", return_value=False),
-                      mock.patch("torch.backends.mps.is_available", return_value=False),
-                      mock.patch("common.idle_processors", return_value=1),
-                      mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")):
-            patch.start()
-            self.addCleanup(patch.stop)
-        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
 
     def noise(self, h, w, *channels):
         return self.rng.integers(0, 256, (h, w, *channels), dtype=np.uint8)
@@ -122,82 +187,107 @@ class Case(unittest.TestCase):
         for word in words:
             self.assertIn(str(word), line)
 
-    def folder(self, n=10, classes=3, size=(12, 16), name="own", sub=""):
-        """A folder of n pairs in which every class occurs."""
+    def runs_well(self, name, *argv):
+        """The script ends with status 0 and nothing on stderr; what it prints."""
+        status, text, error = outcome(name, *argv)
+        self.assertEqual((status, error), (0, ""), text)
+        return text
+
+    def refused(self, name, argv, *words):
+        """The script ends with status 2 and one line on stderr that holds all these words."""
+        with self.subTest(name, argv=argv), at_most(60):
+            status, text, error = outcome(name, *argv)
+            self.assertEqual((status, error.count("\n")), (2, 1), error)
+            self.assertTrue(error.startswith(f"{name}: "), error)
+            self.assertNotIn("Error", error)                # no name of ours or of Python's
+            for word in words:
+                self.assertIn(str(word), error)
+
+    def folder(self, n=10, classes=3, size=(12, 16), name="own", sub="", names=""):
+        """A folder of n pairs in which every class occurs; classes.txt lists names, if given."""
         root = self.tmp / name
         for i in range(n):
             label = self.rng.integers(0, classes, size, dtype=np.uint8)
             label.flat[:classes] = range(classes)
             save(root / sub / f"masks/p{i:03d}.png", label)
             save(root / sub / f"images/p{i:03d}.png", self.noise(*size, 3))
+        if names:
+            (root / "classes.txt").write_text("".join(f"{name}\n" for name in names))
         return root
+
+    def splits(self, train, val, **kwargs):
+        """A folder with so many pairs in train/ and in val/; see folder()."""
+        self.folder(train, sub="train", **kwargs)
+        return self.folder(val, sub="val", **kwargs)
+
+
+class Case(Base):
+    """On the CPU, also where there is a GPU, and with one thread: the same bits everywhere."""
+
+    def setUp(self):
+        super().setUp()
+        for patch in (mock.patch("torch.cuda.is_available", return_value=False),
+                      mock.patch("torch.backends.mps.is_available", return_value=False),
+                      mock.patch("common.idle_processors", return_value=1),
+                      mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")):
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
 
 
 class Reading(Case):
-    def test_every_kind_of_picture_becomes_rgb(self):
+    def test_every_kind_of_image_becomes_rgb(self):
         rgb, grey, deep = (self.noise(5, 7, 3), self.noise(5, 7),
                            self.rng.integers(0, 2**16, (5, 7), np.uint16))
         alpha = np.concatenate([rgb, self.noise(5, 7, 1)], 2)
-        cases = {"a.png": (rgb, rgb), "b.png": (grey, np.stack([grey] * 3, 2)),
-                 "c.png": (alpha, rgb), "d.png": (deep, np.stack([deep // 256] * 3, 2)),
-                 "e.tif": (deep, np.stack([deep // 256] * 3, 2)),
-                 "f.png": (grey > 99, np.stack([(grey > 99) * 255] * 3, 2))}
-        for name, (written, expected) in cases.items():
+        palette = np.array([(9, 8, 7), (50, 60, 70), (1, 2, 3)], np.uint8)
+        red = Image.new("CMYK", (7, 5), (0, 255, 255, 0))                       # no cyan
+        for name, written, expected in (
+                ("a.png", rgb, rgb), ("b.png", grey, np.dstack([grey] * 3)), ("c.png", alpha, rgb),
+                ("d.png", deep, np.dstack([deep // 256] * 3)),
+                ("e.tif", deep, np.dstack([deep // 256] * 3)),
+                ("f.png", grey > 99, np.dstack([(grey > 99) * 255] * 3)),
+                ("g.tif", red, np.full((5, 7, 3), (255, 0, 0))),
+                ("h.png", indexed(grey % 3, palette), palette[grey % 3])):
             with self.subTest(name):
                 image = data.read_image(save(self.tmp / name, written))
                 self.assertEqual(image.dtype, np.uint8)
-                np.testing.assert_array_equal(image, expected)
-        Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(self.tmp / "g.tif")         # no cyan: red
-        np.testing.assert_array_equal(data.read_image(self.tmp / "g.tif")[0, 0], [255, 0, 0])
-        indexed = Image.fromarray(grey % 3)
-        indexed.putpalette([9, 8, 7, 50, 60, 70, 1, 2, 3])
-        indexed.save(self.tmp / "h.png")
-        np.testing.assert_array_equal(data.read_image(self.tmp / "h.png"),
-                                      np.array([(9, 8, 7), (50, 60, 70), (1, 2, 3)])[grey % 3])
+                arrays_equal(image, expected)
 
     def test_exif_turns_are_done_unless_the_mask_says_otherwise(self):
-        turns = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-                 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
-                 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}
-        for how, turn in turns.items():
-            for kind, shape in ("png", (4, 9, 3)), ("webp", (7, 7, 3)), ("tif", (4, 9, 3)):
+        for (how, turn), (kind, shape) in itertools.product(
+                TURNS.items(), (("png", (4, 9, 3)), ("webp", (7, 7, 3)), ("tif", (4, 9, 3)))):
+            with self.subTest(how=how, kind=kind):
                 image, exif = self.noise(*shape), Image.Exif()
                 exif[0x0112] = how
-                path = save(self.tmp / f"{how}.{kind}", image, exif=exif, **(
-                    {"lossless": True} if kind == "webp" else {}))
+                lossless = {"lossless": True} if kind == "webp" else {}
+                path = save(self.tmp / f"{how}.{kind}", image, exif=exif, **lossless)
                 upright = turn(image)
-                with self.subTest(how=how, kind=kind):
-                    np.testing.assert_array_equal(data.read_image(path), upright)
-                    np.testing.assert_array_equal(data.read_image(path, upright.shape[:2]), upright)
-                    mask = save(self.tmp / "upright.png", upright[..., 0])
-                    self.assertEqual(data.shape_of(path, mask), upright.shape[:2])
-                    if upright.shape != image.shape and kind != "tif":      # Pillow turns a TIFF
-                        np.testing.assert_array_equal(data.read_image(path, (4, 9)), image)
-                        mask = save(self.tmp / "stored.png", image[..., 0])
-                        self.assertEqual(data.shape_of(path, mask), (4, 9))
+                arrays_equal(data.read_image(path), upright)
+                arrays_equal(data.read_image(path, upright.shape[:2]), upright)
+                mask = save(self.tmp / "upright.png", upright[..., 0])
+                self.assertEqual(data.shape_of(path, mask), upright.shape[:2])
+                if upright.shape != image.shape and kind != "tif":      # Pillow turns a TIFF
+                    arrays_equal(data.read_image(path, (4, 9)), image)
+                    mask = save(self.tmp / "stored.png", image[..., 0])
+                    self.assertEqual(data.shape_of(path, mask), (4, 9))
 
     def test_sixteen_bits_are_never_black(self):
         deep = self.rng.integers(0, 2**16, (5, 7), np.uint16)
 
-        def png(pixels):                # of RGB with 16 bits, which Pillow does not write
-            chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + (
-                struct.pack(">I", zlib.crc32(kind + content)))
-            h, w, _ = pixels.shape
-            rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-            return (b"\x89PNG\r\n\x1a\n" + chunk(
-                b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0))
-                + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        def rgb(name, grey):                # with 16 bits
+            rows = [np.repeat(row, 3).astype(">u2").tobytes() for row in grey]
+            (self.tmp / name).write_bytes(png(7, 5, 16, 2, rows))
+            return self.tmp / name
 
-        (self.tmp / "rgb.png").write_bytes(png(np.dstack([deep] * 3)))
-        np.testing.assert_array_equal(data.read_image(self.tmp / "rgb.png"),
-                                      np.dstack([deep >> 8] * 3))
-        for top in 220, 1023, 4095, 16383:
-            (self.tmp / "dark rgb.png").write_bytes(png(np.dstack([deep % (top + 1)] * 3)))
-            save(self.tmp / "dark.png", np.where(deep > 9, deep % (top + 1), top).astype(np.uint16))
-            save(self.tmp / "dark.tif", np.where(deep > 9, deep % (top + 1), top).astype(np.uint16))
-            for name in "dark.png", "dark.tif", "dark rgb.png":
-                with self.fails(name, "16 bits", "it would be black", "8 bits", "65535"):
-                    data.read_image(self.tmp / name)
+        arrays_equal(data.read_image(rgb("rgb.png", deep)), np.dstack([deep >> 8] * 3))
+        for limit in 220, 1023, 4095, 16383:
+            dark = np.where(deep > 9, deep % (limit + 1), limit).astype(np.uint16)
+            for path in (save(self.tmp / "dark.png", dark), save(self.tmp / "dark.tif", dark),
+                         rgb("dark rgb.png", deep % (limit + 1))):
+                with self.fails(path.name, "16 bits", "it would be black", "8 bits", "65535"):
+                    data.read_image(path)
         self.assertFalse(data.read_image(save(self.tmp / "black.png", deep * 0)).any())
 
     def test_pages_and_kinds_that_cannot_be_read(self):
@@ -216,55 +306,45 @@ class Reading(Case):
             page.encoderinfo = {"tiffinfo": {254: 1}}
         pages[0].encoderinfo = {}
         pages[0].save(self.tmp / "previews.tif", save_all=True, append_images=smaller)
-        np.testing.assert_array_equal(data.read_image(self.tmp / "previews.tif"), pages[0])
-
-        def tiff(bits, sign, channels):
-            tags = [(256, 3, 5), (257, 3, 4), (258, 3, bits), (259, 3, 1), (262, 3, 1),
-                    (273, 4, 200), (277, 3, channels), (278, 3, 4),
-                    (279, 4, 20 * channels * bits // 8), (339, 3, sign)]
-            header = b"II" + struct.pack("<HIH", 42, 8, len(tags))
-            for tag, kind, value in tags:
-                header += struct.pack("<HHIHxx" if kind == 3 else "<HHII", tag, kind, 1, value)
-            return header.ljust(200, b"\0") + bytes(20 * channels * bits // 8)
-
+        arrays_equal(data.read_image(self.tmp / "previews.tif"), pages[0])
         for name, content, *words in (
-                ("bands.tif", tiff(8, 1, 8), "8 channels of 8 bits?", "8-bit grey or RGB"),
-                ("signed.tif", tiff(16, 2, 1), "signed 16 bits", "without a sign"),
-                ("float.tif", tiff(32, 3, 1), "32 bits"),
+                ("bands.tif", tiff(5, 4, bytes(160), 8, 8, sign=1), "8 channels of 8 bits?",
+                 "8-bit grey or RGB"),
+                ("signed.tif", tiff(5, 4, bytes(40), 16, sign=2), "signed 16 bits",
+                 "without a sign"),
+                ("float.tif", tiff(5, 4, bytes(80), 32, sign=3), "32 bits"),
                 ("a.heic", b"\0\0\0\x18ftypheic", "Pillow cannot read", "RGB"),
-                ("a.dng", tiff(8, 1, 1), "a camera's own?")):
+                ("a.dng", tiff(5, 4, bytes(20), sign=1), "a camera's own?")):
             (self.tmp / name).write_bytes(content)
             with self.fails(name, *words):
                 data.read_image(self.tmp / name)
 
     def test_ids_in_floats_and_in_three_equal_channels(self):
         ids = self.noise(6, 7) % 5
-        save(self.tmp / "f.tif", ids.astype(np.float32))
-        save(self.tmp / "i.tif", ids.astype(np.int32))
-        save(self.tmp / "rgb.png", np.dstack([ids] * 3))
-        save(self.tmp / "rgba.png", np.dstack([ids] * 3 + [np.full_like(ids, 255)]))
-        Image.merge("LA", [Image.fromarray(ids), Image.new("L", (7, 6), 255)]).save(
-            self.tmp / "la.png")
-        for name in "f.tif", "i.tif", "rgb.png", "rgba.png", "la.png":
-            np.testing.assert_array_equal(data.read_ids(self.tmp / name), ids)
+        opaque = np.full_like(ids, 255)
+        for name, written in (
+                ("f.tif", ids.astype(np.float32)), ("i.tif", ids.astype(np.int32)),
+                ("rgb.png", np.dstack([ids] * 3)), ("rgba.png", np.dstack([ids] * 3 + [opaque])),
+                ("la.png", Image.merge("LA", [*map(Image.fromarray, (ids, opaque))]))):
+            arrays_equal(data.read_ids(save(self.tmp / name, written)), ids)
         for value in 0.5, np.nan, -1.0, 256.0:
             with self.fails("g.tif", "32-bit floats", "8-bit PNG"):
                 data.read_ids(save(self.tmp / "g.tif", np.full((3, 3), value, np.float32)))
 
-    def test_broken_pictures_are_one_line_with_the_file(self):
+    def test_a_broken_image_is_one_line_with_the_file(self):
         whole = save(self.tmp / "whole.png", self.noise(64, 64, 3)).read_bytes()
+        mask = save(self.tmp / "mask.png", self.noise(64, 64)).read_bytes()
         for pixels in np.zeros((4, 4), np.float32), np.zeros((4, 4), np.int32):
             with self.fails("bits.tif", "32 bits a pixel"):
                 data.read_image(save(self.tmp / "bits.tif", pixels))
-        for name, content in (("empty.png", b""), ("text.png", b"no picture"),
-                              ("cut.png", whole[:len(whole) // 2])):
+        read_mask = functools.partial(data.read_label, info=data.info("voc"))
+        for name, content, read in (("empty.png", b"", data.read_image),
+                                    ("text.png", b"no picture", data.read_image),
+                                    ("cut.png", whole[:len(whole) // 2], data.read_image),
+                                    ("mask.png", mask[:2000], read_mask)):
             (self.tmp / name).write_bytes(content)
             with self.fails(name, "replace or remove"):
-                data.read_image(self.tmp / name)
-        mask = save(self.tmp / "mask.png", self.noise(64, 64))
-        mask.write_bytes(mask.read_bytes()[:2000])
-        with self.fails("mask.png", "replace or remove"):
-            data.read_label(mask, data.info("voc"))
+                read(self.tmp / name)
         with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100), \
                 self.fails("whole.png", "exceeds limit"):
             data.read_image(self.tmp / "whole.png")
@@ -275,41 +355,36 @@ class Reading(Case):
         info = data.Info("x", ("a", "b", "c"), ((0, 0, 0),) * 3, ids=(7, 3, 200), void=(0, 9))
         ids = self.rng.choice([7, 3, 200, 0, 9, 255], (11, 13)).astype(np.uint8)
         expected = np.array([[{7: 0, 3: 1, 200: 2}.get(int(v), 255) for v in row] for row in ids])
-        save(self.tmp / "grey.png", ids)
-        save(self.tmp / "deep.png", ids.astype(np.uint16))
-        indexed = Image.fromarray(ids)
-        indexed.putpalette(self.noise(256, 3).ravel().tolist())
-        indexed.save(self.tmp / "indexed.png")
-        for name in "grey.png", "deep.png", "indexed.png":
-            label = data.read_label(self.tmp / name, info)
+        for name, mask in (("grey.png", ids), ("deep.png", ids.astype(np.uint16)),
+                           ("indexed.png", indexed(ids, self.noise(256, 3)))):
+            label = data.read_label(save(self.tmp / name, mask), info)
             self.assertEqual(label.dtype, np.uint8)
-            np.testing.assert_array_equal(label, expected)
-        np.testing.assert_array_equal(data.read_ids(self.tmp / "indexed.png"), ids)
+            arrays_equal(label, expected)
+        arrays_equal(data.read_ids(self.tmp / "indexed.png"), ids)
 
     def test_masks_of_two_classes_by_a_threshold(self):
         shades, glands, polyps = self.noise(9, 8), data.info("glas"), data.info("polyp")
         shades[0, :5] = 0, 1, 127, 128, 255
-        save(self.tmp / "a.png", shades)
-        save(self.tmp / "b.png", np.stack([shades] * 3, 2))
-        save(self.tmp / "c.png", shades.astype(np.uint16))
-        save(self.tmp / "d.png", shades > 127)                                          # one bit
-        indexed = Image.fromarray((shades > 127).astype(np.uint8))
-        indexed.putpalette([0, 0, 0, 255, 255, 255])
-        indexed.save(self.tmp / "e.png")
-        save(self.tmp / "f.jpg", np.stack([shades] * 3, 2), quality=40)
-        lossy = np.asarray(Image.open(self.tmp / "f.jpg"))[..., 0]
+        three = np.dstack([shades] * 3)
+        black_and_white = indexed((shades > 127).astype(np.uint8), [0, 0, 0, 255, 255, 255])
+        numbers = indexed(shades, np.vstack([[[9, 9, 9], [0, 0, 0]], self.noise(254, 3)]))
+        for name, mask, info, expected in (
+                ("a.png", shades, polyps, shades > 127), ("a.png", shades, glands, shades > 0),
+                ("b.png", three, polyps, shades > 127), ("b.png", three, glands, shades > 0),
+                ("c.png", shades.astype(np.uint16), polyps, shades > 127),
+                ("c.png", shades.astype(np.uint16), glands, shades > 0),
+                ("one bit.png", shades > 127, polyps, shades > 127),
+                ("e.png", black_and_white, polyps, shades > 127),
+                ("g.bmp", numbers, glands, shades > 0)):        # Warwick's: index 1 is black
+            with self.subTest(name, info=info.name):
+                label = data.read_label(save(self.tmp / name, mask), info)
+                self.assertEqual(label.dtype, np.uint8)
+                arrays_equal(label, expected)
+        lossy = array_of(save(self.tmp / "f.jpg", three, quality=40))[..., 0]
         self.assertTrue(len(np.unique(lossy)) > 9 and (lossy != shades).any())
-        for name in "a.png", "b.png", "c.png", "d.png", "e.png", "f.jpg":
-            label = data.read_label(self.tmp / name, polyps)
-            self.assertEqual(label.dtype, np.uint8)
-            np.testing.assert_array_equal(label, (lossy if name == "f.jpg" else shades) > 127)
-        for name in "a.png", "c.png":
-            np.testing.assert_array_equal(data.read_label(self.tmp / name, glands), shades > 0)
-        numbers = Image.fromarray(shades)                   # Warwick's: indexed, index 1 is black
-        numbers.putpalette([9, 9, 9, 0, 0, 0] + self.noise(254, 3).ravel().tolist())
-        numbers.save(self.tmp / "g.bmp")
-        np.testing.assert_array_equal(data.read_label(self.tmp / "g.bmp", glands), shades > 0)
-        np.testing.assert_array_equal(data.read_label(self.tmp / "b.png", glands), shades > 0)
+        label = data.read_label(self.tmp / "f.jpg", polyps)
+        self.assertEqual(label.dtype, np.uint8)
+        arrays_equal(label, lossy > 127)
         with self.fails("h.png", "colour mask", "--palette"):
             data.read_label(save(self.tmp / "h.png", self.noise(64, 64, 3)), polyps)
 
@@ -321,24 +396,17 @@ class Reading(Case):
             self.assertIsNone(data.Info(**kept).threshold)
 
     def test_tiffs_of_rgb_tagged_as_grey(self):
-        rgb = self.noise(5, 7, 3)
-        for order, mark in (">", b"MM"), ("<", b"II"):
-            tags = [(256, 3, 7), (257, 3, 5), (258, 3, 8), (259, 3, 1), (262, 3, 1),
-                    (273, 4, 200), (277, 3, 3), (278, 3, 5), (279, 4, rgb.size)]
-            header = mark + struct.pack(order + "HIH", 42, 8, len(tags))
-            for tag, kind, value in tags:
-                header += struct.pack(order + ("HHIHxx" if kind == 3 else "HHII"), tag, kind, 1,
-                                      value)
-            path = self.tmp / f"{mark.decode()}.tif"
-            path.write_bytes(header.ljust(200, b"\0") + rgb.tobytes())
-            np.testing.assert_array_equal(data.read_image(path), rgb)
+        rgb, path = self.noise(5, 7, 3), self.tmp / "a.tif"
+        for order in ">", "<":
+            path.write_bytes(tiff(7, 5, rgb.tobytes(), channels=3, order=order))
+            arrays_equal(data.read_image(path), rgb)
         for compression in "raw", "tiff_lzw", "tiff_adobe_deflate", "packbits":
-            path = save(self.tmp / f"{compression}.tif", rgb, compression=compression)
-            np.testing.assert_array_equal(data.read_image(path), rgb)
+            save(path, rgb, compression=compression)
+            arrays_equal(data.read_image(path), rgb)
             tag = struct.pack("<HHI", 262, 3, 1)
             self.assertEqual(path.read_bytes().count(tag + b"\2\0"), 1)
             path.write_bytes(path.read_bytes().replace(tag + b"\2\0", tag + b"\1\0"))
-            np.testing.assert_array_equal(data.read_image(path), rgb)
+            arrays_equal(data.read_image(path), rgb)
 
     @needs("CVC-ClinicDB-tif-sample")
     def test_cvc_s_own_tiffs(self):
@@ -348,27 +416,25 @@ class Reading(Case):
         for item in items:                      # not compressed: the pixels start at byte 8
             raw, mask = (np.frombuffer(p.read_bytes(), np.uint8)[8:] for p in item[1:])
             image, label = data.read_pair(item, data.info("polyp"), 0)
-            np.testing.assert_array_equal(image, raw[:288 * 384 * 3].reshape(288, 384, 3))
-            np.testing.assert_array_equal(label, mask[:288 * 384].reshape(288, 384) > 127)
+            arrays_equal(image, raw[:288 * 384 * 3].reshape(288, 384, 3))
+            arrays_equal(label, mask[:288 * 384].reshape(288, 384) > 127)
             self.assertTrue(0.01 < label.mean() < 0.3)
 
     def test_ids_and_colours_that_mean_nothing(self):
-        info = data.info("voc")
-        with self.fails("a.png", "ids 21, 40..41,", "0..20", "255"):
-            data.read_label(
-                save(self.tmp / "a.png", np.array([[0, 21, 40, 41, 255]], np.uint8)), info)
-        with self.fails("j.jpg", "JPEG"):
-            data.read_label(save(self.tmp / "j.jpg", self.noise(8, 8)), info)
-        with self.fails("deep.png", "300", "0..255"):
-            data.read_label(save(self.tmp / "deep.png", np.array([[0, 300]], np.uint16)), info)
+        info, half = data.info("voc"), np.full((4, 4, 4), 1, np.uint8)
+        half[0, 0, 3] = 0
+        for name, mask, *words in (
+                ("a.png", np.array([[0, 21, 40, 41, 255]], np.uint8), "ids 21, 40..41,", "0..20",
+                 "255"),
+                ("j.jpg", self.noise(8, 8), "JPEG"),
+                ("deep.png", np.array([[0, 300]], np.uint16), "300", "0..255"),
+                ("rgba.png", half, "colour mask", "--palette")):
+            with self.fails(name, *words):
+                data.read_label(save(self.tmp / name, mask), info)
         grey_in_rgb = save(self.tmp / "rgb.png", np.ones((4, 4, 3), np.uint8))
         self.assertTrue((data.read_label(grey_in_rgb, info) == 1).all())
         with self.fails("rgb.png", "1 1 1", "not in the palette"):
             data.read_label(grey_in_rgb, data.load_palette("voc"))
-        half = np.full((4, 4, 4), 1, np.uint8)
-        half[0, 0, 3] = 0
-        with self.fails("rgba.png", "colour mask", "--palette"):
-            data.read_label(save(self.tmp / "rgba.png", half), info)
 
     def test_colour_masks_against_a_loop(self):
         for name, void in ("voc", (224, 224, 192)), ("cityscapes", (0, 0, 0)):
@@ -378,7 +444,7 @@ class Reading(Case):
             label = data.read_label(save(self.tmp / f"{name}.png", colors[which]),
                                     data.load_palette(name))
             expected = [[c if c < len(info.colors) else 255 for c in row] for row in which]
-            np.testing.assert_array_equal(label, expected)
+            arrays_equal(label, expected)
 
     def test_palette_file(self):
         file = self.tmp / "colors.txt"
@@ -386,13 +452,10 @@ class Reading(Case):
         info = data.load_palette(str(file))
         self.assertEqual(info.classes, ("background", "an object"))
         mask = np.array([[0, 255, 255], [0, 0, 255]], np.uint8)            # greys are colours here
-        np.testing.assert_array_equal(
-            data.read_label(save(self.tmp / "a.png", mask), info), mask > 0)
-        rgb = np.stack([mask] * 3, 2)
+        arrays_equal(data.read_label(save(self.tmp / "a.png", mask), info), mask > 0)
+        rgb = np.dstack([mask] * 3)
         rgb[0, 0] = 10, 20, 30
-        np.testing.assert_array_equal(
-            data.read_label(save(self.tmp / "b.png", rgb), info),
-            [[255, 1, 1], [0, 0, 1]])
+        arrays_equal(data.read_label(save(self.tmp / "b.png", rgb), info), [[255, 1, 1], [0, 0, 1]])
         for i, wrong in enumerate(("0 0 0\n1 1 1 b\n", "0 0 300 a\n1 1 1 b\n",
                                    "0 0 0 a\n0 0 0 b\n", "0 0 0 a\n1 1 1 a\n",
                                    "1 1 1 only\n", "red a\n")):
