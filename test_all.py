@@ -220,6 +220,23 @@ class Base(unittest.TestCase):
         self.folder(train, sub="train", **kwargs)
         return self.folder(val, sub="val", **kwargs)
 
+    def pairs(self, root, stems, images="images/{}.png", masks="masks/{}.png", shape=(12, 16),
+              ids=range(3)):
+        """Write an image and a mask for each stem; {stem: (image, mask)}."""
+        arrays = {}
+        for stem in stems:
+            arrays[stem] = self.noise(*shape, 3), self.rng.choice(ids, shape).astype(np.uint8)
+            for path, pixels in zip((images, masks), arrays[stem]):
+                save(self.tmp / root / path.format(stem), pixels)
+        return arrays
+
+    def check_labels(self, name, root, split, labels):
+        """The split holds the images {stem: label} in this order, with these labels."""
+        dataset = data.Dataset(name, root, split, size=8)
+        self.assertEqual([i.stem for i in dataset.items], list(labels))
+        for i, label in enumerate(labels.values()):
+            arrays_equal(dataset.stored(i)[1], label)
+
 
 class Case(Base):
     """On the CPU, also where there is a GPU, and with one thread: the same bits everywhere."""
@@ -719,19 +736,17 @@ class Named(Case):
             info = data.info(name, self.tmp)
             self.assertEqual(len(info.classes), len(info.colors))
             self.assertEqual(len(info.classes), len(info.ids))
-            self.assertFalse(set(info.ids) & ({*info.void, 255} if info.threshold is None else
-                                              set(info.void)))
+            void = {*info.void, 255} if info.threshold is None else set(info.void)
+            self.assertFalse(set(info.ids) & void)
             self.assertTrue(set(info.background) < set(range(len(info.classes))))
             self.assertEqual(info.name, name)
+            self.assertIn(data.eval_split(name), source.splits)
         self.assertEqual(
             [len(data.info(n).classes) for n in data.SOURCES], [6, 4, 21, 19, 11, 40, 2, 2])
 
     def test_the_split_to_score_on(self):
-        names = [*data.SOURCES, self.tmp]
-        self.assertEqual([data.eval_split(str(n)) for n in names], ["val"] * 6 + ["test"] * 2
-                         + ["val"])
-        for name in data.SOURCES:
-            self.assertIn(data.eval_split(name), data.SOURCES[name].splits)
+        self.assertEqual([data.eval_split(str(n)) for n in [*data.SOURCES, self.tmp]],
+                         ["val"] * 6 + ["test"] * 2 + ["val"])
 
     def test_what_is_neither_dataset_nor_folder(self):
         with self.fails("camvit", "did you mean camvid?", "shapes, materials, voc, cityscapes"):
@@ -744,13 +759,9 @@ class Named(Case):
             data.info("camvid", self.tmp, "voc")
 
     def test_camvid_tree(self):
-        ids = self.rng.choice(12, (6, 8)).astype(np.uint8)
-        for base in self.tmp / "a/camvid", self.tmp / "b":               # in ROOT/NAME and in ROOT
-            save(base / "trainannot/x.png", ids)
-            save(base / "train/x.png", self.noise(6, 8, 3))
-            dataset = data.Dataset("camvid", base.parent if base.name == "camvid" else base,
-                                   "train", size=8)
-            np.testing.assert_array_equal(dataset.stored(0)[1], np.where(ids == 11, 255, ids))
+        for base, root in ("a/camvid", self.tmp / "a"), ("b", self.tmp / "b"):
+            _, ids = self.pairs(base, "x", "train/{}.png", "trainannot/{}.png", ids=range(12))["x"]
+            self.check_labels("camvid", root, "train", {"x": np.where(ids == 11, 255, ids)})
         with self.fails(self.tmp / "b/val", "not there"):
             data.list_items("camvid", self.tmp / "b", "val")
 
@@ -761,25 +772,21 @@ class Named(Case):
         dataset = data.Dataset("camvid", SHARED, "val", size=32)
         self.assertEqual(len(dataset), 101)
         for i in range(0, 101, 20):
-            item = dataset.items[i]
             image, label = dataset.stored(i)
-            ids = np.asarray(Image.open(item.mask))
-            np.testing.assert_array_equal(label, np.where(ids == 11, 255, ids))
-            np.testing.assert_array_equal(image, Image.open(item.image).convert("RGB"))
+            ids = array_of(dataset.items[i].mask)
+            arrays_equal(label, np.where(ids == 11, 255, ids))
+            arrays_equal(image, Image.open(dataset.items[i].image).convert("RGB"))
 
     def test_nyuv2_tree(self):
         with self.fails("nyuv2", "masksup-segmentation", "v1.0", "{train,val}_labels"):
             data.list_items("nyuv2", self.tmp, "train")
-        ids = self.rng.choice([*range(40), 255], (6, 8)).astype(np.uint8)
-        for base in self.tmp / "a/nyuv2", self.tmp / "b":
+        for base, root in ("a/nyuv2", self.tmp / "a"), ("b", self.tmp / "b"):
             for split in "train", "val":
-                save(base / f"{split}_labels/{split}1.png", ids)
-                save(base / f"{split}_images/{split}1.jpg", self.noise(6, 8, 3))
-                root = base.parent if base.name == "nyuv2" else base
-                dataset = data.Dataset("nyuv2", root, split, size=8)
-                self.assertEqual([i.stem for i in dataset.items], [f"{split}1"])
-                np.testing.assert_array_equal(dataset.stored(0)[1], ids)
-        save(base / "val_labels/val1.png", ids % 2 + 39)
+                stem = f"{split}1"
+                _, ids = self.pairs(base, [stem], f"{split}_images/{{}}.jpg",
+                                    f"{split}_labels/{{}}.png", ids=[*range(40), 255])[stem]
+                self.check_labels("nyuv2", root, split, {stem: ids})
+        rewrite(root / "val_labels", lambda ids: ids % 2 + np.uint8(39))
         with self.fails("val1.png", "id 40", "0..39"):
             data.Dataset("nyuv2", root, "val", size=8)
 
@@ -791,25 +798,22 @@ class Named(Case):
         self.assertEqual([len(data.list_items("cityscapes", root, s)) for s in ("train", "val")],
                          [4, 2])
         for item in data.list_items("cityscapes", root, "val"):
-            ids = np.asarray(Image.open(item.mask))
+            ids = array_of(item.mask)
             label = data.read_label(item.mask, data.info("cityscapes", root))
             for i in np.unique(ids):
                 self.assertEqual(np.unique(label[ids == i]).tolist(), [published.get(int(i), 255)])
 
     def test_cityscapes_takes_train_ids_where_there_are(self):
-        info = data.info("cityscapes", self.tmp)
-        train_ids = self.rng.choice([*range(19), 255], (8, 8)).astype(np.uint8)
-        stem = "aachen_000000_000019"
-        on_disk = np.array([*info.ids, *[0] * 237], np.uint8)[train_ids]
-        save(self.tmp / f"leftImg8bit/train/aachen/{stem}_leftImg8bit.png", self.noise(8, 8, 3))
-        save(self.tmp / f"gtFine/train/aachen/{stem}_gtFine_labelIds.png", on_disk)
-        first = data.Dataset("cityscapes", self.tmp, "train", size=8)
-        save(self.tmp / f"gtFine/train/aachen/{stem}_gtFine_labelTrainIds.png", train_ids)
-        second = data.Dataset("cityscapes", self.tmp, "train", size=8)
-        self.assertEqual(first.items[0].stem, stem)
-        self.assertNotEqual(first.items[0].mask, second.items[0].mask)
-        np.testing.assert_array_equal(first.stored(0)[1], train_ids)
-        np.testing.assert_array_equal(second.stored(0)[1], train_ids)
+        stem, city = "aachen_000000_000019", "train/aachen/{}_"
+        _, train_ids = self.pairs(".", [stem], f"leftImg8bit/{city}leftImg8bit.png", "ids/{}.png",
+                                  ids=[*range(19), 255])[stem]
+        all_ids = np.array([*data.info("cityscapes", self.tmp).ids, *[0] * 237], np.uint8)
+        masks = [self.tmp / f"gtFine/{city}gtFine_{kind}.png".format(stem)
+                 for kind in ("labelIds", "labelTrainIds")]
+        for path, ids in zip(masks, (all_ids[train_ids], train_ids)):
+            save(path, ids)
+            self.check_labels("cityscapes", self.tmp, "train", {stem: train_ids})
+            self.assertEqual(data.list_items("cityscapes", self.tmp, "train")[0].mask, path)
 
 
 def voc_tree(base, rng, train=("2007_a", "2007_b"), val=("2007_c",)):
@@ -817,10 +821,9 @@ def voc_tree(base, rng, train=("2007_a", "2007_b"), val=("2007_c",)):
     root = base / "VOCdevkit/VOC2012"
     for stem in train + val:
         save(root / f"JPEGImages/{stem}.jpg", rng.integers(0, 256, (10, 14, 3), dtype=np.uint8))
-        mask = Image.fromarray(rng.choice([0, 20, 255], (10, 14)).astype(np.uint8))
-        mask.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tolist())
-        (root / "SegmentationClass").mkdir(exist_ok=True)
-        mask.save(root / f"SegmentationClass/{stem}.png")
+        save(root / f"SegmentationClass/{stem}.png",
+             indexed(rng.choice([0, 20, 255], (10, 14)).astype(np.uint8),
+                     rng.integers(0, 256, 768, dtype=np.uint8)))
     lists = root / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
     for name, stems in ("train", train), ("val", val), ("trainval", train + val):
@@ -829,33 +832,48 @@ def voc_tree(base, rng, train=("2007_a", "2007_b"), val=("2007_c",)):
 
 
 class Voc(Case):
+    def items(self, split, protocol):
+        """(stem, folder of the mask or None) of each."""
+        return [(i.stem, i.mask and i.mask.parent.name)
+                for i in data.list_items("voc", self.tmp, split, protocol)]
+
     def test_lists_wherever_it_lies(self):
         root = voc_tree(self.tmp / "voc", self.rng)
         for where in self.tmp, self.tmp / "voc", self.tmp / "voc/VOCdevkit", root:
             self.assertEqual([i.stem for i in data.list_items("voc", where, "train")],
                              ["2007_a", "2007_b"])
-        dataset = data.Dataset("voc", self.tmp, "val", size=8)
-        np.testing.assert_array_equal(dataset.stored(0)[1],
-                                      Image.open(root / "SegmentationClass/2007_c.png"))
+        self.check_labels("voc", self.tmp, "val",
+                          {"2007_c": array_of(root / "SegmentationClass/2007_c.png")})
 
     def test_aug(self):
         root = voc_tree(self.tmp, self.rng)
         with self.fails("train_aug.txt", "SegmentationClassAug"):
-            data.list_items("voc", self.tmp, "train", "aug")
+            self.items("train", "aug")
         lists = root / "ImageSets/Segmentation/train_aug.txt"
         lists.write_text("/JPEGImages/2007_a.jpg /SegmentationClassAug/2007_a.png\n2008_x\n")
         with self.fails("SegmentationClassAug"):
-            data.list_items("voc", self.tmp, "train", "aug")
+            self.items("train", "aug")
         save(root / "SegmentationClassAug/2007_a.png", np.zeros((10, 14), np.uint8))
         with self.fails("JPEGImages/2008_x.jpg", "no such file", "take it off the list"):
-            data.list_items("voc", self.tmp, "train", "aug")
+            self.items("train", "aug")
         (root / "JPEGImages/2008_x.jpg").touch()
-        items = data.list_items("voc", self.tmp, "train", "aug")
-        self.assertEqual([(i.stem, i.mask and i.mask.parent.name) for i in items],
+        self.assertEqual(self.items("train", "aug"),
                          [("2007_a", "SegmentationClassAug"), ("2008_x", None)])
-        self.assertEqual(
-            [i.mask.parent.name for i in data.list_items("voc", self.tmp, "val", "aug")],
-            ["SegmentationClass"])
+        self.assertEqual(self.items("val", "aug"), [("2007_c", "SegmentationClass")])
+
+    def test_ori(self):
+        root = voc_tree(self.tmp, self.rng)
+        train = [("2007_a", "SegmentationClass"), ("2007_b", "SegmentationClass")]
+        self.assertEqual(self.items("train", "ori"), train)
+        (root / "ImageSets/Segmentation/train_aug.txt").write_text(
+            "/JPEGImages/2008_x.jpg /SegmentationClassAug/2008_x.png\n2007_b\n2007_c\n2008_y\n")
+        self.assertEqual(self.items("train", "ori"),
+                         train + [("2008_x", None), ("2007_c", None), ("2008_y", None)])
+        self.assertEqual(self.items("val", "ori"), [("2007_c", "SegmentationClass")])
+        labelled, unlabelled = data.labeled_split("voc", self.tmp, "1/2", protocol="ori")
+        self.assertEqual((len(labelled), len(unlabelled)), (1, 4))
+        self.assertEqual([i.stem for i in unlabelled[1:]], ["2008_x", "2007_c", "2008_y"])
+        self.assertEqual(len(data.list_items("voc", self.tmp, "train")), 2)
 
     def test_lmae_draws_400_of_trainval_once(self):
         root = voc_tree(self.tmp, self.rng)
@@ -864,12 +882,11 @@ class Voc(Case):
         lists.write_text("\n".join(stems))
         for stem in stems:
             (root / f"JPEGImages/{stem}.jpg").touch()
-        train, val = ([i.stem for i in data.list_items("voc", self.tmp, s, "lmae")]
-                      for s in ("train", "val"))
+        train, val = ([stem for stem, _ in self.items(s, "lmae")] for s in ("train", "val"))
         self.assertEqual((len(train), len(val)), (2513, 400))
         self.assertEqual(sorted(train + val), stems)
         lists.write_text("\n".join(reversed(stems)))
-        self.assertEqual([i.stem for i in data.list_items("voc", self.tmp, "val", "lmae")], val)
+        self.assertEqual([stem for stem, _ in self.items("val", "lmae")], val)
         # the rule, again
         rank = sorted(stems, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
         self.assertEqual(val, sorted(rank[:400]))
@@ -877,49 +894,40 @@ class Voc(Case):
     def test_missing_mask_is_left_out_and_counted(self):
         root = voc_tree(self.tmp, self.rng)
         (root / "SegmentationClass/2007_a.png").unlink()
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
+        with printed() as out:
             dataset = data.Dataset("voc", self.tmp, "train", size=8)
         self.assertEqual([i.stem for i in dataset.items], ["2007_b"])
         self.assertIn("1 pictures without a mask left out", out.getvalue())
         (root / "SegmentationClass/2007_b.png").unlink()
-        with self.fails("2007_a.jpg", "no mask", "train"), contextlib.redirect_stdout(out):
+        with self.fails("2007_a.jpg", "no mask", "train"), printed():
             data.Dataset("voc", self.tmp, "train", size=8)
 
 
 class Glas(Case):
-    def check(self, root, train=("train_1", "train_2"), test=("testA_1", "testB_1")):
-        for split, stems in ("train", train), ("test", test):
-            dataset = data.Dataset("glas", root, split, size=8)
-            self.assertEqual([i.stem for i in dataset.items], list(stems))
-            for i, item in enumerate(dataset.items):
-                np.testing.assert_array_equal(dataset.stored(i)[1],
-                                              np.asarray(Image.open(item.mask)) > 0)
-
-    def numbers(self):
-        return self.rng.choice([0, 1, 2, 30, 255], (6, 8)).astype(np.uint8)
+    def write(self, base, stems, images, masks):
+        """{stem: label} of pairs whose masks number the glands."""
+        found = self.pairs(base, stems, images, masks, ids=[0, 1, 2, 30, 255])
+        return {stem: mask > 0 for stem, (_, mask) in found.items()}
 
     def test_warwick_s_own_layout(self):
         with self.fails("glas", "Train_Folder/", "train_1_anno.bmp", "glascontest"):
             data.list_items("glas", self.tmp, "train")
         deep = self.tmp / "a/glas/Warwick QU Dataset (Released 2016_07_08)"
         for base, root in (deep, self.tmp / "a"), (self.tmp / "b", self.tmp / "b"):
-            for stem in "train_1", "train_2", "testA_1", "testB_1":
-                save(base / f"{stem}.bmp", self.noise(6, 8, 3))
-                save(base / f"{stem}_anno.bmp", self.numbers())
+            train, test = (self.write(base, stems, "{}.bmp", "{}_anno.bmp")
+                           for stems in (("train_1", "train_2"), ("testA_1", "testB_1")))
             (base / "Grade.csv").write_text("name\n")
-            self.check(root)
+            self.check_labels("glas", root, "train", train)
+            self.check_labels("glas", root, "test", test)
 
     def test_folders(self):
-        for train, test, suffix in (("Train_Folder", "Test_Folder", ""),
-                                    ("train", "test", "_anno")):
-            base = self.tmp / train / "glas"
-            for folder, stems in (train, ("a", "b")), (test, ("c",)):
-                for stem in stems:
-                    save(base / folder / f"img/{stem}.png", self.noise(6, 8, 3))
-                    save(base / folder / f"labelcol/{stem}{suffix}.png", self.numbers())
-            self.check(base.parent, ("a", "b"), ("c",))
-            self.check(base, ("a", "b"), ("c",))
+        for folders, ending in (("Train_Folder", "Test_Folder"), ""), (("train", "test"), "_anno"):
+            base = self.tmp / folders[0] / "glas"
+            for split, folder, stems in zip(("train", "test"), folders, ("ab", "c")):
+                labels = self.write(base / folder, stems, "img/{}.png",
+                                    f"labelcol/{{}}{ending}.png")
+                for root in base.parent, base:
+                    self.check_labels("glas", root, split, labels)
         (base / "test/labelcol").rename(base / "test/labels")
         with self.fails(base / "test/labelcol", "glascontest"):
             data.list_items("glas", base, "test")
@@ -927,14 +935,11 @@ class Glas(Case):
     @needs("glas")
     def test_glas(self):
         for split, n in ("train", 85), ("test", 80):
-            dataset = data.Dataset("glas", SHARED, split, size=8)
-            self.assertEqual(len(dataset), n)
-            most = 0
-            for i in range(n):
-                numbers = np.asarray(Image.open(dataset.items[i].mask))
-                np.testing.assert_array_equal(dataset.stored(i)[1], numbers > 0)
-                most = max(most, numbers.max())
-            self.assertGreater(most, 20)
+            items = data.list_items("glas", SHARED, split)
+            numbers = {i.stem: array_of(i.mask) for i in items}
+            self.assertEqual(len(numbers), n)
+            self.check_labels("glas", SHARED, split, {s: ids > 0 for s, ids in numbers.items()})
+            self.assertGreater(max(ids.max() for ids in numbers.values()), 20)
 
 
 def kvasir_zip(path, n, compression=zipfile.ZIP_STORED, flaw=False):
@@ -962,6 +967,12 @@ class Polyp(Case):
             for stem in stems:
                 (folder / f"{stem}.png").touch()
 
+    def touch_both(self, cvc, kvasir):
+        """Files of CVC-ClinicDB and Kvasir-SEG with these stems."""
+        self.touch(self.tmp / "CVC-ClinicDB/Original", self.tmp / "CVC-ClinicDB/Ground Truth",
+                   stems=cvc)
+        self.touch(self.tmp / "Kvasir-SEG/images", self.tmp / "Kvasir-SEG/masks", stems=kvasir)
+
     def stems(self, root, *splits):
         return [[i.stem for i in data.list_items("polyp", root, s)]
                 for s in splits or ("train", "test", "kvasir")]
@@ -969,9 +980,7 @@ class Polyp(Case):
     def test_a_draw_that_stays(self):
         cvc, kvasir = ([f"{kind}{i}" for i in range(1, n + 1)]
                        for kind, n in (("", 612), ("k", 1000)))
-        self.touch(self.tmp / "CVC-ClinicDB/Original", self.tmp / "CVC-ClinicDB/Ground Truth",
-                   stems=cvc)
-        self.touch(self.tmp / "Kvasir-SEG/images", self.tmp / "Kvasir-SEG/masks", stems=kvasir)
+        self.touch_both(cvc, kvasir)
         train, test, held = self.stems(self.tmp)
         self.assertEqual((len(train), len(test), len(held)), (1450, 62, 100))
         self.assertEqual(sorted(train + test + held), sorted(cvc + kvasir))
@@ -979,39 +988,29 @@ class Polyp(Case):
         self.assertEqual(test, sorted(sorted(cvc, key=rank)[:62]))
         self.assertEqual(held, sorted(sorted(kvasir, key=rank)[:100]))
         self.assertEqual(test[:6], CVC_TEST)
-        stray = min((f"stray{i}" for i in range(9999)), key=rank)   # which moves no other picture
+        stray = min((f"stray{i}" for i in range(9999)), key=rank)   # which moves no other image
         (self.tmp / f"Kvasir-SEG/masks/{stray}.png").touch()
-        again = self.stems(self.tmp)
-        self.assertEqual([[s for s in split if s != stray] for split in again],
+        self.assertEqual([[s for s in split if s != stray] for split in self.stems(self.tmp)],
                          [train, test, held])
 
-    def test_fewer_pictures(self):
-        self.touch(self.tmp / "CVC-ClinicDB/Original", self.tmp / "CVC-ClinicDB/Ground Truth",
-                   stems="abcde")
-        self.touch(self.tmp / "Kvasir-SEG/images", self.tmp / "Kvasir-SEG/masks",
-                   stems=[f"k{i}" for i in range(39)])
+    def test_fewer_images(self):
+        self.touch_both("abcde", [f"k{i}" for i in range(39)])
         self.assertEqual([len(s) for s in self.stems(self.tmp)], [4 + 36, 1, 3])
 
     def test_layouts(self):
         for i, (place, cvc, kind) in enumerate((("polyp", "", "png"), ("", "", "tif"),
                                                 ("polyp", "TIF", "tif"), ("", "PNG", "png"))):
-            root, masks = self.tmp / str(i), {}
-            for stem in "12":
-                masks[stem], masks[f"k{stem}"] = self.noise(6, 8), self.noise(6, 8)
-                base = root / place / "CVC-ClinicDB" / cvc
-                save(base / f"Original/{stem}.{kind}", self.noise(6, 8, 3))
-                save(base / f"Ground Truth/{stem}.{kind}", masks[stem])
-                base = root / place / "Kvasir-SEG"
-                save(base / f"images/k{stem}.jpg", self.noise(6, 8, 3))
-                save(base / f"masks/k{stem}.png", np.stack([masks[f"k{stem}"]] * 3, 2))
-            seen = []
-            for split, n in ("train", 2), ("test", 1), ("kvasir", 1):
-                dataset = data.Dataset("polyp", root, split, size=8)
-                self.assertEqual(len(dataset), n)
-                for i, item in enumerate(dataset.items):
-                    np.testing.assert_array_equal(dataset.stored(i)[1], masks[item.stem] > 127)
-                    seen.append(item.stem)
-            self.assertEqual(sorted(seen), sorted(masks))
+            root = self.tmp / str(i)
+            pairs = self.pairs(root / place / "CVC-ClinicDB" / cvc, "12", f"Original/{{}}.{kind}",
+                               f"Ground Truth/{{}}.{kind}", ids=range(256))
+            pairs |= self.pairs(root / place / "Kvasir-SEG", ["k1", "k2"], "images/{}.jpg",
+                                ids=range(256))
+            rewrite(root / place / "Kvasir-SEG/masks", lambda mask: np.dstack([mask] * 3))
+            splits = self.stems(root)
+            self.assertEqual([len(stems) for stems in splits], [2, 1, 1])
+            self.assertEqual(sorted(sum(splits, [])), sorted(pairs))
+            for split, stems in zip(("train", "test", "kvasir"), splits):
+                self.check_labels("polyp", root, split, {s: pairs[s][1] > 127 for s in stems})
 
     def test_folders_that_say_the_split(self):
         for images, masks in ("image", "mask"), ("images", "masks"):
@@ -1036,9 +1035,9 @@ class Polyp(Case):
             self.assertEqual(len(dataset), n)
             found |= {item.stem for item in dataset.items}
             for i in range(0, n, 25):
-                mask = np.asarray(Image.open(dataset.items[i].mask))
+                mask = array_of(dataset.items[i].mask)
                 mask = mask[..., 0] if mask.ndim == 3 else mask
-                np.testing.assert_array_equal(dataset.stored(i)[1], mask > 127)
+                arrays_equal(dataset.stored(i)[1], mask > 127)
                 self.assertTrue(0 < mask.mean() < 255)
         self.assertEqual(len(found), 1612)
         test, kvasir = self.stems(SHARED, "test", "kvasir")
@@ -1757,22 +1756,6 @@ class SemiData(Case):
         twice = [Item("a", Path("a.jpg"), Path("a.png")), Item("a", Path("a.png"), Path("a.png"))]
         with self.fails("a.jpg", "rename or remove"):
             self.split("1", twice)
-
-    def test_voc_ori(self):
-        root = voc_tree(self.tmp, self.rng)
-        stems = lambda split: [(i.stem, i.mask and i.mask.parent.name)
-                               for i in data.list_items("voc", self.tmp, split, "ori")]
-        train = [("2007_a", "SegmentationClass"), ("2007_b", "SegmentationClass")]
-        self.assertEqual(stems("train"), train)
-        (root / "ImageSets/Segmentation/train_aug.txt").write_text(
-            "/JPEGImages/2008_x.jpg /SegmentationClassAug/2008_x.png\n2007_b\n2007_c\n2008_y\n")
-        self.assertEqual(stems("train"),
-                         train + [("2008_x", None), ("2007_c", None), ("2008_y", None)])
-        self.assertEqual(stems("val"), [("2007_c", "SegmentationClass")])
-        labelled, unlabelled = data.labeled_split("voc", self.tmp, "1/2", protocol="ori")
-        self.assertEqual((len(labelled), len(unlabelled)), (1, 4))
-        self.assertEqual([i.stem for i in unlabelled[1:]], ["2008_x", "2007_c", "2008_y"])
-        self.assertEqual([len(data.list_items("voc", self.tmp, "train"))], [2])
 
     def test_the_masks_of_unlabelled_pictures_are_never_read(self):
         root = self.folder(n=20, size=(12, 16))
