@@ -169,10 +169,13 @@ class Base(unittest.TestCase):
     """A folder and random numbers for each test, and what several classes need."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.tmp = Path(folder.name)
+        self.tmp = Path(self.enter(tempfile.TemporaryDirectory()))
         self.rng = np.random.default_rng(0)
+
+    def enter(self, context):
+        """Leave the context after the test only; what `with` would give."""
+        self.addCleanup(context.__exit__, None, None, None)
+        return context.__enter__()
 
     def noise(self, h, w, *channels):
         return self.rng.integers(0, 256, (h, w, *channels), dtype=np.uint8)
@@ -247,8 +250,7 @@ class Case(Base):
                       mock.patch("torch.backends.mps.is_available", return_value=False),
                       mock.patch("common.idle_processors", return_value=1),
                       mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")):
-            patch.start()
-            self.addCleanup(patch.stop)
+            self.enter(patch)
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
 
@@ -831,6 +833,14 @@ def voc_tree(base, rng, train=("2007_a", "2007_b"), val=("2007_c",)):
     return root
 
 
+def voc_tar(base, rng):
+    """The path of an archive of voc_tree."""
+    voc_tree(base / "made", rng)
+    with tarfile.open(base / "a.tar", "w") as archive:
+        archive.add(base / "made/VOCdevkit", "VOCdevkit")
+    return base / "a.tar"
+
+
 class Voc(Case):
     def items(self, split, protocol):
         """(stem, folder of the mask or None) of each."""
@@ -1083,49 +1093,54 @@ class Server:
 class Download(Case):
     def setUp(self):
         super().setUp()
-        self.server = Server().__enter__()
-        self.addCleanup(self.server.__exit__)
+        self.server = self.enter(Server())
         self.server.content = self.content = self.rng.bytes(700_000)
         self.md5 = hashlib.md5(self.content).hexdigest()
         self.target = self.tmp / "data/file.tar"
         self.part = self.tmp / "data/file.tar.part"
+        self.root = self.tmp / "root"
+        self.enter(contextlib.redirect_stderr(io.StringIO()))
+        self.enter(mock.patch.dict(data.SOURCES))
+
+    def serve(self, name, content):
+        """The server has this archive of a dataset."""
+        self.server.content = content
+        md5 = hashlib.md5(content).hexdigest() if name == "voc" else data.SOURCES[name].md5
+        data.SOURCES[name] = data.SOURCES[name]._replace(url=self.server.url, md5=md5)
 
     def fetch(self, md5=None):
         data.fetch(self.server.url, md5 or self.md5, self.target)
 
-    def test_whole(self):
+    def check_fetch(self, *asked):
+        """The whole file comes down, and these ranges are asked for in all."""
         self.fetch()
         self.assertEqual(self.target.read_bytes(), self.content)
         self.assertEqual([p.name for p in self.target.parent.iterdir()], ["file.tar"])
-        self.fetch()                                    # there already: nothing is asked for again
-        self.assertEqual(self.server.asked, [None])
+        self.assertEqual(self.server.asked, [*asked])
+
+    def test_whole(self):
+        self.check_fetch(None)
+        self.check_fetch(None)                          # there already: nothing is asked for again
 
     def test_broken_in_the_middle_goes_on_from_there(self):
         self.server.cuts = [300_000, 150_000]
-        self.fetch()
-        self.assertEqual(self.target.read_bytes(), self.content)
-        self.assertEqual(self.server.asked, [None, "bytes=300000-", "bytes=450000-"])
+        self.check_fetch(None, "bytes=300000-", "bytes=450000-")
 
     def test_a_later_run_goes_on_too(self):
         self.server.cuts = [100_000, 1, 1, 1, 1]
         with self.fails(self.server.url, "run this again"):
             self.fetch()
         self.assertEqual(self.part.stat().st_size, 100_004)
-        self.fetch()
-        self.assertEqual(self.target.read_bytes(), self.content)
-        self.assertEqual(self.server.asked[-1], "bytes=100004-")
+        self.check_fetch(*self.server.asked, "bytes=100004-")
 
     def test_server_without_ranges_starts_over(self):
         self.server.ranges, self.server.cuts = False, [300_000]
-        self.fetch()
-        self.assertEqual(self.target.read_bytes(), self.content)
-        self.assertEqual(self.server.asked, [None, "bytes=300000-"])
+        self.check_fetch(None, "bytes=300000-")
 
     def test_part_that_is_whole_already(self):
         self.part.parent.mkdir()
         self.part.write_bytes(self.content)
-        self.fetch()                                    # the server says 416
-        self.assertEqual(self.target.read_bytes(), self.content)
+        self.check_fetch("bytes=700000-")               # the server says 416
 
     def test_wrong_sum(self):
         with self.fails(self.server.url, "MD5", "0" * 32):
@@ -1150,73 +1165,60 @@ class Download(Case):
         self.assertFalse(self.target.exists())
 
     def test_voc_comes_down_and_only_when_asked_for(self):
-        voc_tree(self.tmp / "made", self.rng)
-        with tarfile.open(self.tmp / "made.tar", "w") as bag:
-            bag.add(self.tmp / "made/VOCdevkit", "VOCdevkit")
-        self.server.content = (self.tmp / "made.tar").read_bytes()
-        md5 = hashlib.md5(self.server.content).hexdigest()
-        source = data.SOURCES["voc"]._replace(url=self.server.url, md5=md5)
-        root, quiet = self.tmp / "root", contextlib.redirect_stderr(io.StringIO())
-        with mock.patch.dict(data.SOURCES, voc=source), quiet:
-            data.info("voc", root)
-            data.Dataset("shapes", root, "val", size=8)
-            with self.assertRaises(UserError):
-                data.Dataset("camvid", root, "train", size=8)
-            self.assertEqual(self.server.asked, [])
-            self.assertEqual(len(data.Dataset("voc", root, "train", size=8)), 2)
-            self.assertEqual(sorted(p.name for p in root.iterdir()), ["file.tar", "voc"])
-            self.assertEqual([p.name for p in (root / "voc").iterdir()], ["VOCdevkit"])
-            data.Dataset("voc", root, "val", size=8)
-            self.assertEqual(len(self.server.asked), 1)
+        self.serve("voc", voc_tar(self.tmp, self.rng).read_bytes())
+        data.info("voc", self.root)
+        data.Dataset("shapes", self.root, "val", size=8)
+        with self.assertRaises(UserError):
+            data.Dataset("camvid", self.root, "train", size=8)
+        self.assertEqual(self.server.asked, [])
+        self.assertEqual(len(data.Dataset("voc", self.root, "train", size=8)), 2)
+        self.assertEqual(sorted(p.name for p in self.root.iterdir()), ["file.tar", "voc"])
+        self.assertEqual([p.name for p in (self.root / "voc").iterdir()], ["VOCdevkit"])
+        data.Dataset("voc", self.root, "val", size=8)
+        self.assertEqual(len(self.server.asked), 1)
 
     def test_kvasir_comes_down_beside_cvc_and_only_when_asked_for(self):
-        source = data.SOURCES["polyp"]._replace(url=self.server.url)
-        root, quiet = self.tmp / "root", contextlib.redirect_stderr(io.StringIO())
-        self.server.content = kvasir_zip(self.tmp / "a.zip", 1000)
-        with mock.patch.dict(data.SOURCES, polyp=source), quiet:
-            data.info("polyp", root)
-            with self.fails("polyp", "polyp.grand-challenge.org/CVCClinicDB", "Ground Truth"):
-                data.list_items("polyp", root, "train")
-            for kind in "Original", "Ground Truth":
-                save(root / f"polyp/CVC-ClinicDB/{kind}/1.png", self.noise(4, 4))
-            self.assertEqual(self.server.asked, [])
-            self.server.cuts = [1000]
-            self.assertEqual(len(data.list_items("polyp", root, "train")), 900)
-            self.assertEqual(len(data.list_items("polyp", root, "kvasir")), 100)
-            self.assertEqual(self.server.asked, [None, "bytes=1000-"])
-            self.assertEqual({p.name for p in (root / "polyp").iterdir()},
-                             {"CVC-ClinicDB", "Kvasir-SEG"})
-            (root / "polyp/CVC-ClinicDB").rename(root / "CVC")
-            with self.fails(root / "polyp/CVC-ClinicDB", "polyp.grand-challenge.org"):
-                data.list_items("polyp", root, "train")
+        self.serve("polyp", kvasir_zip(self.tmp / "a.zip", 1000))
+        folder = self.root / "polyp"
+        data.info("polyp", self.root)
+        with self.fails("polyp", "polyp.grand-challenge.org/CVCClinicDB", "Ground Truth"):
+            data.list_items("polyp", self.root, "train")
+        for kind in "Original", "Ground Truth":
+            save(folder / f"CVC-ClinicDB/{kind}/1.png", self.noise(4, 4))
+        self.assertEqual(self.server.asked, [])
+        self.server.cuts = [1000]
+        self.assertEqual(len(data.list_items("polyp", self.root, "train")), 900)
+        self.assertEqual(len(data.list_items("polyp", self.root, "kvasir")), 100)
+        self.assertEqual(self.server.asked, [None, "bytes=1000-"])
+        self.assertEqual({p.name for p in folder.iterdir()}, {"CVC-ClinicDB", "Kvasir-SEG"})
+        (folder / "CVC-ClinicDB").rename(self.root / "CVC")
+        with self.fails(folder / "CVC-ClinicDB", "polyp.grand-challenge.org"):
+            data.list_items("polyp", self.root, "train")
 
     def test_a_broken_kvasir_is_not_kept(self):
-        source = data.SOURCES["polyp"]._replace(url=self.server.url)
-        root, quiet = self.tmp / "root", contextlib.redirect_stderr(io.StringIO())
-        (root / "CVC-ClinicDB").mkdir(parents=True)
-        with mock.patch.dict(data.SOURCES, polyp=source), quiet:
-            for n, kind, flaw, why in ((999, zipfile.ZIP_STORED, False, "not all"),
-                                       (1000, zipfile.ZIP_STORED, True, "CRC"),
-                                       (1000, zipfile.ZIP_DEFLATED, True, "decompressing")):
-                self.server.content = kvasir_zip(self.tmp / "a.zip", n, kind, flaw)
-                with self.fails(root / "file.tar", why, "get it again"):
-                    data.list_items("polyp", root, "train")
-                self.assertEqual({p.name for p in root.iterdir()}, {"CVC-ClinicDB", "file.tar"})
-                (root / "file.tar").unlink()
+        (self.root / "CVC-ClinicDB").mkdir(parents=True)
+        for n, kind, flaw, why in ((999, zipfile.ZIP_STORED, False, "not all"),
+                                   (1000, zipfile.ZIP_STORED, True, "CRC"),
+                                   (1000, zipfile.ZIP_DEFLATED, True, "decompressing")):
+            self.serve("polyp", kvasir_zip(self.tmp / "a.zip", n, kind, flaw))
+            with self.fails(self.root / "file.tar", why, "get it again"):
+                data.list_items("polyp", self.root, "train")
+            self.assertEqual({p.name for p in self.root.iterdir()}, {"CVC-ClinicDB", "file.tar"})
+            (self.root / "file.tar").unlink()
 
     def test_other_processes_wait_for_the_first(self):
-        source = data.SOURCES["voc"]._replace(url=self.server.url)
-        root, found = self.tmp / "root", []
-        with mock.patch.dict(data.SOURCES, voc=source), mock.patch.dict(os.environ, RANK="1"), \
+        self.serve("voc", b"")
+        found = []
+        with mock.patch.dict(os.environ, RANK="1"), \
                 mock.patch.object(data.time, "sleep", lambda s, sleep=time.sleep: sleep(0.02)):
             thread = threading.Thread(
-                target=lambda: found.extend(data.list_items("voc", root, "train")))
+                target=lambda: found.extend(data.list_items("voc", self.root, "train")))
             thread.start()
             time.sleep(0.1)
             self.assertTrue(thread.is_alive())
             voc_tree(self.tmp / "made", self.rng)
-            root.mkdir()
-            os.replace(self.tmp / "made", root / "voc")
+            self.root.mkdir()
+            os.replace(self.tmp / "made", self.root / "voc")
             thread.join(5)
         self.assertEqual((len(found), self.server.asked), (2, []))
 
@@ -1225,14 +1227,19 @@ class Unpack(Case):
     def tar(self, *members, mode="w"):
         """A tar of (name, content) files and of TarInfo as they are."""
         path = self.tmp / "a.tar"
-        with tarfile.open(path, mode) as bag:
+        with tarfile.open(path, mode) as archive:
             for member in members:
                 info, content = member if isinstance(member, tuple) else (member, b"")
                 if isinstance(info, str):
                     info = tarfile.TarInfo(info)
                     info.size = len(content)
-                bag.addfile(info, io.BytesIO(content))
+                archive.addfile(info, io.BytesIO(content))
         return path
+
+    def zip(self, name):
+        with zipfile.ZipFile(self.tmp / "a.zip", "w") as archive:
+            archive.writestr(name, "hello")
+        return self.tmp / "a.zip"
 
     def link(self, name, target, kind):
         info = tarfile.TarInfo(name)
@@ -1245,34 +1252,27 @@ class Unpack(Case):
 
     def test_what_is_inside_comes_out(self):
         for mode in "w", "w:gz":
-            with tempfile.TemporaryDirectory(dir=self.tmp) as out:
-                data.unpack(self.tar(("top/b/c.txt", b"hello"), ("d.txt", b"you"), mode=mode),
-                            Path(out) / "new")
-                self.assertEqual((Path(out) / "new/top/b/c.txt").read_bytes(), b"hello")
-                self.assertEqual((Path(out) / "new/d.txt").read_bytes(), b"you")
-                self.assertEqual(len(list((Path(out) / "new").iterdir())), 2)
-        with zipfile.ZipFile(self.tmp / "a.zip", "w") as bag:
-            bag.writestr("top/x.txt", "hello")
-        data.unpack(self.tmp / "a.zip", self.tmp / "z")
+            out = self.tmp / mode
+            data.unpack(self.tar(("top/b/c.txt", b"hello"), ("d.txt", b"you"), mode=mode), out)
+            self.assertEqual((out / "top/b/c.txt").read_bytes(), b"hello")
+            self.assertEqual((out / "d.txt").read_bytes(), b"you")
+            self.assertEqual(len(list(out.iterdir())), 2)
+        data.unpack(self.zip("top/x.txt"), self.tmp / "z")
         self.assertEqual((self.tmp / "z/top/x.txt").read_text(), "hello")
 
     def test_nothing_gets_outside(self):
-        bad = [("../out.txt", b"x"), ("top/../../out.txt", b"x"), (f"{self.tmp}/out.txt", b"x"),
-               ("C:\\out.txt", b"x"), ("..\\out.txt", b"x"),
-               self.link("top/link", "../../..", tarfile.SYMTYPE),
-               self.link("top/hard", "/etc/passwd", tarfile.LNKTYPE),
-               self.link("top/pipe", "", tarfile.FIFOTYPE)]
-        for member in bad:
+        for member in (("../out.txt", b"x"), ("top/../../out.txt", b"x"),
+                       (f"{self.tmp}/out.txt", b"x"), ("C:\\out.txt", b"x"), ("..\\out.txt", b"x"),
+                       self.link("top/link", "../../..", tarfile.SYMTYPE),
+                       self.link("top/hard", "/etc/passwd", tarfile.LNKTYPE),
+                       self.link("top/pipe", "", tarfile.FIFOTYPE)):
             name = member[0] if isinstance(member, tuple) else member.name
-            with self.subTest(name):
-                archive = self.tar(("top/good.txt", b"fine"), member)
-                with self.fails(archive, name, "link or leads out"):
-                    data.unpack(archive, self.tmp / "in")
-                self.assertEqual(self.files(), ["in"])
-        with zipfile.ZipFile(self.tmp / "a.zip", "w") as bag:
-            bag.writestr("../out.txt", "x")
+            archive = self.tar(("top/good.txt", b"fine"), member)
+            with self.subTest(name), self.fails(archive, name, "link or leads out"):
+                data.unpack(archive, self.tmp / "in")
+            self.assertEqual(self.files(), ["in"])
         with self.fails("../out.txt"):
-            data.unpack(self.tmp / "a.zip", self.tmp / "in")
+            data.unpack(self.zip("../out.txt"), self.tmp / "in")
         self.assertEqual(self.files(), ["in"])
 
     def test_broken_in_the_way_or_too_large(self):
@@ -1291,23 +1291,19 @@ class Unpack(Case):
                 data.unpack(archive, self.tmp / "else")
         self.assertEqual(self.files(), ["else", "in", "in/top", "in/top/mine.txt"])
 
-
     def test_killed_while_it_unpacks(self):
-        voc_tree(self.tmp / "made", self.rng)
-        with tarfile.open(self.tmp / "a.tar", "w") as bag:
-            bag.add(self.tmp / "made/VOCdevkit", "VOCdevkit")
-        root, script = self.tmp / "root", (
-            "import os, sys\n"
-            "from pathlib import Path\n"
-            f"sys.path.insert(0, {str(MAIN)!r})\n"
-            "import data\n"
-            "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"         # when all is written
-            "data.unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n")
-        done = subprocess.run([sys.executable, "-c", script, self.tmp / "a.tar", root / "voc"])
-        self.assertEqual((done.returncode, data.find("voc", root)), (-9, None))
-        data.unpack(self.tmp / "a.tar", root / "voc")
-        self.assertEqual(data.find("voc", root), root / "voc/VOCdevkit/VOC2012")
-        self.assertEqual([p.name for p in (root / "voc").iterdir()], ["VOCdevkit"])
+        archive, folder = voc_tar(self.tmp, self.rng), self.tmp / "root/voc"
+        script = ("import os, sys\n"
+                  "from pathlib import Path\n"
+                  f"sys.path.insert(0, {str(MAIN)!r})\n"
+                  "import data\n"
+                  "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"       # when all is written
+                  "data.unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n")
+        done = subprocess.run([sys.executable, "-c", script, archive, folder])
+        self.assertEqual((done.returncode, data.find("voc", folder.parent)), (-9, None))
+        data.unpack(archive, folder)
+        self.assertEqual(data.find("voc", folder.parent), folder / "VOCdevkit/VOC2012")
+        self.assertEqual([p.name for p in folder.iterdir()], ["VOCdevkit"])
 
 
 class OwnFolder(Case):
