@@ -1534,11 +1534,11 @@ def strong_by_hand(image, u):
 
 
 class SemiData(Case):
-    def split(self, labeled, items=None, **kwargs):
-        """labeled_split of made-up Items (or how many), without files."""
-        if not isinstance(items, list):
+    def split(self, labeled, items=40, **kwargs):
+        """labeled_split of Items, or of so many without files."""
+        if isinstance(items, int):
             items = [Item(f"p{i:05d}", Path(f"x/a/p{i:05d}.jpg"), Path(f"x/b/p{i:05d}.png"))
-                     for i in range(items or 40)]
+                     for i in range(items)]
         with mock.patch.object(data, "list_items", return_value=items):
             return data.labeled_split("shapes", "", labeled, **kwargs)
 
@@ -1546,6 +1546,13 @@ class SemiData(Case):
         path = self.tmp / "list.txt"
         path.write_text("".join(f"{line}\n" for line in lines))
         return str(path)
+
+    def check_list(self, name, root, labelled):
+        """The list file of these Items selects them again."""
+        again = self.lines(*data.labeled_lines(labelled).splitlines())
+        found = data.labeled_split(name, root, again)
+        self.assertEqual(found[0], labelled)
+        return found
 
     def test_the_paper_s_numbers(self):
         for n, labeled, expected in ((1464, "1/16", 92), (1464, "1/8", 183), (1464, "1/4", 366),
@@ -1559,18 +1566,18 @@ class SemiData(Case):
     def test_camvid(self):
         labelled, unlabelled = data.labeled_split("camvid", SHARED, "1/8")
         self.assertEqual((len(labelled), len(unlabelled)), (46, 321))
-        self.assertEqual(data.labeled_split("camvid", SHARED, self.lines(
-            *data.labeled_lines(labelled).splitlines())), (labelled, unlabelled))
-        sets = [data.Dataset("camvid", SHARED, "train", size=32, crop=480, items=items[:3])
-                for items in (labelled, unlabelled)]
-        for dataset, items in zip(sets, (labelled, unlabelled)):
-            whole = data.Dataset("camvid", SHARED, "train", size=32, whole=True, items=items[:3])
+        self.assertEqual(self.check_list("camvid", SHARED, labelled)[1], unlabelled)
+        classes = []
+        for items in labelled[:3], unlabelled[:3]:
+            whole = data.Dataset("camvid", SHARED, "train", size=32, whole=True, items=items)
             image, label, _ = whole[2]
-            np.testing.assert_array_equal(image.permute(1, 2, 0), Image.open(items[2].image))
+            arrays_equal(image.permute(1, 2, 0), Image.open(items[2].image))
             self.assertEqual(label.shape, (360, 480))
+            dataset = data.Dataset("camvid", SHARED, "train", size=32, crop=480, items=items)
             self.assertEqual(dataset[2][0].shape, (3, 32, 32))
-        self.assertEqual(sets[1][2][1].unique().tolist(), [0, 255])
-        self.assertGreater(len(sets[0][2][1].unique()), 3)
+            classes.append(dataset[2][1].unique().tolist())
+        self.assertGreater(len(classes[0]), 3)
+        self.assertEqual(classes[1], [0, 255])
 
     def test_what_a_draw_depends_on(self):
         n = 300
@@ -1594,13 +1601,12 @@ class SemiData(Case):
         # what has no mask is unlabelled and does not count
         items = [Item("a", Path("a.jpg"), Path("a.png")), Item("b", Path("b.jpg"), None),
                  Item("d", Path("d.jpg"), Path("d.png"))]
-        self.assertEqual(self.split("2", items),
-                         ([items[0], items[2]], [items[1]]))
+        self.assertEqual(self.split("2", items), ([items[0], items[2]], [items[1]]))
         self.assertEqual(len(self.split("1/2", items)[0]), 1)
-        # all are labelled: the same pictures serve as unlabelled ones
-        every = self.split("1/1", 5)
-        self.assertEqual([i._replace(mask=None) for i in every[0]], every[1])
-        self.assertEqual(len(every[1]), 5)
+        # all are labelled: the same images serve as unlabelled ones
+        labelled, unlabelled = self.split("1/1", 5)
+        self.assertEqual([i._replace(mask=None) for i in labelled], unlabelled)
+        self.assertEqual(len(unlabelled), 5)
 
     def test_the_hash_tells_draws_apart(self):
         labelled, _ = self.split("9")
@@ -1611,28 +1617,21 @@ class SemiData(Case):
 
     def test_list_files_of_unimatch(self):
         voc_tree(self.tmp / "voc", self.rng, train=("2007_a", "2007_b", "2007_d"))
-        for stem in "a b.c", "a", "c.d":
-            save(self.tmp / f"camvid/train/{stem}.png", self.noise(4, 4, 3))
-            save(self.tmp / f"camvid/trainannot/{stem}.png", self.noise(4, 4))
-        city = "aachen_000000_0000{}9"
-        for i in range(3):
-            save(self.tmp / f"leftImg8bit/train/aachen/{city.format(i)}_leftImg8bit.png",
-                 self.noise(4, 4, 3))
-            save(self.tmp / f"gtFine/train/aachen/{city.format(i)}_gtFine_labelIds.png",
-                 self.noise(4, 4))
-        city = city.format(1)
-        cases = {
-            "voc": ("2007_b", "2007_b", "JPEGImages/2007_b.jpg", "\t/JPEGImages/2007_b.jpg ",
-                    "JPEGImages/2007_b.jpg SegmentationClass/2007_b.png",
-                    "JPEGImages/2007_b.jpg\tSegmentationClass/2007_b.png"),
-            "camvid": ("a b.c", "a b.c", "train/a b.c.png", "a b.c.png a b.c.png",
-                       "train/a b.c.png trainannot/a b.c.png"),
-            "cityscapes": (
-                city, city, f"{city}_leftImg8bit.png", f"{city}_leftImg8bit",
-                f"{city}_leftImg8bit.png\t{city}_gtFine_labelTrainIds.png",
-                f"leftImg8bit/train/aachen/{city}_leftImg8bit.png "
-                f"gtFine/train/aachen/{city}_gtFine_labelTrainIds.png")}
-        for name, (stem, *lines) in cases.items():
+        self.pairs("camvid", ("a b.c", "a", "c.d"), "train/{}.png", "trainannot/{}.png")
+        cities = [f"aachen_000000_0000{i}9" for i in range(3)]
+        self.pairs(".", cities, "leftImg8bit/train/aachen/{}_leftImg8bit.png",
+                   "gtFine/train/aachen/{}_gtFine_labelIds.png")
+        city = cities[1]
+        pair = "leftImg8bit/train/aachen/{0}_leftImg8bit.png gtFine/train/aachen/{0}_gtFine_{1}.png"
+        for name, stem, *lines in (
+                ("voc", "2007_b", "2007_b", "JPEGImages/2007_b.jpg", "\t/JPEGImages/2007_b.jpg ",
+                 "JPEGImages/2007_b.jpg SegmentationClass/2007_b.png",
+                 "JPEGImages/2007_b.jpg\tSegmentationClass/2007_b.png"),
+                ("camvid", "a b.c", "a b.c", "train/a b.c.png", "a b.c.png a b.c.png",
+                 "train/a b.c.png trainannot/a b.c.png"),
+                ("cityscapes", city, city, f"{city}_leftImg8bit.png", f"{city}_leftImg8bit",
+                 f"{city}_leftImg8bit.png\t{city}_gtFine_labelTrainIds.png",
+                 pair.format(city, "labelTrainIds"))):
             for line in lines:
                 with self.subTest(line):
                     labelled, unlabelled = data.labeled_split(name, self.tmp,
@@ -1640,129 +1639,108 @@ class SemiData(Case):
                     self.assertEqual([i.stem for i in labelled], [stem])
                     self.assertTrue(labelled[0].mask.is_file())
                     self.assertEqual(len(unlabelled), 2)
-        for name, text in (
-                ("voc", "".join(f"JPEGImages/{s}.jpg SegmentationClass/{s}.png\n"
-                                for s in ("2007_a", "2007_b", "2007_d"))),
-                ("camvid", "".join(f"train/{s}.png trainannot/{s}.png\n"
-                                   for s in ("a", "a b.c", "c.d"))),
-                ("cityscapes", "".join(f"leftImg8bit/train/aachen/{i.stem}_leftImg8bit.png "
-                                       f"gtFine/train/aachen/{i.stem}_gtFine_labelIds.png\n"
-                                       for i in data.list_items("cityscapes", self.tmp, "train"))),
-                ("shapes", "".join(f"train-{i:03d}\n" for i in range(512)))):
+        for name, line, stems in (
+                ("voc", "JPEGImages/{0}.jpg SegmentationClass/{0}.png",
+                 ("2007_a", "2007_b", "2007_d")),
+                ("camvid", "train/{0}.png trainannot/{0}.png", ("a", "a b.c", "c.d")),
+                ("cityscapes", pair.replace("{1}", "labelIds"), cities),
+                ("shapes", "{0}", [f"train-{i:03d}" for i in range(512)])):
             items = data.list_items(name, self.tmp, "train")
+            text = "".join(line.format(stem) + "\n" for stem in stems)
             self.assertEqual(data.labeled_lines(items), text)
             (self.tmp / "all.txt").write_text("\ufeff" + text, "utf-8")
             self.assertEqual(
                 data.labeled_split(name, self.tmp, str(self.tmp / "all.txt"))[0], items)
-        for base in "glas", "glas/train":       # pairs in one folder, and a folder for either side
-            for stem in "train_1", "train_1  b", "train_2":
-                mask = f"{stem}_anno.bmp"
-                save(self.tmp / base / (f"{stem}.bmp" if base == "glas" else f"img/{stem}.bmp"),
-                     self.noise(4, 4, 3))
-                save(self.tmp / base / (mask if base == "glas" else f"labelcol/{mask}"),
-                     self.noise(4, 4))
-            chosen = data.labeled_split("glas", self.tmp, "2")[0]
-            again = self.lines(*data.labeled_lines(chosen).splitlines())
-            self.assertEqual(data.labeled_split("glas", self.tmp, again)[0], chosen)
+        for base, image, mask in (("glas", "{}.bmp", "{}_anno.bmp"),        # in one folder
+                                  ("glas/train", "img/{}.bmp", "labelcol/{}_anno.bmp")):
+            self.pairs(base, ("train_1", "train_1  b", "train_2"), image, mask)
+            self.check_list("glas", self.tmp, data.labeled_split("glas", self.tmp, "2")[0])
 
     def test_mistakes_in_what_is_labelled(self):
+        path = self.tmp / "list.txt"
         for labeled, *words in (("0", "40 pictures", "1 to 40"), ("-3", "40"), ("41", "1 to 40"),
                                 ("0/4", "above 0", "1/16"), ("5/4", "at most 1"), ("1/0", "1/16"),
                                 ("-1/2", "above 0"), ("some", "--labeled some", "number", "1/16"),
                                 ("", "number"), (str(self.tmp), "no such file"),
-                                (str(self.tmp / "gone.txt"), "no such file")):
+                                (str(path), "no such file")):
             with self.subTest(labeled), self.fails("--labeled", *words):
                 self.split(labeled)
-        path = self.tmp / "list.txt"
-        for lines, *words in ((["p00001", "", "p0002"], "line 3", "`p0002`", "did you mean p000"),
-                              (["a/p00001.jpg b/p00001.png", "p00001"], "line 2", "line 1"),
-                              (["", "  "], "no line"), (["\0\1\2"], "line 1")):
-            with self.subTest(lines), self.fails(path, *words):
-                self.split(self.lines(*lines))
+        for text, *words in ((b"p00001\n\np0002\n", "line 3", "`p0002`", "did you mean p000"),
+                             (b"a/p00001.jpg b/p00001.png\np00001\n", "line 2", "line 1"),
+                             (b"\n  \n", "no line"), (b"\0\1\2\n", "line 1"),
+                             (b"\xff\xd8\xff\xe0", "line 1")):          # the start of a JPEG
+            path.write_bytes(text)
+            with self.subTest(text), self.fails(path, *words):
+                self.split(str(path))
         bare = [Item("a", Path("a.jpg"), None), Item("b", Path("b.jpg"), Path("b.png"))]
-        with self.fails(path, "line 2", "a has no mask"):
-            self.split(self.lines("b", "a.jpg a.png"), bare)
-        with self.fails("c.png", "no picture called c"):
-            self.split("1", [*bare, Item("c", None, Path("c.png"))])
-        with self.fails("a.jpg", "no mask", "train"):
-            self.split("1/8", bare[:1])
-        path.write_bytes(b"\xff\xd8\xff\xe0")                               # a picture, by mistake
-        with self.fails(path, "line 1"):
-            self.split(str(path))
         twice = [Item("a", Path("a.jpg"), Path("a.png")), Item("a", Path("a.png"), Path("a.png"))]
-        with self.fails("a.jpg", "rename or remove"):
-            self.split("1", twice)
+        for labeled, items, *words in (
+                (self.lines("b", "a.jpg a.png"), bare, path, "line 2", "a has no mask"),
+                ("1", [*bare, Item("c", None, Path("c.png"))], "c.png", "no picture called c"),
+                ("1/8", bare[:1], "a.jpg", "no mask", "train"),
+                ("1", twice, "a.jpg", "rename or remove")):
+            with self.subTest(words=words), self.fails(*words):
+                self.split(labeled, items)
 
-    def test_the_masks_of_unlabelled_pictures_are_never_read(self):
-        root = self.folder(n=20, size=(12, 16))
-        (root / "classes.txt").write_text("a\nb\nc\n")
+    def test_the_masks_of_unlabelled_images_are_never_read(self):
+        root = self.folder(n=20, size=(12, 16), names="abc")
         labelled, unlabelled = data.labeled_split(str(root), "", "1/4")
-        kwargs = dict(size=16, crop=14, scale=(0.5, 2), flip=True, train=True, seed=3)
-        full = data.Dataset(str(root), "", "train", **kwargs)
-        there = [i.stem for i in full.items]
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            sets = [data.Dataset(str(root), "", "train", items=unlabelled, **kwargs)]
+        make = lambda **k: dataset_of(root, size=16, crop=14, scale=(0.5, 2), flip=True, train=True,
+                                      seed=3, **k)
+        full = make()
+        pairs = {item.stem: full.stored(i) for i, item in enumerate(full.items)}
+        with printed() as out:
+            sets = [make(items=unlabelled)]
             for item in full.items:
                 if item.stem not in {i.stem for i in labelled}:
                     item.mask.write_bytes(b"not for anyone to read")
-            sets.append(data.Dataset(str(root), "", "train", items=unlabelled, **kwargs))
-            sets.append(data.Dataset(str(root), "", "train", items=unlabelled, in_memory=0,
-                                     **kwargs))
-            mixed = data.Dataset(str(root), "", "train", items=labelled + unlabelled, in_memory=0,
-                                 **kwargs)
-            data.Dataset(str(root), "", "train", items=labelled, **kwargs)
+            sets += [make(items=unlabelled), make(items=unlabelled, in_memory=0)]
+            mixed = make(items=labelled + unlabelled, in_memory=0)
+            make(items=labelled)
         self.assertEqual(out.getvalue(), "")
         self.assertEqual([i.stem for i in mixed.items], [i.stem for i in labelled + unlabelled])
         for k, item in enumerate(unlabelled):
             self.assertIsNone(item.mask)
-            for epoch in 0, 5:
-                image, label, index = sets[0][epoch, k]
-                for other in sets[1:]:
-                    torch.testing.assert_close(other[epoch, k], (image, label, index),
-                                               rtol=0, atol=0)
+            for epoch, other in itertools.product((0, 5), sets[1:]):
+                tensors_equal(other[epoch, k], sets[0][epoch, k])
             pixels, zeros = sets[0].stored(k)
-            np.testing.assert_array_equal(pixels, full.stored(there.index(item.stem))[0])
+            arrays_equal(pixels, pairs[item.stem][0])
             self.assertEqual((zeros.dtype, zeros.max()), (np.uint8, 0))
         for k, item in enumerate(labelled):
-            np.testing.assert_array_equal(
-                data.read_pair(mixed.items[k], mixed.info, 16)[1],
-                full.stored(there.index(item.stem))[1])
+            arrays_equal(data.read_pair(mixed.items[k], mixed.info, 16)[1], pairs[item.stem][1])
         with self.assertRaises(UserError):          # the garbage is garbage
-            data.Dataset(str(root), "", "train", **kwargs)
+            make()
 
-    def test_an_unlabelled_picture_is_0_inside_and_255_beyond(self):
+    def test_an_unlabelled_image_is_0_inside_and_255_beyond(self):
+        bare = lambda items: [i._replace(mask=None) for i in items]
         root = self.folder(n=8, size=(12, 16))
-        items = data.list_items(str(root), "", "train")
-        kwargs = dict(size=20, crop=24, scale=(0.5, 2), flip=True, train=True)
-        full = data.Dataset(str(root), "", "train", **kwargs)
-        bare = data.Dataset(str(root), "", "train", items=[i._replace(mask=None) for i in items],
-                            **kwargs)
-        kinds = set()
-        for epoch in range(10):
-            for k in range(len(items)):
-                a, b = full[epoch, k], bare[epoch, k]
-                self.assertTrue(a[0].equal(b[0]))
-                self.assertTrue(b[1].equal(torch.where(a[1] == 255, 255, 0)))
-                kinds |= {b[1].float().mean().item() > 0}
-        self.assertEqual(kinds, {True, False})                      # some padded and some not
-        drawn = data.list_items("shapes", "", "val")[:4]
-        full, bare = (data.Dataset("shapes", "", "val", size=24, items=chosen)
-                      for chosen in (drawn, [i._replace(mask=None) for i in drawn]))
+        make = lambda items: dataset_of(root, size=20, crop=24, scale=(0.5, 2), flip=True,
+                                        train=True, items=items)
+        items = items_of(root)
+        sets, padded = (make(items), make(bare(items))), set()
+        for key in itertools.product(range(10), range(len(items))):
+            (image, label, _), (same, found, _) = (dataset[key] for dataset in sets)
+            self.assertTrue(image.equal(same))
+            self.assertTrue(found.equal(torch.where(label == 255, 255, 0)))
+            padded.add(found.any().item())
+        self.assertEqual(padded, {True, False})
+        drawn = items_of("shapes", "val")[:4]
+        sets = [dataset_of("shapes", "val", size=24, items=i) for i in (drawn, bare(drawn))]
         for k in range(4):
-            self.assertTrue(full[k][0].equal(bare[k][0]))
-            self.assertEqual((full[k][1].max().item() > 0, bare[k][1].max()), (True, 0))
+            (image, label, _), (same, found, _) = (dataset[k] for dataset in sets)
+            self.assertTrue(image.equal(same))
+            self.assertEqual((label.max().item() > 0, found.max()), (True, 0))
 
     def test_faults_in_given_items(self):
-        root = self.folder(n=8, classes=2)
-        (root / "classes.txt").write_text("background\nobject\n")
-        items = data.list_items(str(root), "", "train")
-        make = lambda items: data.Dataset(str(root), "", "train", size=8, items=items)
+        root = self.folder(n=8, classes=2, names=("background", "object"))
+        items = items_of(root)
+        make = lambda items: dataset_of(root, items=items)
         with self.fails(items[0].image, "rename or remove"):
             make([items[0], items[0]._replace(mask=None)])
         with self.fails("own", "split train"):
             make([])
         save(items[0].mask, np.array([[0, 255]] * 2, np.uint8).repeat(6, 0).repeat(8, 1))
-        make(items[:1])             # one picture with no object in it is no sign of 0 and 255
+        make(items[:1])             # one image with no object in it is no sign of 0 and 255
         make([items[0], items[1]._replace(mask=None)])
         (root / "classes.txt").write_text("".join(f"class {c}\n" for c in range(100)))
         with self.fails("ids up to 99"):
@@ -1772,24 +1750,22 @@ class SemiData(Case):
         with self.fails(items[1].mask, "3x3"):
             make(items)
 
-    def test_whole_pictures_have_their_own_size(self):
+    def test_whole_images_have_their_own_size(self):
         root = self.folder(n=1, sub="val")
-        for i, size in enumerate([(5, 9), (30, 21)] * 6):
-            save(self.tmp / f"own/train/images/p{i:02d}.png", self.noise(*size, 3))
-            save(self.tmp / f"own/train/masks/p{i:02d}.png", self.noise(*size) % 4)
+        for shape, names in ((5, 9), "acegik"), ((30, 21), "bdfhjl"):
+            self.pairs("own/train", names, shape=shape, ids=range(4))
         for limit in 2.0, 0.0:
-            dataset = data.Dataset(str(root), "", "train", size=16, crop=8, whole=True,
-                                   in_memory=limit)
+            dataset = dataset_of(root, size=16, crop=8, whole=True, in_memory=limit)
             loader = data.eval_loader(dataset, 1)
             self.assertEqual(len(loader), 12)
             for item, (image, label, _) in zip(dataset.items, loader):
-                np.testing.assert_array_equal(image[0].permute(1, 2, 0), Image.open(item.image))
-                np.testing.assert_array_equal(label[0], Image.open(item.mask))
+                arrays_equal(image[0].permute(1, 2, 0), Image.open(item.image))
+                arrays_equal(label[0], Image.open(item.mask))
                 self.assertEqual((image.dtype, label.dtype), (torch.uint8, torch.uint8))
-        image, label, _ = data.Dataset("shapes", "", "val", size=24, crop=20, whole=True)[3]
+        image, label, _ = dataset_of("shapes", "val", size=24, crop=20, whole=True)[3]
         self.assertEqual((image.shape, label.shape), ((3, 24, 24), (24, 24)))
         with self.assertRaises(AssertionError):
-            data.Dataset("shapes", "", "val", size=24, whole=True, train=True)
+            dataset_of("shapes", "val", size=24, whole=True, train=True)
 
     def test_a_stream_against_its_rule(self):
         for n, batch in (13, 4), (12, 4), (3, 8), (1, 2), (7, 7):
@@ -1814,8 +1790,8 @@ class SemiData(Case):
                                          whole)
         self.assertEqual(len(data.Steps(5, 2, 0, 3, 9, 0, 1, endless=True)), 6)
 
-    def test_two_streams_pair_the_pictures_anew_in_each_epoch(self):
-        for n in 8, 16:                         # as many unlabelled pictures, and twice as many
+    def test_two_streams_pair_the_images_anew_in_each_epoch(self):
+        for n in 8, 16:                         # as many unlabelled images, and twice as many
             partners = {}
             for a, b in zip(stream(8, 4, seed=1, stop=40), stream(n, 4, seed=2, stop=40)):
                 for (epoch, i), (_, j) in zip(a, b):
@@ -1825,19 +1801,17 @@ class SemiData(Case):
                 self.assertGreater(len(set(met)), 4)
 
     def test_a_stream_s_loader(self):
-        dataset = data.Dataset("shapes", "", "val", size=16, crop=12, train=True, scale=(0.5, 2),
-                               items=data.list_items("shapes", "", "val")[:3])
+        dataset = dataset_of("shapes", "val", size=16, crop=12, train=True, scale=(0.5, 2),
+                             items=items_of("shapes", "val")[:3])
         state = torch.get_rng_state()
         kwargs = dict(seed=2, stop=4, rank=1, world=2, endless=True)
         whole = batches(data.train_loader(dataset, 4, **kwargs))
         for step, (image, label, index) in zip(indices(3, 4, **kwargs), whole):
             self.assertEqual(index, [i for _, i in step])
             for k, key in enumerate(step):
-                torch.testing.assert_close((image[k], label[k], index[k]), dataset[key],
-                                           rtol=0, atol=0)
+                tensors_equal((image[k], label[k], index[k]), dataset[key])
         self.assertEqual(len(whole), 4)
-        torch.testing.assert_close(batches(data.train_loader(dataset, 4, start=2, **kwargs)),
-                                   whole[2:], rtol=0, atol=0)
+        tensors_equal(batches(data.train_loader(dataset, 4, start=2, **kwargs)), whole[2:])
         self.assertTrue(torch.get_rng_state().equal(state))
 
     def still(self, n):
