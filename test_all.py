@@ -387,30 +387,29 @@ class Reading(Case):
         arrays_equal(data.read_ids(self.tmp / "indexed.png"), ids)
 
     def test_masks_of_two_classes_by_a_threshold(self):
-        shades, glands, polyps = self.noise(9, 8), data.info("glas"), data.info("polyp")
+        shades, info = self.noise(9, 8), data.info
         shades[0, :5] = 0, 1, 127, 128, 255
-        three = np.dstack([shades] * 3)
-        black_and_white = indexed((shades > 127).astype(np.uint8), [0, 0, 0, 255, 255, 255])
-        numbers = indexed(shades, np.vstack([[[9, 9, 9], [0, 0, 0]], self.noise(254, 3)]))
-        for name, mask, info, expected in (
-                ("a.png", shades, polyps, shades > 127), ("a.png", shades, glands, shades > 0),
-                ("b.png", three, polyps, shades > 127), ("b.png", three, glands, shades > 0),
-                ("c.png", shades.astype(np.uint16), polyps, shades > 127),
-                ("c.png", shades.astype(np.uint16), glands, shades > 0),
-                ("one bit.png", shades > 127, polyps, shades > 127),
-                ("e.png", black_and_white, polyps, shades > 127),
-                ("g.bmp", numbers, glands, shades > 0)):        # Warwick's: index 1 is black
-            with self.subTest(name, info=info.name):
-                label = data.read_label(save(self.tmp / name, mask), info)
-                self.assertEqual(label.dtype, np.uint8)
-                arrays_equal(label, expected)
-        lossy = array_of(save(self.tmp / "f.jpg", three, quality=40))[..., 0]
+        rgb, deep, white = np.dstack([shades] * 3), shades.astype(np.uint16), shades > 127
+        lossy = array_of(save(self.tmp / "a.jpg", rgb, quality=40))[..., 0]
         self.assertTrue(len(np.unique(lossy)) > 9 and (lossy != shades).any())
-        label = data.read_label(self.tmp / "f.jpg", polyps)
-        self.assertEqual(label.dtype, np.uint8)
-        arrays_equal(label, lossy > 127)
+        numbers = indexed(shades, np.vstack([[[9, 9, 9], [0, 0, 0]], self.noise(254, 3)]))
+        masks = {"grey.png": shades, "rgb.png": rgb, "deep.png": deep, "one bit.png": white,
+                 "indexed.png": indexed(white.astype(np.uint8), [0, 0, 0, 255, 255, 255]),
+                 "warwick.bmp": numbers}                            # in which index 1 is black
+        for name, mask in masks.items():
+            save(self.tmp / name, mask)
+        for infos, names, expected in (
+                ((info("polyp"), data.load_palette("binary")),
+                 ("grey.png", "rgb.png", "deep.png", "one bit.png", "indexed.png"), white),
+                ((info("polyp"), data.load_palette("binary")), ("a.jpg",), lossy > 127),
+                ((info("glas"),), ("grey.png", "rgb.png", "deep.png", "warwick.bmp"), shades > 0)):
+            for given, name in itertools.product(infos, names):
+                with self.subTest(name, info=given.name):
+                    label = data.read_label(self.tmp / name, given)
+                    self.assertEqual(label.dtype, np.uint8)
+                    arrays_equal(label, expected)
         with self.fails("h.png", "colour mask", "--palette"):
-            data.read_label(save(self.tmp / "h.png", self.noise(64, 64, 3)), polyps)
+            data.read_label(save(self.tmp / "h.png", self.noise(64, 64, 3)), info("polyp"))
 
     def test_a_checkpoint_keeps_the_threshold_and_an_old_one_has_none(self):
         for name in "polyp", "glas", "voc":
@@ -6345,19 +6344,12 @@ class AsFoundFiles(Case):
         super().setUp()
         data.told.clear()
 
-    def put(self, root, *names, images="images/{}.png", masks="masks/{}.png", shape=(12, 16)):
-        """Pairs; returns {name: (image, label)}."""
-        found = {}
-        for name in names:
-            found[name] = self.noise(*shape, 3), self.noise(*shape) % 3
-            for where, pixels in zip((images, masks), found[name]):
-                save(self.tmp / root / where.format(name), pixels)
-        return found
-
-    def items(self, root, split="train"):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            items = data.list_items(str(self.tmp / root), "", split)
-        return items, out.getvalue()
+    def found(self, root):
+        """(the Items of train, those of val, what was printed for train) of a folder."""
+        with printed() as out:
+            train = items_of(self.tmp / root)
+            text = out.getvalue()
+            return train, items_of(self.tmp / root, "val"), text
 
     def test_masks_whose_names_share_an_ending(self):
         names = [f"im{i:02d}" for i in range(10)]
@@ -6366,42 +6358,42 @@ class AsFoundFiles(Case):
                 ("images/{}.png", "masks/{}.jpg.png", "called NAME.jpg"),
                 ("images/{}.png", "masks/mask_{}.png", "called mask_NAME"),
                 ("images/{}-photo.png", "masks/{}-label.png", "NAME-label, images NAME-photo"))):
-            self.put(f"d{i}", *names, images=images, masks=masks)
-            (train, text), (val, _) = self.items(f"d{i}"), self.items(f"d{i}", "val")
+            self.pairs(f"d{i}", names, images, masks)
+            train, val, text = self.found(f"d{i}")
             self.assertIn(told, text)
             for item in train + val:
                 self.assertIn(item.image.name[:4], names)
                 self.assertIn(item.image.name[:4], item.mask.name)
             self.assertEqual(len(train + val), 10)
         # not the mask of another number
-        self.put("n", "10", "20", masks="gone/{}.png")
-        self.put("n", "1", "2", images="gone/{}.png", masks="masks/{}_m.png")
-        items, text = self.items("n")
+        self.pairs("n", ("10", "20"), masks="gone/{}.png")
+        self.pairs("n", ("1", "2"), images="gone/{}.png", masks="masks/{}_m.png")
+        train, _, text = self.found("n")
         self.assertNotIn("paired by NAME", text)
-        self.assertFalse(any(i.image and i.mask for i in items))
+        self.assertFalse(any(i.image and i.mask for i in train))
 
     def test_folders_in_folders(self):
-        pairs = self.put("deep", *(f"{at}{i}" for at in ("", "day2/", "day2/b/") for i in range(5)))
-        self.put("deep", ".hidden/x", "day2/.trash/y")
-        (train, _), (val, _) = self.items("deep"), self.items("deep", "val")
+        root = self.tmp / "deep"
+        pairs = self.pairs(root, [f"{at}{i}" for at in ("", "day2/", "day2/b/") for i in range(5)])
+        self.pairs(root, (".hidden/x", "day2/.trash/y"))
+        train, val, _ = self.found(root)
         self.assertEqual(sorted(i.stem for i in train + val), sorted(pairs))
         for item in train:
-            np.testing.assert_array_equal(np.asarray(Image.open(item.image)), pairs[item.stem][0])
-            np.testing.assert_array_equal(np.asarray(Image.open(item.mask)), pairs[item.stem][1])
-        labelled, rest = data.labeled_split(str(self.tmp / "deep"), "", "3")
+            arrays_equal(array_of(item.image), pairs[item.stem][0])
+            arrays_equal(array_of(item.mask), pairs[item.stem][1])
+        labelled, _ = data.labeled_split(str(root), "", "3")
         (self.tmp / "list.txt").write_text(data.labeled_lines(labelled))
-        self.assertEqual(data.labeled_split(str(self.tmp / "deep"), "",
-                                            str(self.tmp / "list.txt"))[0], labelled)
+        self.assertEqual(data.labeled_split(str(root), "", str(self.tmp / "list.txt"))[0], labelled)
         # predictions come in the same tree, from several paths, and say what they left out
-        out = self.tmp / "run"
-        flags = (*BRIEF["masksup.py"], "--data", self.tmp / "deep", "--max-steps", 1, "--out", out)
-        self.assertEqual(outcome("masksup.py", *flags)[0], 0)
-        (self.tmp / "deep/images/notes.txt").write_text("x")
+        run = self.tmp / "run"
+        self.runs_well("masksup.py", *BRIEF["masksup.py"], "--data", root, "--max-steps", 1,
+                       "--out", run)
+        (root / "images/notes.txt").write_text("x")
         save(self.tmp / "one.jpg", self.noise(9, 9, 3))
-        (self.tmp / "deep/images/day2/z.heic").write_bytes(b"\0\0\0\x18ftypheic")
+        (root / "images/day2/z.heic").write_bytes(b"\0\0\0\x18ftypheic")
         status, text, error = outcome(
-            "masksup.py", "--predict", self.tmp / "deep/images", self.tmp / "one.jpg", "--ckpt",
-            out / "last.pt", "--to", self.tmp / "to")
+            "masksup.py", "--predict", root / "images", self.tmp / "one.jpg", "--ckpt",
+            run / "last.pt", "--to", self.tmp / "to")
         self.assertEqual((status, error.count("\n")), (1, 1), error)
         self.assertIn("z.heic", error)
         self.assertIn("16 segmented, 1 failed", text)
@@ -6410,52 +6402,37 @@ class AsFoundFiles(Case):
             self.assertTrue((self.tmp / f"to/{name}.png").exists(), name)
 
     def test_names_of_splits(self):
-        for i, (images, masks) in enumerate((("{0}/images/{1}.png", "{0}/masks/{1}.png"),
-                                             ("images/{0}/{1}.png", "labels/{0}/{1}.png"),
-                                             ("{0}/JPEGImages/{1}.png",
-                                              "{0}/SegmentationClass/{1}.png"))):
-            for val in "valid", "validation", "val", "dev":
-                root = f"{val}{i}"
-                for split in "train", val, "test":
-                    for k in range(4):
-                        for where in images, masks:
-                            save(self.tmp / root / where.format(split, f"{split}{k}"),
-                                 self.noise(4, 4) % 2)
-                (train, text), (found, _) = self.items(root), self.items(root, "val")
-                self.assertEqual([[i.stem for i in items] for items in (train, found)],
-                                 [[f"{s}{k}" for k in range(4)] for s in ("train", val)])
-                self.assertEqual(f"{val} is taken for val" in text, val != "val")
-                self.assertIn("not used: test", text)
+        layouts = (("{}/images/", "{}/masks/"), ("images/{}/", "labels/{}/"),
+                   ("{}/JPEGImages/", "{}/SegmentationClass/"))
+        for (i, layout), val in itertools.product(enumerate(layouts),
+                                                  ("valid", "validation", "val", "dev")):
+            stems = {split: [f"{split}{k}" for k in range(4)] for split in ("train", val, "test")}
+            for split in stems:
+                self.pairs(f"{val}{i}", stems[split], *(p.format(split) + "{}.png" for p in layout))
+            train, found, text = self.found(f"{val}{i}")
+            self.assertEqual([[i.stem for i in items] for items in (train, found)],
+                             [stems["train"], stems[val]])
+            self.assertEqual(f"{val} is taken for val" in text, val != "val")
+            self.assertIn("not used: test", text)
 
     def test_names_in_any_case_two_of_a_kind_and_links_that_lead_up(self):
-        pairs = self.put("caps", *map(str, range(6)), images="Images/{}.PNG", masks="MASKS/{}.png")
+        pairs = self.pairs("caps", "012345", "Images/{}.PNG", "MASKS/{}.png")
         (self.tmp / "caps/Images/up").symlink_to(self.tmp / "caps")
-        (train, _), (val, _) = self.items("caps"), self.items("caps", "val")
+        train, val, _ = self.found("caps")
         self.assertEqual({i.stem for i in train + val}, set(pairs))
-        self.put("two", *map(str, range(6)))
-        self.put("two", *map(str, range(6)), images="JPEGImages/{}.png")
+        self.pairs("two", "012345")
+        self.pairs("two", "012345", images="JPEGImages/{}.png")
         with self.fails("two/JPEGImages", "two/images", "rename one"):
-            self.items("two")
+            self.found("two")
 
     def test_masks_of_few_bits_and_masks_that_are_turned(self):
         for bits in 1, 2, 4:
             label = self.noise(9, 16) % min(2 ** bits, 5)
-            rows = [b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits:]).tobytes()
-                    for row in label]
-            chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + (
-                struct.pack(">I", zlib.crc32(kind + content)))
-            (self.tmp / "few.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(
-                b"IHDR", struct.pack(">IIBBBBB", 16, 9, bits, 0, 0, 0, 0))
-                + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
-            np.testing.assert_array_equal(data.read_ids(self.tmp / "few.png"), label)
+            (self.tmp / "few.png").write_bytes(grey_png(label, bits))
+            arrays_equal(data.read_ids(self.tmp / "few.png"), label)
         (self.tmp / "few.pgm").write_bytes(b"P5 16 9 4\n" + label.tobytes())
-        np.testing.assert_array_equal(data.read_ids(self.tmp / "few.pgm"), label)
-        tags = [(256, 3, 16), (257, 3, 9), (258, 3, 8), (259, 3, 1), (262, 3, 0), (273, 4, 200),
-                (277, 3, 1), (278, 3, 9), (279, 4, 144)]
-        header = b"II" + struct.pack("<HIH", 42, 8, len(tags))
-        for tag, kind, value in tags:
-            header += struct.pack("<HHIHxx" if kind == 3 else "<HHII", tag, kind, 1, value)
-        (self.tmp / "white.tif").write_bytes(header.ljust(200, b"\0") + label.tobytes())
+        arrays_equal(data.read_ids(self.tmp / "few.pgm"), label)
+        (self.tmp / "white.tif").write_bytes(tiff(16, 9, label.tobytes(), zero_is_black=0))
         with self.fails("white.tif", "white as 0", "save it as PNG"):
             data.read_ids(self.tmp / "white.tif")
         info = data.Info("x", ("a", "b"), ((0, 0, 0),) * 2, tuple(range(256)))
@@ -6464,45 +6441,32 @@ class AsFoundFiles(Case):
         exif = Image.Exif()
         exif[0x0112] = 6
         save(self.tmp / "turned.png", label, exif=exif)
-        np.testing.assert_array_equal(data.read_ids(self.tmp / "turned.png"), np.rot90(label, -1))
+        arrays_equal(data.read_ids(self.tmp / "turned.png"), np.rot90(label, -1))
         self.assertEqual(data.shape_of(self.tmp / "turned.png"), (16, 9))
 
     def test_a_few_images_or_a_few_masks(self):
         for n in range(2, 12):
-            self.put(f"few{n}", *(f"im{i:02d}" for i in range(n)))
-            (train, text), (val, _) = self.items(f"few{n}"), self.items(f"few{n}", "val")
+            self.pairs(f"few{n}", [f"im{i:02d}" for i in range(n)])
+            train, val, text = self.found(f"few{n}")
             self.assertTrue(train and val and len(train + val) == n)
             self.assertIn(f"{len(val)} of {n} images, drawn by name", text)
-        pairs = self.put("part", *(f"p{i}" for i in range(60)))
+        pairs = self.pairs("part", [f"p{i}" for i in range(60)])
         for name in list(pairs)[15:]:
             (self.tmp / f"part/masks/{name}.png").unlink()
-        (train, _), (val, _) = self.items("part"), self.items("part", "val")
+        train, val, _ = self.found("part")
         self.assertTrue(all(i.mask for i in val) and 1 <= len(val) <= 7)
         self.assertEqual(sum(i.mask is None for i in train), 45)
 
     def test_void_among_the_names_and_folders_below_root(self):
-        self.put("sets/zero", *map(str, range(10)))
+        self.pairs("sets/zero", "0123456789")
         (self.tmp / "sets/zero/classes.txt").write_text("void\nroad\ncar\n")
         dataset = data.Dataset("zero", self.tmp / "sets", "train", size=8, whole=True)
         self.assertEqual((dataset.info.classes, dataset.info.ids), (("road", "car"), (1, 2)))
         for i, item in enumerate(dataset.items):
-            mask = np.asarray(Image.open(item.mask))
-            np.testing.assert_array_equal(dataset[i][1], np.array([255, 0, 1])[mask])
-
-    def test_black_and_white(self):
-        pairs = self.put("bw", *map(str, range(10)))
-        for name in pairs:
-            shades = self.noise(12, 16)
-            (self.tmp / f"bw/masks/{name}.png").unlink()
-            save(self.tmp / f"bw/masks/{name}.jpg", np.dstack([shades] * 3), quality=70)
-        dataset = data.Dataset(str(self.tmp / "bw"), "", "train", size=8, whole=True,
-                               palette="binary")
-        for i, item in enumerate(dataset.items):
-            grey = np.asarray(Image.open(item.mask).convert("L"))
-            np.testing.assert_array_equal(dataset[i][1], grey > 127)
+            arrays_equal(dataset[i][1], np.array([255, 0, 1])[array_of(item.mask)])
 
     def test_the_check_tells_like_problems_once(self):
-        self.put("own", *(f"name{i}" for i in range(30)))
+        self.pairs("own", [f"name{i}" for i in range(30)])
         for i in range(20):
             save(self.tmp / f"own/masks/name{i}.png", self.noise(5 + i, 9) % 3)
             save(self.tmp / f"own/masks/stray{i}.png", self.noise(5, 9) % 3)
@@ -6510,8 +6474,7 @@ class AsFoundFiles(Case):
                                   self.tmp / "x.png")
         self.assertEqual((status, text.count("PROBLEM"), text.count("and 15 more")), (1, 2, 2))
         self.assertIn("40 problems", text)
-        (self.tmp / "none/images").mkdir(parents=True)
-        (self.tmp / "none/masks").mkdir()
+        self.pairs("none", "a")
         for part in "images", "masks":
             (self.tmp / f"none/{part}/a.png").write_bytes(b"nothing")
         _, text, _ = outcome("data.py", "--data", self.tmp / "none", "--out", self.tmp / "y.png")
@@ -6520,107 +6483,92 @@ class AsFoundFiles(Case):
     def test_a_folder_that_moved_and_a_palette_that_is_missing(self):
         colors = np.array([(0, 0, 0), (9, 9, 200), (200, 9, 9)], np.uint8)
         (self.tmp / "p.txt").write_text("0 0 0 a\n9 9 200 b\n200 9 9 c\n")
-        for name, (_, label) in self.put("here", *map(str, range(8))).items():
-            save(self.tmp / f"here/masks/{name}.png", colors[label])
-        for script, brief in BRIEF.items():
-            argv = [*brief, "--epochs", 2, "--out", self.tmp / script, "--data"]
-            palette = "--palette", self.tmp / "p.txt"
-            self.assertEqual(outcome(script, *argv, self.tmp / "here", *palette, "--max-steps",
-                                     1)[0], 0)
-            shutil.copytree(self.tmp / "here", self.tmp / "there", dirs_exist_ok=True)
-            status, _, error = outcome(script, *argv, self.tmp / "there", "--resume")
-            self.assertEqual((status, error.count("\n")), (2, 1))
-            self.assertIn("was begun with --palette", error)
-            status, _, error = outcome(script, *argv, self.tmp / "there", *palette, "--resume")
-            self.assertEqual((status, error), (0, ""))
+        self.pairs("here", "01234567")
+        rewrite(self.tmp / "here/masks", lambda ids: colors[ids])
+        shutil.copytree(self.tmp / "here", self.tmp / "moved")
+        palette = "--palette", self.tmp / "p.txt"
+        for name, brief in BRIEF.items():
+            argv = [*brief, "--epochs", 2, "--out", self.tmp / name, "--data"]
+            self.runs_well(name, *argv, self.tmp / "here", *palette, "--max-steps", 1)
+            self.refused(name, [*argv, self.tmp / "moved", "--resume"],
+                         "was begun with --palette")
+            self.runs_well(name, *argv, self.tmp / "moved", *palette, "--resume")
 
     def test_a_score_that_is_no_number_leaves_a_best_checkpoint(self):
         with mock.patch.object(common, "miou", lambda matrix: math.nan):
-            for script, brief in BRIEF.items():
-                status, _, error = outcome(script, *brief, "--max-steps", 1, "--out",
-                                           self.tmp / script)
-                self.assertEqual((status, error), (0, ""))
-                self.assertTrue((self.tmp / script / "best.pt").exists())
+            for name, brief in BRIEF.items():
+                self.runs_well(name, *brief, "--max-steps", 1, "--out", self.tmp / name)
+                self.assertTrue((self.tmp / name / "best.pt").exists())
 
     def test_nothing_is_unlabelled(self):
-        self.put("own", *map(str, range(10)))
+        self.pairs("own", "0123456789")
         _, text, _ = outcome("s4mim.py", *BRIEF["s4mim.py"], "--data", self.tmp / "own",
                              "--max-steps", 1, "--out", self.tmp / "run")
         self.assertIn("nothing is unlabelled", text)
         self.assertIn("and 0 unlabelled", text)
 
     def test_devices(self):
-        for script, brief in BRIEF.items():
+        for name, brief in BRIEF.items():
             for device, words in ("cuda:1", "torch finds none here"), ("gpu", "cuda:1, mps, cpu"):
-                status, _, error = outcome(script, *brief, "--device", device, "--out",
-                                           self.tmp / "x")
-                self.assertEqual((status, error.count("\n")), (2, 1))
-                self.assertIn(words, error)
+                self.refused(name, [*brief, "--device", device, "--out", self.tmp / "x"], words)
 
 
 class Kinds(Case):
     """Files as people have them: what is read, against the arrays that were written."""
 
     def kinds(self):
-        """(what, how to make it of arrays {stem: (image, label)}, flags, {split: stems})."""
-        put = lambda root, folder, ext, change=lambda a: a, side=1: [
-            save(root / folder / f"{stem}{ext}", change(both[side]))
-            for stem, both in self.arrays.items()]
+        """(what, how to make it of self.arrays, flags, the stems of val if they are tested)."""
+        def write(side, path, change=lambda array: array):
+            """Write the images (side 0) or masks (1) to a path with {} for the stem."""
+            return lambda root: [save(root / path.format(stem), change(arrays[side]))
+                                 for stem, arrays in self.arrays.items()]
 
-        def images(root, folder="images", ext=".png"):
-            put(root, folder, ext, side=0)
+        def both(*makers):
+            return lambda root: [make(root) for make in makers]
 
-        def split(root, train, val):
-            for stem, (image, label) in self.arrays.items():
-                home = val if stem in "ab" else train
-                save(root / home.format("images") / f"{stem}.png", image)
-                save(root / home.format("masks") / f"{stem}.png", label)
+        def images(path="images/{}.png"):
+            return write(0, path)
 
-        def masks(ext, change=lambda a: a, folder="masks", **kwargs):
-            return lambda root: [images(root), put(root, folder, ext, change)]
+        def masks(ending, change=lambda array: array):
+            return both(images(), write(1, "masks/{}" + ending, change))
+
+        def split(train, val):
+            """A layout with the part, images or masks, at the {}."""
+            return lambda root: [
+                save(root / (val if stem in "ab" else train).format(part) / f"{stem}.png", array)
+                for stem, arrays in self.arrays.items()
+                for part, array in zip(("images", "masks"), arrays)]
 
         def two_bits(root):
-            images(root)
+            masks(".png")(root)
             for stem, (_, label) in self.arrays.items():
-                rows = [b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, 6:]).tobytes()
-                        for row in label]
-                chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + (
-                    struct.pack(">I", zlib.crc32(kind + content)))
-                save(root / f"masks/{stem}.png", label).write_bytes(
-                    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
-                        ">IIBBBBB", *label.shape[::-1], 2, 0, 0, 0, 0))
-                    + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+                (root / f"masks/{stem}.png").write_bytes(grey_png(label, 2))
 
         def labelmap(root):
-            images(root, "JPEGImages")
-            put(root, "SegmentationClass", ".png", lambda a: colors[a])
+            both(images("JPEGImages/{}.png"),
+                 write(1, "SegmentationClass/{}.png", lambda ids: colors[ids]))(root)
             (root / "map.txt").write_text("# label:color_rgb:parts:actions\nCat:48,112,32::\n"
                                           "background:0,0,0::\nDog:176,112,32::\n")
 
         def nested(root):
-            for i, (stem, (image, label)) in enumerate(self.arrays.items()):
-                at = ("", "day 1/", "x/y/")[i % 3] + stem
-                save(root / f"images/{at}.png", image)
-                save(root / f"masks/{at}.png", label)
-                save(root / f"images/.thumbs/{stem}.png", image)
+            images("images/.thumbs/{}.png")(root)
+            for i, (stem, arrays) in enumerate(self.arrays.items()):
+                for part, array in zip(("images", "masks"), arrays):
+                    save(root / part / ("", "day 1/", "x/y/")[i % 3] / f"{stem}.png", array)
 
         colors = np.array([(48, 112, 32), (0, 0, 0), (176, 112, 32)], np.uint8)
-        fifth = {"val": {s for s in self.arrays
-                         if int(hashlib.sha256(s.encode()).hexdigest()[:16], 16) % 5 == 0}}
-        said = {"val": set("ab")}
-        binary = lambda a: np.uint8(255) * (a > 0)
+        fifth, binary = a_fifth(self.arrays), ["--palette", "binary"]
+        white = lambda ids: np.uint8(255) * (ids > 0)
         return [
-            *[(f"train and {name}", lambda root, name=name: split(root, "train/{}", name + "/{}"),
-               [], said)
-              for name in ("valid", "Validation", "dev")],
-            ("splits inside the parts", lambda root: split(root, "{}/train", "{}/val"), [], said),
-            ("a test folder beside", lambda root: [split(root, "train/{}", "val/{}"),
-                                                   images(root, "test/images")], [], said),
+            *[(f"train and {val}", split("train/{}", val + "/{}"), [], set("ab"))
+              for val in ("valid", "Validation", "dev")],
+            ("splits inside the parts", split("{}/train", "{}/val"), [], set("ab")),
+            ("a test folder beside",
+             both(split("train/{}", "val/{}"), images("test/images/{}.png")), [], set("ab")),
             *[(f"masks *{end}", masks(end), [], fifth)
               for end in ("_mask.png", "_gt.png", "-label.png", ".jpg.png", "_segmentation.tif")],
-            *[(f"images {ext}", lambda root, ext=ext: [images(root, ext=ext),
-                                                       put(root, "masks", ".png")], [], fifth)
-              for ext in (".TIFF", ".bmp", ".jp2", ".tga", ".ppm", ".qoi")],
+            *[(f"images {kind}", both(images("images/{}" + kind), write(1, "masks/{}.png")), [],
+               fifth) for kind in (".TIFF", ".bmp", ".jp2", ".tga", ".ppm", ".qoi")],
             ("three equal channels", masks(".png", lambda a: np.dstack([a] * 3)), [], fifth),
             ("and alpha", masks(".png", lambda a: np.dstack([a] * 3 + [a | 255])), [], fifth),
             ("floats", masks(".tif", np.float32), [], fifth),
@@ -6628,11 +6576,11 @@ class Kinds(Case):
             ("16 bits", masks(".png", np.uint16), [], fifth),
             ("2 bits", two_bits, [], fifth),
             ("CVAT's labelmap", labelmap, ["--palette", "map.txt"], fifth),
-            ("black and white JPEG", masks(".jpg", binary), ["--palette", "binary"], fifth),
-            ("black and white RGB", masks(".png", lambda a: np.dstack([binary(a) // 255 * np.uint8(
-                200)] * 3)), ["--palette", "binary"], fifth),
+            ("black and white JPEG", masks(".jpg", white), binary, fifth),
+            ("black and light grey RGB",
+             masks(".png", lambda a: np.dstack([np.uint8(200) * (a > 0)] * 3)), binary, fifth),
             ("black and white in 16 bits", masks(".png", lambda a: np.uint16(65535) * (a > 0)),
-             ["--palette", "binary"], fifth),
+             binary, fifth),
             ("folders in folders", nested, [], None),
         ]
 
@@ -6643,34 +6591,29 @@ class Kinds(Case):
             label.flat[:3] = label[8:, 8:].flat[:3]
             label[:8, :8], label[:8, 8:], label[8:, :8] = 0, 1, 2
             self.arrays[stem] = self.noise(16, 16, 3), label
-        for i, (what, make, flags, splits) in enumerate(self.kinds()):
+        for i, (what, make, flags, in_val) in enumerate(self.kinds()):
             root = self.tmp / f"k{i}"
             make(root)
             flags = [root / f if f.endswith(".txt") else f for f in flags]
             palette = str(flags[1]) if flags else None
             with self.subTest(what):
-                seen = {}
+                stems = {}
                 for split in "train", "val":
-                    with contextlib.redirect_stdout(io.StringIO()) as out:
-                        found = data.Dataset(str(root), "", split, size=8, palette=palette)
-                    for k, item in enumerate(found.items):
-                        stem = item.stem.rpartition("/")[2]
+                    with printed():
+                        dataset = dataset_of(root, split, palette=palette)
+                    stems[split] = [item.stem.rpartition("/")[2] for item in dataset.items]
+                    for k, stem in enumerate(stems[split]):
                         image, label = self.arrays[stem]
-                        np.testing.assert_array_equal(found.stored(k)[0], image)
-                        want = label > 0 if palette == "binary" else label
-                        np.testing.assert_array_equal(found.stored(k)[1], want)
-                        seen.setdefault(stem, []).append(split)
-                self.assertEqual({s: len(v) for s, v in seen.items()},
-                                 dict.fromkeys(self.arrays, 1))
-                if splits:
-                    self.assertEqual({s for s in seen if seen[s] == ["val"]}, splits["val"])
-                status, text, error = outcome("data.py", "--data", root, *flags, "--out",
-                                              self.tmp / f"{i}.png")
-                self.assertEqual((status, error), (0, ""), text)
+                        arrays_equal(dataset.stored(k)[0], image)
+                        arrays_equal(dataset.stored(k)[1],
+                                     label > 0 if palette == "binary" else label)
+                self.assertEqual(sorted(sum(stems.values(), [])), sorted(self.arrays))
+                if in_val:
+                    self.assertEqual(set(stems["val"]), in_val)
+                self.runs_well("data.py", "--data", root, *flags, "--out", self.tmp / f"{i}.png")
                 name = list(SCRIPTS)[i % 3]
-                status, run, error = outcome(name, *BRIEF[name], "--data", root, *flags, "--out",
-                                             self.tmp / f"r{i}", "--max-steps", 1)
-                self.assertEqual((status, error), (0, ""))
+                self.runs_well(name, *BRIEF[name], "--data", root, *flags, "--out",
+                               self.tmp / f"r{i}", "--max-steps", 1)
 
 
 # Runs a script that kills itself with signal 9 in the n-th file that it writes: when half of it
@@ -6718,9 +6661,7 @@ class Broken(Case):
 
     def setUp(self):
         super().setUp()
-        self.root = self.folder(8, 3, (20, 24), sub="train")
-        self.folder(3, 3, (20, 24), sub="val")
-        (self.root / "classes.txt").write_text("a\nb\nc\n")
+        self.root = self.splits(8, 3, size=(20, 24), names="abc")
         # eight or more steps with four evaluations, of which each saves
         self.runs = {name: [*brief, "--data", self.root, "--batch-size", 4, "--epochs", 8,
                             "--eval-every", 2, "--seed", 5] for name, brief in BRIEF.items()}
@@ -6734,16 +6675,20 @@ class Broken(Case):
         return subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True)
 
+    def finish(self, name, out, *more):
+        """A run in this process, which ends well; what it prints."""
+        return self.runs_well(name, *self.runs[name], "--out", out, *more)
+
     def whole(self, name):
-        """An unbroken run in this process."""
+        """The folder of an unbroken run."""
         out = self.tmp / f"whole {name}"
-        status, _, error = outcome(name, *self.runs[name], "--out", out)
-        self.assertEqual((status, error), (0, ""))
+        self.finish(name, out)
         return out
 
     def equal(self, out, whole):
         """Whether two finished runs hold the same to the bit, but for seconds and paths."""
-        self.assertEqual({p.name for p in out.iterdir()}, {p.name for p in whole.iterdir()})
+        files = {p.name for p in out.iterdir()}
+        self.assertEqual(files, {p.name for p in whole.iterdir()})
 
         def same(a, b, at=""):
             self.assertEqual(type(a), type(b), at)
@@ -6766,7 +6711,7 @@ class Broken(Case):
         same(*(json.loads((run / "metrics.json").read_text()) for run in (out, whole)))
         same(*(list(csv.DictReader((run / "log.csv").read_text().splitlines()))
                for run in (out, whole)))
-        for name in {p.name for p in out.iterdir()} & {"samples.png", "step.png", "labeled.txt"}:
+        for name in files & {"samples.png", "step.png", "labeled.txt"}:
             self.assertEqual((out / name).read_bytes(), (whole / name).read_bytes(), name)
 
     def nothing_is_half(self, out):
@@ -6776,8 +6721,7 @@ class Broken(Case):
             elif file.suffix == ".json":
                 json.loads(file.read_text())
             elif file.suffix == ".png":
-                with Image.open(file) as picture:
-                    picture.load()
+                array_of(file)
             elif file.name == "log.csv":
                 self.assertTrue(file.read_text().endswith("\n"))
 
@@ -6793,9 +6737,9 @@ class Broken(Case):
         whole, out, done, killed = home / "whole", home / "0", 0, Counter()
         run = self.start(name, whole)
         next(line for line in run.stdout if " steps " in line)
-        began = time.time()
+        start = time.time()
         _, error = run.communicate()
-        seconds = time.time() - began
+        seconds = time.time() - start
         self.assertEqual((run.returncode, error), (0, ""))
         while killed.total() < KILLS or not done:
             stay = killed.total() >= KILLS                  # alive, to the end
@@ -6823,36 +6767,32 @@ class Broken(Case):
 
     def test_save_every_says_when_last_pt_is_written_and_loses_no_better_model(self):
         for name, module in SCRIPTS.items():
-            evaluate, ends = module.evaluate, {}
+            evaluate, step, ends = module.evaluate, module.train_step, []
             for every in "0", "5", "1e-7":
-                out, step, steps, best = self.tmp / f"{every} {name}", module.train_step, [], [90]
+                out, steps, best = self.tmp / f"{every} {name}", [], [90]
 
                 def train_step(*args):
-                    steps.append(saved(out / "last.pt")["step"] if (out / "last.pt").exists()
-                                 else 0)
+                    last = out / "last.pt"
+                    steps.append(saved(last)["step"] if last.exists() else 0)
                     return step(*args)
 
                 def worse(*args, **kwargs):                 # the first is the best
                     best[0] -= 10
                     return evaluate(*args, **kwargs) | {"miou": best[0], "pa_miou": best[0]}
 
-                with mock.patch.object(module, "train_step", train_step), \
-                        mock.patch.object(module, "evaluate", worse):
-                    status, _, error = outcome(name, *self.runs[name], "--out", out,
-                                               "--save-every", every)
-                self.assertEqual((status, error), (0, ""))
+                with mock.patch.multiple(module, train_step=train_step, evaluate=worse):
+                    self.finish(name, out, "--save-every", every)
                 n, between = len(steps), 2 if name == "s4mim.py" else 4
                 self.assertEqual(steps, {
                     "0": [k - k % between for k in range(n)], "5": [0] * n,
                     "1e-7": list(range(n))}[every])
-                ends[every] = out
-                self.equal(out, ends["0"])
+                ends.append(out)
+                self.equal(out, ends[0])
                 self.assertEqual(saved(out / "best.pt")["step"], between)
 
     def test_ctrl_c_saves_at_once_and_the_run_goes_on(self):
         for name, sent in zip(SCRIPTS, (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
-            whole = self.whole(name)
-            out = self.tmp / f"out {name}"
+            whole, out = self.whole(name), self.tmp / f"out {name}"
             module, step = SCRIPTS[name], SCRIPTS[name].train_step
 
             def train_step(*args, at=iter(range(100))):
@@ -6868,8 +6808,7 @@ class Broken(Case):
             self.assertEqual(saved(out / "last.pt")["step"], 5)
             self.refused(name, [*argv, "--resume", "--max-steps", 5], "--max-steps",
                          "at step 5 already", "give more")
-            status, _, error = outcome(name, *argv, "--resume")
-            self.assertEqual((status, error), (0, ""))
+            self.finish(name, out, "--resume")
             self.equal(out, whole)              # log.csv too: no loss was lost
 
     def test_ctrl_c_when_the_baseline_is_all_but_done(self):
@@ -6886,9 +6825,8 @@ class Broken(Case):
         self.assertEqual((status, error), (130, ""))
         self.assertIn("stopped after the baseline: the same command with --resume goes on", text)
         self.assertEqual([p.name for p in (self.tmp / "out").iterdir()], ["suponly"])
-        status, text, error = outcome("s4mim.py", *argv, "--resume")
-        self.assertEqual((status, error), (0, ""))
-        self.assertIn("with the same labels and steps", text)
+        self.assertIn("with the same labels and steps", self.runs_well("s4mim.py", *argv,
+                                                                       "--resume"))
 
     def test_ctrl_c_under_torchrun_saves_in_one_step_of_all(self):
         out = self.tmp / "out"
@@ -6901,49 +6839,41 @@ class Broken(Case):
             next(line for line in run.stdout if line.startswith("epoch"))
             os.killpg(run.pid, signal.SIGINT)
             said = run.stdout.read()
-        state = saved(out / "last.pt")
-        self.assertIn(f"stopped after step {state['step']}: the same command", said)
-        self.assertEqual(state["step"] % common.LOOK, 1)
-        status, _, error = outcome("masksup.py", *argv, "--resume", "--max-steps",
-                                   state["step"] + 1)
-        self.assertEqual((status, error), (0, ""))
-
-    refused = BadData.refused
+        step = saved(out / "last.pt")["step"]
+        self.assertIn(f"stopped after step {step}: the same command", said)
+        self.assertEqual(step % common.LOOK, 1)
+        self.runs_well("masksup.py", *argv, "--resume", "--max-steps", step + 1)
 
     def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(self):
         for name, module in SCRIPTS.items():
             whole = self.whole(name)
             # not the first of the steps that are looked at; and just before an evaluation
             for what, bad in ("loss", 7 if name == "s4mim.py" else 10), ("weights", 8):
-                out, real, at = self.tmp / f"{what} {name}", module.train_step, []
+                out, step, item = (self.tmp / f"{what} {name}", module.train_step,
+                                   data.Dataset.__getitem__)
+                steps, sampled = iter(range(5, 100)), []
 
                 def train_step(model, *args):
-                    terms = real(model, *args)
-                    at.append(1)
-                    if len(at) == bad and what == "weights":
+                    terms, now = step(model, *args), next(steps) == bad
+                    if now and what == "weights":
                         next(model.parameters()).data[0] = math.inf
-                    return terms * math.nan if len(at) == bad and what == "loss" else terms
+                    return terms * math.nan if now and what == "loss" else terms
 
-                argv = [*self.runs[name], "--out", out]
-                self.assertEqual(outcome(name, *argv, "--max-steps", 4)[0], 0)
-                at[:] = [1] * 4
-                sampled = []
-                plain = data.Dataset.__getitem__
-
-                def item(dataset, key):
+                def noted(dataset, key):
                     if isinstance(key, tuple):                          # not to count classes
                         sampled.append((id(dataset), str(dataset.items[key[1]].image)))
-                    return plain(dataset, key)
+                    return item(dataset, key)
 
+                self.finish(name, out, "--max-steps", 4)
                 with mock.patch.object(module, "train_step", train_step), \
-                        mock.patch.object(data.Dataset, "__getitem__", item):
-                    status, _, error = outcome(name, *argv, "--resume")
+                        mock.patch.object(data.Dataset, "__getitem__", noted):
+                    status, _, error = outcome(name, *self.runs[name], "--out", out, "--resume")
                 self.assertEqual((status, error.count("\n")), (2, 1), error)
                 self.assertIn(f"step {bad}: " + {
                     "loss": "the loss is nan, after the batch ",
                     "weights": "weights that are not finite are left, after"}[what], error)
                 self.assertIn(f"{out} is as it was saved before", error)
-                # the loaders drew the batches of steps 5, 6, .. in turn: four pictures each
+                # the loaders drew the batches of steps 5, 6, .. in turn: four images each
                 streams = {dataset for dataset, _ in sampled}
                 batch = [path for d in streams for path in
                          [path for dataset, path in sampled if dataset == d][4 * bad - 20:][:4]]
@@ -6952,20 +6882,19 @@ class Broken(Case):
                 self.assertEqual(sorted(named), sorted(batch))
                 self.assertEqual(saved(out / "last.pt")["step"],        # s4mim.py saves more often
                                  6 if name == "s4mim.py" else 4 * ((bad - 1) // 4))
-                # whoever mends the cause goes on from there
-                self.assertEqual(outcome(name, *argv, "--resume")[0], 0)
+                self.finish(name, out, "--resume")      # goes on once the cause is gone
                 self.equal(out, whole)
 
     def test_the_checkpoint_to_start_from_is_needed_once(self):
         for name in SCRIPTS:
             first, out = self.tmp / f"first {name}", self.tmp / f"out {name}"
-            argv = [*self.runs[name], "--max-steps", 1, "--out"]
-            self.assertEqual(outcome(name, *argv, first)[0], 0)
-            argv += [out, "--init", first / "last.pt"]
+            argv = ["--max-steps", 1, "--init", first / "last.pt"]
+            self.finish(name, first, "--max-steps", 1)
             with mock.patch.object(SCRIPTS[name], "draw_samples", side_effect=KeyboardInterrupt):
-                self.assertEqual(outcome(name, *argv)[0], 130)          # last.pt is there already
+                status, *_ = outcome(name, *self.runs[name], "--out", out, *argv)
+            self.assertEqual(status, 130)                               # last.pt is there already
             shutil.rmtree(first)
-            self.assertEqual(outcome(name, *argv, "--resume")[0], 0)
+            self.finish(name, out, *argv, "--resume")
             self.assertEqual(len((out / "log.csv").read_text().splitlines()), 2)
 
     def test_workers_and_how_they_start_change_nothing(self):
@@ -6976,19 +6905,14 @@ class Broken(Case):
             whole = self.whole(name)
             for method, workers in ("fork", 2), ("spawn", 1):
                 torch.multiprocessing.set_start_method(method, force=True)
-                out = self.tmp / f"{method} {name}"
-                status, _, error = outcome(name, *self.runs[name], "--out", out, "--workers",
-                                           workers)
-                self.assertEqual((status, error), (0, ""))
-                self.equal(out, whole)
+                self.finish(name, self.tmp / f"{method} {name}", "--workers", workers)
+                self.equal(self.tmp / f"{method} {name}", whole)
 
     @unittest.skipIf(torch.cuda.is_available(), "there is a GPU")
     def test_no_cuda_call_where_there_is_none(self):
-        for name in SCRIPTS:
-            with mock.patch("torch.cuda._lazy_init", side_effect=AssertionError("a CUDA call")):
-                status, text, error = outcome(name, *self.runs[name], "--device", "auto",
-                                              "--max-steps", 1, "--out", self.tmp / name)
-            self.assertEqual((status, error), (0, ""))
+        with mock.patch("torch.cuda._lazy_init", side_effect=AssertionError("a CUDA call")):
+            for name in SCRIPTS:
+                self.finish(name, self.tmp / name, "--device", "auto", "--max-steps", 1)
 
     def test_a_rate_that_is_too_high(self):
         for name in SCRIPTS:
@@ -6999,56 +6923,56 @@ class Broken(Case):
                 self.assertTrue(all(t.isfinite().all() for t in saved(file)["model"].values()))
 
     def test_what_resume_and_out_refuse(self):
-        names = list(SCRIPTS)
+        names, classes = list(SCRIPTS), self.root / "classes.txt"
+
+        def rename(old, new):
+            for path in self.root / "train/images", self.root / "train/masks":
+                (path / old).rename(path / new)
+
         for name, other in zip(names, names[1:] + names):
-            out, argv = self.tmp / name, [*self.runs[name], "--max-steps", 1]
-            self.refused(name, [*argv, "--out", out, "--resume"], f"no run in {out}",
-                         "leave --resume out")
-            self.assertEqual(outcome(name, *argv, "--out", out)[0], 0)
+            out, copy = self.tmp / name, self.tmp / f"copy of {name}"
+            last, best, score = out / "last.pt", out / "best.pt", self.tmp / f"eval {name}"
+            argv = [*self.runs[name], "--max-steps", 1, "--out"]
+            resume = [*argv, out, "--resume"]
+            self.refused(name, resume, f"no run in {out}", "leave --resume out")
+            self.runs_well(name, *argv, out)
             before = contents(out)
-            self.refused(name, [*argv, "--out", out], out, "already holds a run", "--resume")
+            self.refused(name, [*argv, out], out, "already holds a run", "--resume")
             self.refused(other, [*self.runs[other], "--out", out], out, "already holds a run")
-            self.refused(name, [*argv, "--out", out, "--resume", "--lr", 0.5, "--seed", 6],
-                         out, "seed was 5, now 6", "now 0.5", "another --out")
+            self.refused(name, [*resume, "--lr", 0.5, "--seed", 6], out, "seed was 5, now 6",
+                         "now 0.5", "another --out")
             self.refused(other, [*self.runs[other], "--out", out, "--resume"],
                          out / "config.json", "not of a run of this", "another --out")
             # the data under it has changed
-            (self.root / "classes.txt").write_text("a\nb\nc\nd\n")
-            self.refused(name, [*argv, "--out", out, "--resume"], self.root, "other classes", out)
-            (self.root / "classes.txt").write_text("a\nb\nc\n")
-            for part in "images", "masks":
-                (self.root / f"train/{part}/p000.png").rename(self.root / f"train/{part}/q.png")
-            self.refused(name, [*argv, "--out", out, "--resume"], self.root,
-                         "other training pictures", out)
-            for part in "images", "masks":
-                (self.root / f"train/{part}/q.png").rename(self.root / f"train/{part}/p000.png")
-            self.refused(name, ["--eval", out / "last.pt", "--out", out], out, "already holds",
-                         "--out DIR")
-            self.refused(name, ["--eval", out / "last.pt", "--images" if name == "lmae.py" else
-                                "--to", "x"], "--" )
+            classes.write_text("a\nb\nc\nd\n")
+            self.refused(name, resume, self.root, "other classes", out)
+            classes.write_text("a\nb\nc\n")
+            rename("p000.png", "q.png")
+            self.refused(name, resume, self.root, "other training pictures", out)
+            rename("q.png", "p000.png")
+            self.refused(name, ["--eval", last, "--out", out], out, "already holds", "--out DIR")
+            self.refused(name, ["--eval", last, "--images" if name == "lmae.py" else "--to", "x"],
+                         "--")
             self.assertEqual(contents(out), before)
             # results are not overwritten either
-            for target in self.tmp / f"eval {name}", self.tmp / f"eval {name}":
-                status, _, error = outcome(name, "--eval", out / "last.pt", "--out", target)
-                self.assertEqual(status, 0 if not error else 2)
-            self.assertIn("already holds a run, or results: give another folder", error)
+            self.runs_well(name, "--eval", last, "--out", score)
+            self.refused(name, ["--eval", last, "--out", score],
+                         "already holds a run, or results: give another folder")
             if name != "lmae.py":           # of several at once, all are looked at first
-                self.refused(name, ["--eval", out / "last.pt", out / "best.pt", "--out", out],
-                             "already holds")
+                self.refused(name, ["--eval", last, best, "--out", out], "already holds")
                 target = self.tmp / f"both {name}"
                 save(target / f"{name}-best/samples.png", self.noise(2, 2))
-                self.refused(name, ["--eval", out / "last.pt", out / "best.pt", "--out", target],
+                self.refused(name, ["--eval", last, best, "--out", target],
                              target / f"{name}-best", "already holds")
                 self.assertEqual(len(list(target.iterdir())), 1)
             # best.pt is for --init, and says so
-            shutil.copytree(out, self.tmp / "copy")
-            shutil.copy(out / "best.pt", self.tmp / "copy/last.pt")
-            self.refused(name, [*argv, "--out", self.tmp / "copy", "--resume"], "weights only",
-                         f"--init {self.tmp / 'copy/last.pt'}")
-            shutil.rmtree(self.tmp / "copy")
+            shutil.copytree(out, copy)
+            shutil.copy(best, copy / "last.pt")
+            self.refused(name, [*argv, copy, "--resume"], "weights only",
+                         f"--init {copy / 'last.pt'}")
             for text in "{", "[]", "{}":
                 (out / "config.json").write_text(text)
-                self.refused(name, [*argv, "--out", out, "--resume"], out / "config.json")
+                self.refused(name, resume, out / "config.json")
 
 
 CUDA = torch.cuda.is_available()
@@ -7057,27 +6981,19 @@ if not CUDA:
 
 
 @unittest.skipUnless(CUDA, "no GPU")
-class Cuda(unittest.TestCase):
+class Cuda(Base):
     """What only a GPU can show."""
 
-    folder = Case.folder
-    noise = Case.noise
-
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.tmp, self.rng = Path(folder.name), np.random.default_rng(0)
-        root = self.folder(8, 3, (20, 24), sub="train")
-        self.folder(3, 3, (20, 24), sub="val")
-        (root / "classes.txt").write_text("a\nb\nc\n")
+        super().setUp()
+        root = self.splits(8, 3, size=(20, 24), names="abc")
         self.runs = {name: [*brief, "--data", root, "--batch-size", 4, "--workers", 0]
                      for name, brief in BRIEF.items()}
         self.runs["s4mim.py"] += ["--batch-size", 8, "--labeled", "1/2", "--psi", 0.2]
         self.runs["lmae.py"] += ["--drop-path", 0]
 
-    def run_(self, name, out, *more):
-        status, text, error = outcome(name, *self.runs[name], "--out", self.tmp / out, *more)
-        self.assertEqual((status, error), (0, ""), text)
+    def train(self, name, out, *more):
+        self.runs_well(name, *self.runs[name], "--out", self.tmp / out, *more)
         return saved(self.tmp / out / "last.pt")
 
     def loss(self, state):
@@ -7085,29 +7001,25 @@ class Cuda(unittest.TestCase):
 
     def test_each_precision_compiled_resumed_and_moved(self):
         for name in SCRIPTS:
-            two = ["--max-steps", 2, "--amp"]
-            cpu = self.run_(name, f"{name} cpu", *two, "off", "--device", "cpu")
+            two, three = (["--max-steps", n, "--device", "cuda", "--amp"] for n in (2, 3))
+            cpu = self.train(name, f"{name} cpu", *two, "off", "--device", "cpu")
             for amp, delta in ("off", 0.01), ("bf16", 0.05), ("fp16", 0.05):
-                gpu = self.run_(name, f"{name} {amp}", *two, amp, "--device", "cuda")
+                gpu = self.train(name, f"{name} {amp}", *two, amp)
                 self.assertAlmostEqual(self.loss(gpu) / self.loss(cpu), 1, delta=delta)
-                gpu = self.run_(name, f"{name} {amp}", "--max-steps", 3, "--amp", amp, "--device",
-                                "cuda", "--resume")
+                gpu = self.train(name, f"{name} {amp}", *three, amp, "--resume")
                 self.assertEqual(gpu["step"], 3)
                 self.assertTrue(all(g["fused"] for g in gpu["optimizer"]["param_groups"]))
-            compiled = self.run_(name, f"{name} compiled", *two, "off", "--device", "cuda",
-                                 "--compile")
+            compiled = self.train(name, f"{name} compiled", *two, "off", "--compile")
             self.assertAlmostEqual(self.loss(compiled) / self.loss(cpu), 1, delta=0.01)
             for source, device in ("cpu", "cuda"), ("off", "cpu"):
-                at = self.tmp / f"{name} {source}"
-                status, _, error = outcome(name, "--eval", at / "last.pt", "--device", device,
-                                           "--out", self.tmp / f"eval {name} {device}")
-                self.assertEqual((status, error), (0, ""))
-                was, now = (json.loads((path / "metrics.json").read_text())["miou"] for path in
-                            (at, self.tmp / f"eval {name} {device}"))
-                self.assertAlmostEqual(was, now, delta=1)
-            # begun on a CPU, gone on with on a GPU
-            self.assertEqual(self.run_(name, f"{name} cpu", "--max-steps", 3, "--amp", "off",
-                                       "--device", "cuda", "--resume")["step"], 3)
+                runs = self.tmp / f"{name} {source}", self.tmp / f"eval {name} {device}"
+                self.runs_well(name, "--eval", runs[0] / "last.pt", "--device", device, "--out",
+                               runs[1])
+                before, now = (json.loads((run / "metrics.json").read_text())["miou"]
+                               for run in runs)
+                self.assertAlmostEqual(before, now, delta=1)
+            # started on a CPU, resumed on a GPU
+            self.assertEqual(self.train(name, f"{name} cpu", *three, "off", "--resume")["step"], 3)
 
     def test_no_step_waits_for_the_device(self):
         for name, module in SCRIPTS.items():
@@ -7122,8 +7034,8 @@ class Cuda(unittest.TestCase):
 
             with mock.patch.object(module, "train_step", train_step):
                 for amp in "off", "bf16", "fp16":
-                    self.run_(name, f"{name} {amp}", "--max-steps", 3, "--amp", amp, "--device",
-                              "cuda")
+                    self.train(name, f"{name} {amp}", "--max-steps", 3, "--amp", amp, "--device",
+                               "cuda")
 
     def test_the_gradient_of_attention_biases(self):
         torch.manual_seed(0)
