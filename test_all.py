@@ -2062,7 +2062,7 @@ class Metrics(Case):
                         fn = sum(((a != c) & (t == c)).sum() for c in range(N))
                         into.append(100 * tp / (tp + fp + fn))
             for void, right in (True, expected), (False, without):
-                found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
+                found = masksup.image_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
                                             void)
                 np.testing.assert_allclose(found, right, rtol=1e-5)
 
@@ -3565,7 +3565,7 @@ class MaskSupPretrained(Case):
     def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
         self.release("levit128s")
         _, after, text = self.load(size=96)
-        self.assertIn("fresh at this size: blocks.0.m.attention_biases", text)
+        self.assertIn("zero at this size: blocks.0.m.attention_biases", text)
         self.assertEqual(after["levit.blocks.0.m.attention_biases"].abs().max(), 0)
 
     def test_what_cannot_be_loaded_is_one_line(self):
@@ -3798,16 +3798,16 @@ class MaskSupMasking(Case):
         for remove, kept in (("dark", [0, 1, 1]), ("bright", [1, 0, 0])):
             cfg = masksup.Config(masks=str(self.tmp / "m"), size=16, masks_remove=remove)
             with contextlib.redirect_stdout(io.StringIO()) as text:
-                bank = masksup.mask_source(cfg)
+                bank = masksup.training_masks(cfg)
             self.assertEqual(bank.float().mean((1, 2)).tolist(), kept)
             for words in f"removes what is {remove}", "dark are 33.3 %", "bright 66.7 %":
                 self.assertIn(words, text.getvalue())
         (self.tmp / "empty").mkdir()
         save(self.tmp / "ones/a.png", self.noise(20, 30) % 2)           # 0 and 1 are both dark
-        for name, word in (("gone", "no such folder"), ("empty", "no pictures"),
+        for name, word in (("gone", "no such folder"), ("empty", "no image in it"),
                            ("ones", "255 where it is kept")):
             with self.fails(name, word):
-                masksup.mask_source(masksup.Config(masks=str(self.tmp / name)))
+                masksup.training_masks(masksup.Config(masks=str(self.tmp / name)))
 
 
 class MaskSupLoss(Case):
@@ -3884,27 +3884,55 @@ class MaskSupLoss(Case):
                         self.assertIsNotNone(g, (name, term))
                         self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, term, N))
 
-    def test_the_loss_of_two_processes_is_that_of_the_whole_batch(self):
-        for N in 2, 5:
-            M_p, M_pm = self.pair(N)
-            label = torch.from_numpy(self.rng.integers(0, N, (2, 6, 6), dtype=np.uint8))
-            label[0, :4] = 255                              # the halves weigh differently
-            whole, _ = masksup.loss_fn(M_p, M_pm, label)
-            halves = [(M_p[i:i + 1], M_pm[i:i + 1], label[i:i + 1]) for i in (0, 1)]
-            seen = [[], []]
-            for half, sums in zip(halves, seen):            # what each process would send
-                masksup.loss_fn(*half, add=lambda s: sums.append(s) or s)
-            for half in halves:
-                totals = iter([a + b for a, b in zip(*seen)])
-                loss, _ = masksup.loss_fn(*half, add=lambda s: next(totals))
-                self.assertAlmostEqual(loss.item(), whole.item(), places=5)
+    def stepped(self, cfg, image, label, holes, world=1, sums=lambda values: None):
+        """The losses and gradients of a train_step of one process of `world`, where `sums` stands
+        for the sum over the processes."""
+        f = torch.nn.Conv2d(3, 5, 1)
+        with torch.no_grad():
+            f.weight.copy_(torch.linspace(-1, 1, 15).view(5, 3, 1, 1))
+            f.bias.zero_()
+        machine, optimizer = common.Machine(cfg), torch.optim.SGD(f.parameters(), 0.0)
+        machine.world = world
+        with mock.patch("common.all_reduce", sums):
+            losses = masksup.train_step(masksup.MaskSup(f), optimizer, machine.scaler(), machine,
+                                        cfg, image, label, holes)
+        return losses, torch.cat([p.grad.flatten() for p in f.parameters()])
 
-    def test_painting_loss_against_a_loop(self):
-        painted, image = (torch.from_numpy(self.rng.standard_normal((2, 3, 4, 4))) for _ in "ab")
+    def test_the_step_of_two_processes_is_that_of_the_whole_batch(self):
+        cfg = masksup.Config(device="cpu", alpha2=0.5, alpha3=3.0)
+        image = torch.from_numpy(self.noise(5, 3, 6, 6))
+        label = torch.from_numpy(self.rng.integers(0, 5, (5, 6, 6), dtype=np.uint8))
+        label[0, :4] = 255                              # the parts weigh differently
+        holes = torch.from_numpy(self.rng.random((5, 1, 6, 6)) < 0.5)
+        losses, gradient = self.stepped(cfg, image, label, holes)
+        parts = [(image[i], label[i], holes[i]) for i in (slice(3), slice(3, 5))]
+        totals = []                                     # of the first message, then of the second
+        for message in range(2):
+            sent = []
+            for part in parts:
+                mine = []
+
+                def sums(values):
+                    mine.append(values.clone())
+                    if len(mine) <= len(totals):
+                        values.copy_(totals[len(mine) - 1])
+
+                self.stepped(cfg, *part, 2, sums)
+                self.assertEqual(len(mine), 2)
+                sent.append(mine[message])
+            totals.append(sum(sent))
+        found = [self.stepped(cfg, *part, 2, lambda values: values.copy_(
+            totals[values.numel() == 4])) for part in parts]
+        for seen, _ in found:
+            torch.testing.assert_close(seen, losses)
+        torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient)   # as DDP does
+
+    def test_reconstruction_loss_against_a_loop(self):
+        output, image = (torch.from_numpy(self.rng.standard_normal((2, 3, 4, 4))) for _ in "ab")
         holes = torch.from_numpy(self.rng.random((2, 1, 4, 4)) < 0.3)
-        errors = [(painted[b, c, y, x] - image[b, c, y, x]).item() ** 2 for b in range(2)
+        errors = [(output[b, c, y, x] - image[b, c, y, x]).item() ** 2 for b in range(2)
                   for c in range(3) for y in range(4) for x in range(4) if not holes[b, 0, y, x]]
-        self.assertAlmostEqual(masksup.painting_loss(painted, image, holes).item(),
+        self.assertAlmostEqual(masksup.reconstruction_loss(output, image, holes).item(),
                                np.mean(errors), places=5)
 
     def test_base_computes_neither_further_term(self):
@@ -3925,6 +3953,77 @@ class MaskSupLoss(Case):
                     None if method == "base" else torch.ones(2, 1, 32, 32))
             self.assertEqual((len(calls), similarity.call_count), (passes, similarities))
             self.assertEqual([t > 0 for t in terms[1:3].tolist()], [True, method != "base"])
+
+
+class PasteMaskSup(Case):
+    """What the sections of the method are without the rest of the file."""
+
+    def setUp(self):
+        super().setUp()
+        self.text = (MAIN / "masksup.py").read_text()
+        _, *parts = re.split(r"^# -{9,} (.+)\n", self.text, flags=re.M)
+        self.sections = dict(zip(parts[::2], parts[1::2]))
+
+    def pasted(self, name):
+        """The names of a section, run after nothing but the imports that its first line lists."""
+        first, _, code = self.sections[name].partition("\n")
+        imports = first.removeprefix("# To paste this section: ").rstrip(".")
+        self.assertRegex(imports, "^import ")
+        for module in re.findall(r"(?:import|from) ([a-zA-Z]+)", imports):
+            self.assertIn(module, ("torch", "numpy", "PIL", "Image"))
+        names = {}
+        exec(f"{imports}\n{code}", names)
+        return names
+
+    def test_masking_alone(self):
+        masking = self.pasted("masking")
+        bank = masking["mask_bank"](7, 32, 0.2, 0.4, seed=0)
+        removed = 1 - bank.float().mean((1, 2))
+        self.assertTrue(((removed >= 0.2) & (removed <= 0.4)).all())
+        rng = np.random.default_rng(5)
+        self.assertTrue(0.5 <= 1 - masking["draw_mask"](rng, 32, 0.5, 0.75).mean() <= 0.75)
+        noise = masking["noise_of"]([4, 9])
+        noise[0] = torch.tensor([0.5, 0.25, 0.125, 0.9, 0.9, 0.9])      # mask 3, shifted by 8, 4
+        holes = masking["pick"](bank, noise)
+        np.testing.assert_array_equal(holes[0, 0], np.roll(bank[3].numpy(), (-8, -4), (0, 1)))
+        noise[0] = torch.tensor([0.5, 0.0, 0.0, 0.1, 0.9, 0.1])         # transposed, its x flipped
+        np.testing.assert_array_equal(masking["pick"](bank, noise)[0, 0], bank[3].numpy().T[::-1])
+
+    def test_model_and_loss_against_a_loop_over_pixels(self):
+        N, f = 3, torch.nn.Conv2d(3, 3, 1)
+        net, loss = self.pasted("model: MaskSup")["MaskSup"](f), self.pasted("loss")
+        image = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32))
+        holes = torch.from_numpy(self.rng.random((2, 1, 4, 5)) < 0.5)
+        label = torch.from_numpy(self.rng.integers(0, N, (2, 4, 5), dtype=np.uint8))
+        label[1, :2] = 255
+        W, b = f.weight.detach()[:, :, 0, 0].double().numpy(), f.bias.detach().double().numpy()
+        seg = context = similar = 0.0
+        for i, y, x in np.ndindex(2, 4, 5):
+            p = np.exp(W @ image[i, :, y, x].numpy() + b)
+            q = p if holes[i, 0, y, x] else np.exp(b)           # f sees 0 where it is removed
+            p, q = p / p.sum(), q / q.sum()
+            similar += ((p - q) ** 2).sum() / 2
+            if (c := int(label[i, y, x])) != 255:
+                seg, context = seg - np.log(p[c]), context - np.log(q[c])
+        M_p, M_pm = net(image, holes)
+        total, terms = loss["loss_fn"](M_p, M_pm, label)
+        np.testing.assert_allclose(terms, [seg / 30, context / 30, similar / 40], rtol=1e-4)
+        self.assertAlmostEqual(total.item(), terms.sum().item(), places=5)
+        _, terms = loss["loss_fn"](M_p, M_pm, label, (2, 1, 1), torch.tensor(60), torch.tensor(10))
+        np.testing.assert_allclose(terms, [seg / 60, context / 60, similar / 10], rtol=1e-4)
+        total, _ = loss["loss_fn"](net(image)[0], None, label, (2, 1, 1))
+        self.assertAlmostEqual(total.item(), 2 * seg / 30, places=4)
+
+    def test_the_map_in_the_docstring_is_right(self):
+        first, last = map(int, re.search(r"lines (\d+) to (\d+) are the method",
+                                         " ".join(self.text.split('"""')[1].split())).groups())
+        lines = self.text.splitlines()
+        self.assertRegex(lines[first - 1], "^# -+ model: MaskSup$")
+        names = list(self.sections)
+        self.assertEqual(names[1:6], ["model: MaskSup", "masking", "loss", "training step",
+                                      "networks: U-Net and U-Net++"])
+        end = next(i for i, line in enumerate(lines) if line.endswith(f"- {names[5]}"))
+        self.assertEqual((lines[last - 1] != "", lines[last:end]), (True, ["", ""]))
 
 
 class MaskSupRuns(Case):
@@ -3962,7 +4061,7 @@ class MaskSupRuns(Case):
         bank, far = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0), []
         for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
-                                     items.info, masks, holes)
+                                     masks, holes)
             inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
             for i in range(len(items)):
                 image, label, _ = items[i]
@@ -4073,7 +4172,7 @@ class MaskSupRuns(Case):
         scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
         for name, line in (("camvid", "mIoU 12.30"), ("glas", "mIoU 12.30, paper_iou 45.60"),
                            ("nyuv2", "mIoU 12.30, paper_iou 45.60, without void 78.90")):
-            self.assertEqual(masksup.said(scores, masksup.Config(data=name)), line)
+            self.assertEqual(masksup.score_line(scores, masksup.Config(data=name)), line)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
