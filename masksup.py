@@ -96,7 +96,7 @@ import data
 from common import UserError
 
 
-# ------------------------------------------------------------------------------------------- config
+# ----------------------------------------------------------------------------------------- config
 
 @dataclass
 class Config:
@@ -170,7 +170,7 @@ RECIPES = {                        # what differs from the defaults above, by da
 RECIPES["materials"] = dict(RECIPES["shapes"], size=48)     # its 13 stripes a side need it
 
 
-# ----------------------------------------------------------------------------------- model: MaskSup
+# --------------------------------------------------------------------------------- model: MaskSup
 # To paste this section: import torch.nn as nn.
 
 class MaskSup(nn.Module):
@@ -193,7 +193,7 @@ class MaskSup(nn.Module):
         return M_p, self.f(image * holes)                                 # context branch    Eq. 1
 
 
-# ------------------------------------------------------------------------------------------ masking
+# ---------------------------------------------------------------------------------------- masking
 # To paste this section: import numpy as np; import torch; from PIL import Image, ImageDraw.
 
 COVERAGE = {"high": (0.50, 0.75), "low": (0.10, 0.30)}      # shares of the image that are removed
@@ -279,7 +279,7 @@ def pick(bank, noise):
     return bank[which[:, None, None], y, x][:, None]
 
 
-# --------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------- loss
 # To paste this section: import torch; import torch.nn.functional as F.
 
 def cross_entropy(logits, label, valid=None):
@@ -323,7 +323,7 @@ def loss_fn(M_p, M_pm, label, alpha=(1, 1, 1), valid=None, pixels=None):
     return loss, torch.stack([L_seg, L_context, L_tasksim]).detach()
 
 
-# ------------------------------------------------------------------------------------ training step
+# ---------------------------------------------------------------------------------- training step
 
 def train_step(net, optimizer, scaler, machine, cfg, image, label, holes):
     """One optimizer step of net, MaskSup(f).
@@ -364,7 +364,7 @@ def update(loss, optimizer, scaler):
     scaler.update()
 
 
-# ---------------------------------------------------------------------- networks: U-Net and U-Net++
+# -------------------------------------------------------------------- networks: U-Net and U-Net++
 
 def conv_twice(i, o, bias=True):
     """(conv3x3, BN, ReLU) twice, i -> o channels."""
@@ -427,14 +427,8 @@ class UNetPlusPlus(nn.Module):
         return self.head(x[0, 4])
 
 
-# ----------------------------------------------------------------------------- networks: LeViT-UNet
+# --------------------------------------------------------------------------- networks: LeViT-UNet
 # Module names and shapes inside LeViT are those of LeViT's release, so that its weights load.
-
-def conv_bn(i, o):
-    """conv3x3 of stride 2, BN."""
-    return nn.Sequential(OrderedDict(c=nn.Conv2d(i, o, 3, 2, 1, bias=False),
-                                     bn=nn.BatchNorm2d(o)))
-
 
 class LinearBN(nn.Sequential):
     """Linear on (B, L, i), BN over all tokens. gain: BN's initial weight, 0 to end a residual."""
@@ -528,9 +522,11 @@ class LeViT(nn.Module):
     def __init__(self, name, size):
         super().__init__()
         widths, heads, depths, key, drop = LEVIT[name]
-        n, r, stem, blocks, self.ends = widths[0], size // 16, [], [], []
+        n, r = widths[0], size // 16
+        stem, blocks, self.ends = [], [], []
         for i, o in (3, n // 8), (n // 8, n // 4), (n // 4, n // 2), (n // 2, n):
-            stem += conv_bn(i, o), nn.Hardswish()
+            conv = nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False)
+            stem += nn.Sequential(OrderedDict(c=conv, bn=nn.BatchNorm2d(o))), nn.Hardswish()
         self.patch_embed = nn.Sequential(*stem[:-1])
         for stage, (width, h, depth) in enumerate(zip(widths, heads, depths)):
             if stage:
@@ -583,7 +579,7 @@ class LeViTUNet(nn.Module):
         return up(self.head(x))
 
 
-# --------------------------------------------------------------------- networks: pretrained weights
+# ------------------------------------------------------------------- networks: pretrained weights
 
 def build(cfg, classes):
     """The network f with random weights."""
@@ -640,8 +636,8 @@ def load_pretrained(f, cfg, whole=False):
     fits = {k: v for k, v in released.items() if k in tensors and v.shape == tensors[k].shape}
     wanted = [k for k in weights if whole or k.startswith("levit.")]
     missing = sorted(set(wanted) - fits.keys())
-    other_size = not whole and all(k.endswith("attention_biases") for k in missing)
-    if not wanted or missing and not other_size:
+    needed = [k for k in missing if whole or not k.endswith("attention_biases")]
+    if needed or not wanted:
         raise UserError(f"--pretrained {cfg.pretrained}: not the weights of {cfg.model} with "
                         f"{len(weights['head.bias'])} classes at --size {cfg.size}; give those of "
                         f"{url}, or another --model")
@@ -656,7 +652,7 @@ def load_pretrained(f, cfg, whole=False):
               + (f"; not used: {', '.join(unused)}" if unused else ""))
 
 
-# ----------------------------------------------------------------------------------------- evaluate
+# --------------------------------------------------------------------------------------- evaluate
 
 def dataset(cfg, split):
     return data.Dataset(cfg.data, cfg.root, split, size=cfg.size, train=split == "train",
@@ -777,7 +773,7 @@ def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
     return rows
 
 
-# -------------------------------------------------------------------------------------------- train
+# ------------------------------------------------------------------------------------------ train
 
 def training_masks(cfg):
     """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the images in --masks
@@ -787,18 +783,19 @@ def training_masks(cfg):
             return mask_bank(cfg.bank, cfg.size, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed))
     if not Path(cfg.masks).is_dir():
         raise UserError(f"--masks {cfg.masks}: no such folder")
-    found = [np.asarray(Image.fromarray(data.read_image(path)).convert("L").resize(
-        (cfg.size, cfg.size), Image.BILINEAR)) >= 128 for path in data.pictures(Path(cfg.masks))]
-    bank = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, dtype=torch.bool)
-    if bank.all() or not bank.any():
+    images = [Image.fromarray(data.read_image(path)).convert("L")
+              for path in data.pictures(Path(cfg.masks))]
+    bright = torch.tensor(np.array([image.resize((cfg.size, cfg.size), Image.BILINEAR)
+                                    for image in images])) >= 128
+    if bright.all() or not bright.any():
         raise UserError(f"--masks {cfg.masks}: no image in it removes a part: give masks with 0 "
                         "where the image is removed and 255 where it is kept, or the reverse with "
                         "--masks-remove bright")
-    bright = 100 * bank.float().mean().item()
+    percent = 100 * bright.float().mean().item()
     if os.environ.get("RANK", "0") == "0":
-        print(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - bright:.1f} % and "
-              f"bright {bright:.1f} % on average; --masks-remove dark|bright says which")
-    return bank if cfg.masks_remove == "dark" else ~bank
+        print(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - percent:.1f} % and "
+              f"bright {percent:.1f} % on average; --masks-remove dark|bright says which")
+    return bright if cfg.masks_remove == "dark" else ~bright
 
 
 def make_optimizer(model, cfg, fused=None):
@@ -887,7 +884,7 @@ def train(cfg):
         write_metrics(run.out, run.state(), cfg, f, extra)
 
 
-# -------------------------------------------------------------------------- --pretrain mae, Table 2
+# ------------------------------------------------------------------------ --pretrain mae, Table 2
 
 def patch_holes(noise, size, patch, ratio):
     """Masks (B, 1, S, S) bool, True keeps: the share `ratio` of the L = (S / patch)^2 patches is
@@ -932,7 +929,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=total, **machine.loading)
-    run.begin("pretraining as a masked autoencoder")
+    run.begin("first, as a masked autoencoder")
     for step, (image, _, index) in zip(range(run.start, total), loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg, per_epoch, total)
@@ -957,7 +954,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     return run.seconds
 
 
-# ----------------------------------------------------------------------------------- other commands
+# --------------------------------------------------------------------------------- other commands
 
 def load(path):
     return common.load(path, "masksup", Config, data.Info, build)
@@ -1101,7 +1098,7 @@ def bench(cfg):
     print(json.dumps(result))
 
 
-# --------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- main
 
 def check(cfg):
     """Raises UserError for values that the parser accepts, but that cannot be used."""
