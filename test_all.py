@@ -1401,7 +1401,7 @@ class Check(Case):
         (images / "p009.png").write_bytes(b"")
         (masks / "p009.png").write_bytes(b"")
         (root / "classes.txt").write_text("a\nb\nc\n")
-        done = self.script("--data", root)
+        done = self.new_process("--data", root)
         self.assertEqual((done.returncode, done.stderr), (1, ""))
         problems = done.stdout[done.stdout.index("PROBLEM"):]
         for word in ("images/p000.png", "masks/p001.png", "5x5", "masks/p002.png", "--palette",
@@ -1435,7 +1435,7 @@ class Check(Case):
     def test_out_is_a_new_file(self):
         path = save(self.tmp / "mine.png", self.noise(3, 3))
         before = path.read_bytes()
-        done = self.script("--out", path)
+        done = self.new_process("--out", path)
         self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1))
         self.assertIn(f"--out {path} is there already: give a new name", done.stderr)
         self.assertEqual(path.read_bytes(), before)
@@ -1480,7 +1480,7 @@ class Check(Case):
             self.assertIn(str(word), line)
 
     def test_exit_status(self):
-        clean = self.script("--out", self.tmp / "sheet.png")                          # shapes
+        clean = self.new_process("--out", self.tmp / "sheet.png")                          # shapes
         self.assertEqual((clean.returncode, clean.stderr), (0, ""), clean)
         self.assertTrue(clean.stdout.endswith("no problems\n"))
         with Image.open(self.tmp / "sheet.png") as sheet:
@@ -2015,7 +2015,158 @@ class SemiData(Case):
 
 # ------------------------------------------------------------------------------------- common.py
 
-class Metrics(Case):
+# ------------------------------------------------------- what the tests of the methods share
+
+SCRIPTS = {"lmae.py": lmae, "masksup.py": masksup, "s4mim.py": s4mim}
+
+# small networks and short runs on the dataset shapes, as arguments and as flags
+TINY = dict(size=32, patch=8, enc_blocks=2, dec_blocks=2, enc_dim=32, dec_dim=16, heads=2,
+            drop_path=0.0)
+TINY_FLAGS = ("--size 32 --crop 32 --patch 8 --eval-every 1 --enc-blocks 1 --dec-blocks 1 "
+              "--enc-dim 32 --dec-dim 32 --heads 2 --batch-size 128 --epochs 3 --save-every 0 "
+              "--drop-path 0.1").split()
+MASKSUP = ("--model unet --width 4 --size 32 --batch-size 128 --epochs 3 --eval-every 1 "
+           "--bank 16 --save-every 0").split()
+S4MIM = ("--data shapes --labeled 8 --width 4 --size 32 --batch-size 8 --baseline none "
+         "--save-every 0").split()
+
+
+def new_process(name, *argv):
+    """Run one of the scripts as a user would."""
+    return subprocess.run([sys.executable, MAIN / name, *map(str, argv)],
+                          capture_output=True, text=True)
+
+
+def two_processes(file, *argv):
+    """Run a file as a user with two GPUs would, under torchrun."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", MAIN / file, *map(str, argv)],
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(MAIN)})
+
+
+def outcome(name, *argv):
+    """Run a script in this process as a user would: (exit status, what it prints, its stderr).
+    What is no exit, that is, what would be a traceback, goes through."""
+    out, err, ctrl_c = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with mock.patch("sys.argv", [name, *map(str, argv)]), contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)     # as Python's own defaults
+            common.run(SCRIPTS[name].main if name in SCRIPTS else data.main)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGTERM, terminate)
+    return status or 0, out.getvalue(), err.getvalue()
+
+
+def killed(name, flags, out, file):
+    """Start a script's run in OUT, kill -9 it once it has saved `file`; its exit status."""
+    run = subprocess.Popen([sys.executable, MAIN / name, *map(str, flags), "--out", out],
+                           stdout=subprocess.DEVNULL)
+    while not (out / file).exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.kill()
+    return run.wait()
+
+
+def scores(run):
+    """The scores in the metrics.json of a run or an evaluation."""
+    return json.loads((run / "metrics.json").read_text())
+
+
+def table(path):
+    """The rows of a CSV file, each {column: text}."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def pixels(path):
+    """The array of an image file."""
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def same_bits(found, expected):
+    """Raise unless two tensors, or structures of tensors, hold the same bits."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def naive_iou(answer, truth, N):
+    """The IoU of each class in percent, without the pixels of void; nan where neither has it."""
+    answer, truth, found = answer[truth != 255], truth[truth != 255], []
+    for c in range(N):
+        union = ((answer == c) | (truth == c)).sum()
+        found.append(100 * ((answer == c) & (truth == c)).sum() / union if union else np.nan)
+    return np.array(found)
+
+
+class MethodCase(Case):
+    """Tests that run a script, or call its functions on random tensors."""
+    script = "lmae.py"
+
+    def runs(self, *argv):
+        """What the script prints in a run that ends well and complains of nothing."""
+        status, text, error = outcome(self.script, *argv)
+        self.assertEqual((status, error), (0, ""))
+        return text
+
+    def refuses(self, *argv, words):
+        """The script ends with status 2 and one line on stderr, which holds all these words."""
+        status, _, error = outcome(self.script, *argv)
+        self.assertEqual((status, error.count("\n")), (2, 1), error)
+        for word in words:
+            self.assertIn(str(word), error)
+
+    def checkpoint(self, name, cfg, info, model, **more):
+        """Save a checkpoint of the script's method in self.tmp; its path."""
+        common.save_checkpoint(self.tmp / name, {
+            "method": self.script.removesuffix(".py"), "config": dataclasses.asdict(cfg),
+            "info": dataclasses.asdict(info), "model": model.state_dict(), **more})
+        return self.tmp / name
+
+    def normal(self, *shape):
+        return torch.from_numpy(self.rng.standard_normal(shape))
+
+    def uniform(self, *shape):
+        """As an image that a network takes, from -1 to 1."""
+        return torch.from_numpy(self.rng.uniform(-1, 1, shape))
+
+    def classes(self, N, *shape):
+        return torch.from_numpy(self.rng.integers(0, N, shape, dtype=np.uint8))
+
+    def where(self, share, *shape):
+        return torch.from_numpy(self.rng.random(shape) < share)
+
+    def drops_whole_samples(self, branch, drop):
+        """drop(x) leaves out a quarter of the samples, keeps the mean and, in evaluation, x."""
+        torch.manual_seed(0)
+        x = torch.ones(4000, 2, 4)
+        dropped = drop(x)
+        self.assertEqual(sorted({round(v, 4) for v in dropped.unique().tolist()}), [0.0, 1.3333])
+        self.assertTrue((dropped == dropped[:, :1, :1]).all())
+        self.assertLess(abs(dropped.mean().item() - 1), 0.05)
+        branch.eval()
+        same_bits(drop(x), x)
+
+    def void_in_masks(self, folder):
+        """Make the first three rows of all masks of a folder void."""
+        for path in folder.iterdir():
+            mask = pixels(path)
+            mask[:3] = 255
+            save(path, mask)
+
+
+def inside(name, *argv):
+    """As new_process(), in this process: it need not import torch, which takes 2 s."""
+    return subprocess.CompletedProcess(argv, *outcome(name, *argv))
+
+
+class Metrics(MethodCase):
     def test_confusion_and_iou_against_a_loop_over_pixels(self):
         truth, answer = self.noise(9, 7) % 4, self.noise(9, 7) % 3
         truth[truth == 3] = 255
@@ -2024,23 +2175,17 @@ class Metrics(Case):
             if t != 255:
                 counts[t, p] += 1
         matrix = common.confusion(torch.from_numpy(answer), torch.from_numpy(truth), 5)
-        self.assertEqual(matrix.dtype, torch.int64)
-        self.assertEqual(matrix.tolist(), counts.tolist())
-        iou = [100 * np.sum((truth == c) & (answer == c))
-               / np.sum((truth != 255) & ((truth == c) | (answer == c))) for c in range(3)]
-        np.testing.assert_allclose(common.class_iou(matrix)[:3], iou)
-        self.assertTrue(common.class_iou(matrix)[3:].isnan().all())   # in neither: not 0, left out
-        self.assertAlmostEqual(common.miou(matrix), np.mean(iou))
+        self.assertEqual((matrix.dtype, matrix.tolist()), (torch.int64, counts.tolist()))
+        iou = naive_iou(answer, truth, 5)
+        self.assertEqual(np.isnan(iou).tolist(), [False] * 3 + [True] * 2)
+        np.testing.assert_allclose(common.class_iou(matrix), iou)     # in neither: nan, not 0
+        self.assertAlmostEqual(common.miou(matrix), np.nanmean(iou))
 
     def test_the_best_constant_answer_against_all_of_them(self):
         target = self.rng.choice([0, 1, 3, 255], (4, 9, 9), p=[0.2, 0.5, 0.2, 0.1])
         matrix = common.confusion(torch.zeros(4, 9, 9), torch.from_numpy(target), 5)
-        scores = []
-        for answer in range(5):
-            inter = [((answer == c) & (target == c)).sum() for c in (0, 1, 3)]
-            union = [((target == c) | ((answer == c) & (target != 255))).sum() for c in (0, 1, 3)]
-            scores.append(100 * np.mean(np.divide(inter, union)))
-        self.assertAlmostEqual(common.constant_miou(matrix), max(scores), places=4)
+        best = max(np.nanmean(naive_iou(0 * target + c, target, 5)) for c in range(5))
+        self.assertAlmostEqual(common.constant_miou(matrix), best, places=4)
 
     def test_picture_iou_against_loops(self):
         for N in 2, 4:
@@ -2057,10 +2202,8 @@ class Metrics(Case):
                 else:                       # true and false positives, false negatives, all added
                     for into, (t, a) in ((expected, (np.where(t == 255, 0, t), a)),
                                          (without, (t[t != 255], a[t != 255]))):
-                        tp = sum(((a == c) & (t == c)).sum() for c in range(N))
-                        fp = sum(((a == c) & (t != c)).sum() for c in range(N))
-                        fn = sum(((a != c) & (t == c)).sum() for c in range(N))
-                        into.append(100 * tp / (tp + fp + fn))
+                        right, wrong = (t == a).sum(), (t != a).sum()
+                        into.append(100 * right / (right + 2 * wrong))
             for void, right in (True, expected), (False, without):
                 found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
                                             void)
@@ -2078,17 +2221,13 @@ class Metrics(Case):
                 d2 = ((sources - (y, x)) ** 2).sum(1)
                 nearest = {label[b][tuple(s)] for s in sources[d2 == d2.min()]}
                 self.assertIn(filled[b, y, x], nearest)
+        # with nothing kept, class 0
+        nothing = lmae.nearest_fill(torch.full((1, 6, 6), 3, dtype=torch.uint8),
+                                    torch.ones(1, 6, 6).bool())
+        self.assertEqual(nothing.unique().tolist(), [0])
 
-    def test_nearest_fill_with_nothing_kept_is_class_0(self):
-        label = torch.full((1, 6, 6), 3, dtype=torch.uint8)
-        self.assertEqual(
-            lmae.nearest_fill(label, torch.ones(1, 6, 6, dtype=torch.bool)).unique().tolist(),
-            [0])
-
+    @needs("camvid")
     def test_nearest_fill_scores_camvid_as_published_in_the_readme(self):
-        folder = SHARED / "camvid"
-        if not folder.is_dir():
-            return print(f"no {folder}: the figures of the nearest fill are not checked")
         val = data.Dataset("camvid", SHARED, "val", size=224, crop=320)
         label = torch.stack([val[i][1] for i in range(len(val))])
         for ratio, expected in (0.5, 64.7), (0.8, 51.2):
@@ -2101,7 +2240,7 @@ class Metrics(Case):
             self.assertLess(abs(common.miou(matrix) - expected), 1.0)
 
 
-class CommandLine(Case):
+class CommandLine(MethodCase):
     def parse(self, *argv):
         return common.parse(lmae.Config, lmae.RECIPES, "", list(argv))
 
@@ -2111,39 +2250,28 @@ class CommandLine(Case):
         self.assertEqual((origin["crop"], origin["lr"], origin.get("size")),
                          ("recipe", "flag", None))
 
-    def test_mistakes_name_the_nearest_valid_thing(self):
-        for argv, words in ((["--mask-ration", "0.5"], ["--mask-ration", "--mask-ratio"]),
-                            (["--fuse", "layers"], ["layers", "did you mean layer?"]),
-                            (["--epochs", "many"], ["--epochs", "many"])):
-            with self.fails(*words):
+    def test_mistakes_name_the_nearest_valid_thing_and_values_that_are_none(self):
+        for argv, *words in (
+                (["--mask-ration", "0.5"], "--mask-ration", "--mask-ratio"),
+                (["--fuse", "layers"], "layers", "did you mean layer?"),
+                (["--epochs", "many"], "--epochs", "many"),
+                (["--lr", "nan"], "--lr nan", "a finite number"),
+                (["--weight-decay", "inf"], "--weight-decay inf"),
+                (["--seed", str(2**63)], "--seed", "below 2^63"),
+                (["--eval", ""], "--eval", "an empty variable?"),
+                (["--ckpt", "a.pt", ""], "--ckpt", "an empty variable?")):
+            with self.subTest(argv), self.fails(*words):
                 self.parse(*argv)
 
     def test_errors_of_a_person_are_one_line_and_status_2(self):
-        for argv, words in ((["--data", "shape"], ["did you mean shapes?"]),
-                            (["--size", "50"], ["--patch"]),
-                            (["--mask-ratio", "1"], ["--mask-ratio"]),
-                            (["--resume", "--out", self.tmp / "no"], ["--resume"]),
-                            (["--eval", self.tmp / "no.pt"], ["no.pt"]),
-                            (["--complete", self.tmp], ["--images"])):
-            done = inside("lmae.py", *argv)
-            self.assertEqual(done.returncode, 2, done.stderr)
-            self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
-            for word in words:
-                self.assertIn(word, done.stderr)
-
-    def test_a_start_that_fails_on_its_data_leaves_no_run_folder(self):
-        done = inside("lmae.py", "--data", "shape", "--out", self.tmp / "x")
-        self.assertEqual(done.returncode, 2)
-        self.assertFalse((self.tmp / "x").exists())
-
-    def test_values_that_are_none(self):
-        for argv, words in ((["--lr", "nan"], ["--lr nan", "a finite number"]),
-                            (["--weight-decay", "inf"], ["--weight-decay inf"]),
-                            (["--seed", str(2**63)], ["--seed", "below 2^63"]),
-                            (["--eval", ""], ["--eval", "an empty variable?"]),
-                            (["--ckpt", "a.pt", ""], ["--ckpt", "an empty variable?"])):
-            with self.fails(*words):
-                self.parse(*argv)
+        for argv, word in ((["--data", "shape", "--out", self.tmp / "x"], "did you mean shapes?"),
+                           (["--size", "50"], "--patch"), (["--mask-ratio", "1"], "--mask-ratio"),
+                           (["--resume", "--out", self.tmp / "no"], "--resume"),
+                           (["--eval", self.tmp / "no.pt"], "no.pt"),
+                           (["--complete", self.tmp], "--images")):
+            with self.subTest(argv):
+                self.refuses(*argv, words=[word])
+        self.assertFalse((self.tmp / "x").exists())         # which would then hold a run
 
     def test_what_it_prints_has_nowhere_to_go(self):
         argv = [sys.executable, MAIN / "data.py", "--out", self.tmp / "x.png"]
@@ -2170,12 +2298,14 @@ class CommandLine(Case):
             common.check_processes()
 
     def test_every_field_has_its_reason_in_the_help(self):
-        text = inside("lmae.py", "--help").stdout
-        for reason in ("patch = " and "L = (size / patch)^2 tokens", "Adam's own, not decoupled"):
-            self.assertIn(reason, " ".join(text.split()))
+        text = " ".join(self.runs("--help").split())
+        for reason in "L = (size / patch)^2 tokens", "Adam's own, not decoupled":
+            self.assertIn(reason, text)
 
 
-class Threads(Case):
+class Threads(MethodCase):
+    script = "masksup.py"
+
     def test_as_many_as_there_are_idle_processors(self):
         for running, load, threads, processors, expected in (
                 ("1/80", 3.0, 2, 2, 2), ("2/80", 0.0, 2, 2, 1), ("9/80", 0.0, 2, 2, 1),
@@ -2194,16 +2324,17 @@ class Threads(Case):
         out = self.tmp / "out"
         argv = [*MASKSUP, "--out", out, "--max-steps"]
         with mock.patch("common.idle_processors", return_value=2):
-            self.assertIn("threads: 2", inside("masksup.py", *argv, 1).stdout)
+            self.assertIn("threads: 2", self.runs(*argv, 1))
         self.assertEqual(json.loads((out / "config.json").read_text())["threads"], 2)
-        self.assertIn("threads: 2", inside("masksup.py", *argv, 2, "--resume").stdout)
+        self.assertIn("threads: 2", self.runs(*argv, 2, "--resume"))
         self.assertEqual(torch.get_num_threads(), 2)
-        done = inside("masksup.py", *argv, 3, "--resume", "--threads", 1)
-        self.assertIn("threads: 1", done.stdout)
-        self.assertEqual(inside("masksup.py", "--threads", -1).returncode, 2)
+        self.assertIn("threads: 1", self.runs(*argv, 3, "--resume", "--threads", 1))
+        self.refuses("--threads", -1, words=["--threads"])
 
 
-class Waiting(Case):
+class Waiting(MethodCase):
+    script = "masksup.py"
+
     def test_durations(self):
         for seconds, text in ((0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"),
                               (42258, "11 h 44 min"), (360000, "100 h 0 min")):
@@ -2216,8 +2347,8 @@ class Waiting(Case):
             self.assertEqual(out.getvalue(), said)
 
     def test_speed_and_time_left_once_and_only_what_is_not_the_default(self):
-        text = inside("masksup.py", *MASKSUP, "--batch-size", 8, "--max-steps", 60, "--eval-every",
-                      9, "--out", self.tmp / "out").stdout
+        text = self.runs(*MASKSUP, "--batch-size", 8, "--max-steps", 60, "--eval-every", 9,
+                         "--out", self.tmp / "out")
         told = [line for line in text.splitlines() if line.startswith("step ")]
         self.assertRegex(told[0], r"^step 21/60  loss [\d.]+  [\d.e+]+ img/s  \d+ s left$")
         self.assertEqual(len(told), 1)
@@ -2229,24 +2360,23 @@ class Waiting(Case):
 
 class Checkpoints(Case):
     def test_what_is_no_checkpoint_of_this_method_is_refused(self):
-        good = self.tmp / "good.pt"
+        good, ran = self.tmp / "good.pt", self.tmp / "ran"
+
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(ran),)
+
         common.save_checkpoint(good, {"method": "lmae", "model": {}, "x": torch.arange(1000)})
         self.assertTrue(torch.equal(common.load_checkpoint(good, "lmae")["x"], torch.arange(1000)))
         (self.tmp / "cut.pt").write_bytes(good.read_bytes()[:-3000])
         torch.save({"method": "masksup", "model": {}}, self.tmp / "other.pt")
-
-        class Evil:
-            def __reduce__(self):
-                return os.mkdir, (str(marker),)
-
-        marker = self.tmp / "ran"
         torch.save({"method": "lmae", "model": {}, "x": Evil()}, self.tmp / "evil.pt")
         torch.save({"method": "lmae"}, self.tmp / "bare.pt")
         for name, word in (("cut.pt", "whole"), ("other.pt", "masksup"), ("evil.pt", "whole"),
                            ("bare.pt", "something else"), ("none.pt", "no checkpoint")):
             with self.fails(name, word):
                 common.load_checkpoint(self.tmp / name, "lmae")
-        self.assertFalse(marker.exists())
+        self.assertFalse(ran.exists())
 
     def test_a_write_that_fails_leaves_the_old_file(self):
         path = self.tmp / "metrics.json"
@@ -2258,56 +2388,6 @@ class Checkpoints(Case):
 
 
 # --------------------------------------------------------------------------------------- lmae.py
-
-TINY = dict(size=32, patch=8, enc_blocks=2, dec_blocks=2, enc_dim=32, dec_dim=16, heads=2,
-            drop_path=0.0)
-TINY_FLAGS = ("--size 32 --crop 32 --patch 8 --eval-every 1 --enc-blocks 1 --dec-blocks 1 "
-              "--enc-dim 32 --dec-dim 32 --heads 2 --batch-size 128 --epochs 3 --save-every 0 "
-              "--drop-path 0.1").split()
-
-
-def script(name, *argv, **kwargs):
-    """Run one of the scripts as a user would."""
-    return subprocess.run([sys.executable, MAIN / name, *map(str, argv)],
-                          capture_output=True, text=True, **kwargs)
-
-
-SCRIPTS = {"lmae.py": lmae, "masksup.py": masksup, "s4mim.py": s4mim}
-
-
-def outcome(name, *argv):
-    """Run a script in this process as a user would: (exit status, what it prints, its stderr).
-    What is no exit, that is, what would be a traceback, goes through."""
-    out, err, ctrl_c = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
-    terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        with mock.patch("sys.argv", [name, *map(str, argv)]), contextlib.redirect_stdout(out), \
-                contextlib.redirect_stderr(err), warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.simplefilter("ignore", DeprecationWarning)     # as Python's own defaults
-            common.run(SCRIPTS[name].main if name in SCRIPTS else data.main)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-        signal.signal(signal.SIGTERM, terminate)
-    return status or 0, out.getvalue(), err.getvalue()
-
-
-def inside(name, *argv):
-    """As script(), in this process: it need not start and import torch, which takes 2 s."""
-    return subprocess.CompletedProcess(argv, *outcome(name, *argv))
-
-
-def killed(name, flags, out, file):
-    """Start a script's run in OUT, kill -9 it once it has saved `file`; its exit status."""
-    run = subprocess.Popen([sys.executable, MAIN / name, *map(str, flags), "--out", out],
-                           stdout=subprocess.DEVNULL)
-    while not (out / file).exists() and run.poll() is None:
-        time.sleep(0.01)
-    run.kill()
-    return run.wait()
 
 
 class LmaeModel(Case):
@@ -2821,7 +2901,7 @@ class LmaeRuns(Case):
 
     def test_a_run_from_the_command_line_and_its_evaluation(self):
         out = self.tmp / "run"
-        done = script("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
+        done = new_process("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual({p.name for p in out.iterdir()},
                          {"config.json", "log.csv", "last.pt", "best.pt", "samples.png",
@@ -3314,11 +3394,6 @@ class LmaeComplete(Case):
 
 
 # ------------------------------------------------------------------------------------ masksup.py
-# ------------------------------------------------------------------------------------ masksup.py
-
-MASKSUP = ("--model unet --width 4 --size 32 --batch-size 128 --epochs 3 --eval-every 1 "
-           "--bank 16 --save-every 0").split()
-
 
 def shuffled(f, seed=0):
     """The network with BatchNorm gains and statistics, and attention biases, that are not those of
@@ -3999,7 +4074,7 @@ class MaskSupRuns(Case):
 
     def test_a_run_from_the_command_line_and_its_evaluation(self):
         out = self.tmp / "run"
-        done = script("masksup.py", *MASKSUP, "--epochs", 2, "--out", out)
+        done = new_process("masksup.py", *MASKSUP, "--epochs", 2, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual({p.name for p in out.iterdir()},
                          {"config.json", "log.csv", "last.pt", "best.pt", "samples.png",
@@ -4252,10 +4327,6 @@ class MaskSupPredict(Case):
 
 
 # -------------------------------------------------------------------------------------- s4mim.py
-
-S4MIM = ("--data shapes --labeled 8 --width 4 --size 32 --batch-size 8 --baseline none "
-         "--save-every 0").split()
-
 
 def tiny(**changes):
     """A configuration for tests that call the functions themselves."""
@@ -5584,13 +5655,6 @@ def here(*argv):
     return text.getvalue()
 
 
-def two_processes(file, *argv):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", file, *map(str, argv)],
-                          capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(MAIN)})
-
-
 class S4mimRuns(S4mimCase):
     def same_state(self, a, b):
         """Whether two checkpoints hold the same bits, whatever took them there."""
@@ -5617,7 +5681,7 @@ class S4mimRuns(S4mimCase):
         out = self.tmp / "run"
         flags = [*S4MIM, "--labeled", 6, "--baseline", "suponly", "--max-steps", 3, "--lr", 0.02,
                  "--epochs", 20]
-        done = script("s4mim.py", *flags, "--out", out)
+        done = new_process("s4mim.py", *flags, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
         files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
                  "metrics.json", "labeled.txt"}
@@ -5950,10 +6014,10 @@ class S4mimRuns(S4mimCase):
     def test_two_processes_save_once_resume_and_score_what_one_scores(self):
         _, flags = self.own()
         two = self.tmp / "two"
-        done = two_processes(MAIN / "s4mim.py", *flags, "--out", two, "--max-steps", 2)
+        done = two_processes("s4mim.py", *flags, "--out", two, "--max-steps", 2)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stdout.count("-> "), 1)
-        done = two_processes(MAIN / "s4mim.py", *flags, "--out", two, "--resume", "--max-steps",
+        done = two_processes("s4mim.py", *flags, "--out", two, "--resume", "--max-steps",
                              3)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("steps 2 to 3", done.stdout)
