@@ -2161,6 +2161,47 @@ class MethodCase(Case):
             save(path, mask)
 
 
+class Runs:
+    """What the runs of each script must show. flags: of a run of a few seconds on shapes."""
+    files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
+             "metrics.json"}
+
+    def finished(self, out, steps, params, also=()):
+        """The scores of a run in OUT, whose files and counts must be these."""
+        self.assertEqual({path.name for path in out.iterdir()}, {*self.files, *also})
+        found = scores(out)
+        self.assertEqual((found["steps"], found["params"]), (steps, params))
+        iou = [v for v in found["class_iou"] if v is not None]
+        self.assertAlmostEqual(found["miou"], np.mean(iou), places=3)
+        return found
+
+    def bench(self, steps, *flags):
+        """What --bench counts, and times if steps > 0."""
+        text = self.runs("--root", self.tmp, "--bench", steps, *flags)
+        found = json.loads(text.splitlines()[-1])
+        self.assertEqual(list(found), [*self.counts, "gmacs"] + (steps > 0) * [
+            "ms_per_step", "img_per_s", "tflops", "peak_mb"])
+        return found, text
+
+    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
+        flags, counted, words = self.paper
+        found, text = self.bench(0, *flags)
+        self.assertEqual(found, found | counted)
+        self.assertIn(words, text)
+        for method in self.methods:
+            found, _ = self.bench(1, *self.flags, *method, "--batch-size", 4)
+            self.assertAlmostEqual(found["img_per_s"] * found["ms_per_step"] / 4000, 1, delta=0.02)
+
+    def two_as_one(self, *flags):
+        """Train in two processes, and evaluate in one; the scores of both."""
+        two = self.tmp / "two"
+        done = two_processes(self.script, *self.flags, *flags, "--out", two)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("-> "), 1)                   # saved and said once
+        self.runs("--eval", two / "last.pt", "--out", self.tmp / "eval")
+        return scores(two), scores(self.tmp / "eval")
+
+
 def inside(name, *argv):
     """As new_process(), in this process: it need not import torch, which takes 2 s."""
     return subprocess.CompletedProcess(argv, *outcome(name, *argv))
@@ -2706,110 +2747,106 @@ class LmaeLoss(MethodCase):
         self.assertEqual([q.requires_grad for q in fixed.parameters()], [False, False])
 
 
-class LmaeRuns(Case):
+class LmaeRuns(Runs, MethodCase):
+    flags = TINY_FLAGS
+    counts = ["params"]
+    paper = ["--data", "cityscapes", "--size", 224], {}, "(Eq. 13)"     # see Table 5 above
+    methods = [], ["--data", "voc"]
+
     def test_a_folder_trains_a_small_model_on_crops_that_follow_its_pictures(self):
+        mine, run = self.tmp / "mine", self.tmp / "run"
         for i in range(10):
             label = self.noise(60, 90) % 3
             label[10:30, 20:50] = 255                           # partly missing, all of them
-            save(self.tmp / f"mine/masks/{i}.png", label)
-            save(self.tmp / f"mine/images/{i}.png", self.noise(60, 90, 3))
-        flags = ("--data", self.tmp / "mine", "--out", self.tmp / "run", "--max-steps", 1,
-                 "--enc-dim", 32, "--dec-dim", 32, "--size", 56, "--patch", 8)
-        done = inside("lmae.py", *flags)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        config = json.loads((self.tmp / "run/config.json").read_text())
-        per_epoch = 1                                           # 8 or so pictures of batch 8
-        self.assertEqual([config[k] for k in ("crop", "supplement", "epochs", "eval_every",
-                                              "enc_blocks")], [56, "nearest", 3000, 150, 2])
-        self.assertEqual(config["epochs"] * per_epoch, 3000)
+            save(mine / f"masks/{i}.png", label)
+            save(mine / f"images/{i}.png", self.noise(60, 90, 3))
+        self.runs("--data", mine, "--out", run, "--max-steps", 1, "--enc-dim", 32, "--dec-dim", 32,
+                  "--size", 56, "--patch", 8)
+        config = json.loads((run / "config.json").read_text())
+        expected = dict(crop=56, supplement="nearest", epochs=3000, eval_every=150, enc_blocks=2)
+        self.assertEqual(config, config | expected)             # 3000 steps, one an epoch
         # and its own masks, completed: as they were, but for what was missing; and good to train on
-        done = inside("lmae.py", "--complete", self.tmp / "mine", "--ckpt",
-                      self.tmp / "run/best.pt", "--to", self.tmp / "whole")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        complete = ["--ckpt", run / "best.pt", "--complete"]
+        self.runs(*complete, mine, "--to", self.tmp / "whole")
         for i in range(10):
-            old, new = (np.array(Image.open(self.tmp / f"{at}/masks/{i}.png"))
-                        for at in ("mine", "whole"))
+            old, new = (pixels(self.tmp / f"{at}/masks/{i}.png") for at in ("mine", "whole"))
             self.assertTrue((old[old != 255] == new[old != 255]).all() and (new < 3).all())
-        shutil.copytree(self.tmp / "mine/images", self.tmp / "again/images")
-        done = inside("lmae.py", "--complete", self.tmp / "mine/masks", "--images",
-                      self.tmp / "mine/images", "--ckpt", self.tmp / "run/best.pt", "--to",
-                      self.tmp / "again/masks")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        shutil.copytree(mine / "images", self.tmp / "again/images")
+        self.runs(*complete, mine / "masks", "--images", mine / "images", "--to",
+                  self.tmp / "again/masks")
         again = [i for split in ("train", "val")
                  for i in data.list_items(str(self.tmp / "again"), "", split)]
         self.assertEqual([i.mask for i in sorted(again)],
                          [self.tmp / f"again/masks/{i}.png" for i in range(10)])
-        parse = lambda *argv: common.parse(lmae.Config, lmae.RECIPES, "", list(map(str, argv)),
-                                           by="model")[0]
-        self.assertEqual(parse("--data", self.tmp / "mine", "--model", "paper"),
-                         dataclasses.replace(lmae.Config(), data=str(self.tmp / "mine"),
-                                             model="paper"))
-        self.assertEqual(parse("--data", "voc"), dataclasses.replace(lmae.Config(), data="voc"))
-        self.assertEqual(parse("--data", "camvid", "--model", "small").enc_dim, 256)
+
+    def test_sizes_of_model_and_recipes(self):
+        def parse(module, by=None, **flags):
+            argv = [word for key, value in flags.items() for word in (f"--{key}", value)]
+            return common.parse(module.Config, module.RECIPES, "", argv, by=by)[0]
+
+        for flags in dict(data="mine", model="paper"), dict(data="voc"):
+            self.assertEqual(parse(lmae, "model", **flags),
+                             dataclasses.replace(lmae.Config(), **flags))
+        self.assertEqual(parse(lmae, "model", data="camvid", model="small").enc_dim, 256)
         for module in masksup, s4mim:
-            parse = lambda *argv: common.parse(module.Config, module.RECIPES, "", list(argv))[0]
-            small, paper = parse("--data", "mine"), parse("--data", "mine", "--recipe", "paper")
+            small = parse(module, "recipe", data="mine")
             self.assertEqual((small.width, small.epochs), (16, 0))
-            self.assertEqual(paper, dataclasses.replace(module.Config(), data="mine",
-                                                        recipe="paper"))
+            flags = dict(data="mine", recipe="paper")
+            self.assertEqual(parse(module, "recipe", **flags),
+                             dataclasses.replace(module.Config(), **flags))
 
     def test_several_ratios_and_the_worst_pictures(self):
-        flags = (*TINY_FLAGS, "--max-steps", 1, "--device", "cpu")
         for name, supplement in ("a", "image"), ("b", "none"):
-            done = inside("lmae.py", *flags, "--supplement", supplement, "--out", self.tmp / name)
-            self.assertEqual(done.returncode, 0, done.stderr)
-        done = inside("lmae.py", "--eval", self.tmp / "a/last.pt", self.tmp / "b/last.pt",
-                      "--ratios", "0.25", "0.75", "--out", self.tmp / "fig6")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.runs(*TINY_FLAGS, "--max-steps", 1, "--supplement", supplement, "--out",
+                      self.tmp / name)
+        self.runs("--eval", self.tmp / "a/last.pt", self.tmp / "b/last.pt", "--ratios", 0.25, 0.75,
+                  "--out", self.tmp / "fig6")
         found = json.loads((self.tmp / "fig6/ratios.json").read_text())
         self.assertEqual((found["mask_ratio"], list(found["pa_miou"])),
                          ([0.25, 0.75], ["a", "b", "nearest fill"]))
-        one = inside("lmae.py", "--eval", self.tmp / "b/last.pt", "--mask-ratio", "0.75",
-                     "--out", self.tmp / "one")
-        self.assertEqual(one.returncode, 0, one.stderr)
-        metrics = json.loads((self.tmp / "one/metrics.json").read_text())
-        self.assertEqual([metrics["pa_miou"], metrics["pa_miou_nearest"]],
+        self.runs("--eval", self.tmp / "b/last.pt", "--mask-ratio", 0.75, "--out",
+                  self.tmp / "one")
+        one = scores(self.tmp / "one")
+        self.assertEqual([one["pa_miou"], one["pa_miou_nearest"]],
                          [found["pa_miou"][name][1] for name in ("b", "nearest fill")])
-        self.assertTrue((self.tmp / "fig6/ratios.png").exists())
-        self.assertTrue((self.tmp / "fig6/b-last/worst.png").exists())
+        for name in "ratios.png", "b-last/worst.png":
+            self.assertTrue((self.tmp / "fig6" / name).exists())
 
     def test_crops_side_by_side_show_every_pixel_once(self):
-        for i, shape in enumerate(((70, 45), (30, 64))):
-            save(self.tmp / f"mine/train/masks/{i}.png", self.noise(*shape) % 3)
-            save(self.tmp / f"mine/train/images/{i}.png", self.noise(*shape, 3))
-            save(self.tmp / f"mine/val/masks/v{i}.png", self.noise(*shape) % 3)
-            save(self.tmp / f"mine/val/images/v{i}.png", self.noise(*shape, 3))
+        shapes, written = ((70, 45), (30, 64)), []
+        for i, shape in enumerate(shapes):
+            for split in "train", "val":
+                label, image = self.noise(*shape) % 3, self.noise(*shape, 3)
+                save(self.tmp / f"mine/{split}/masks/{i}{split}.png", label)
+                save(self.tmp / f"mine/{split}/images/{i}{split}.png", image)
+            written.append((image, label))
         crops = lmae.Crops(lmae.Config(data=str(self.tmp / "mine"), crop=32, size=32), "val")
         self.assertEqual(len(crops), 3 * 2 + 1 * 2)
-        images, labels, _ = zip(*(crops[i] for i in range(len(crops))))
-        for i, shape, rows in (0, (70, 45), ((0, 1), (2, 3), (4, 5))), (1, (30, 64), ((6, 7),)):
-            label = np.vstack([np.hstack([labels[k] for k in row]) for row in rows])
-            image = np.vstack([np.hstack([images[k].permute(1, 2, 0) for k in row])
-                               for row in rows])
-            h, w = shape
-            truth = np.array(Image.open(self.tmp / f"mine/val/masks/v{i}.png"))
-            self.assertTrue((label[:h, :w] == truth).all())
-            self.assertTrue((label[h:] == 255).all() and (label[:, w:] == 255).all())
-            picture = np.array(Image.open(self.tmp / f"mine/val/images/v{i}.png"))
-            self.assertTrue((image[:h, :w] == picture).all())
+        for (h, w), rows, (image, label) in zip(shapes, (((0, 1), (2, 3), (4, 5)), ((6, 7),)),
+                                                written):
+            crop_image, crop_label = (
+                np.vstack([np.hstack([part(crops[k]) for k in row]) for row in rows])
+                for part in (lambda crop: crop[0].permute(1, 2, 0), lambda crop: crop[1]))
+            self.assertTrue((crop_label[:h, :w] == label).all())
+            self.assertTrue((crop_label[h:] == 255).all() and (crop_label[:, w:] == 255).all())
+            self.assertTrue((crop_image[:h, :w] == image).all())
 
     def test_four_pictures_are_learned_by_heart(self):
         cfg = lmae.Config(**{**lmae.RECIPES["shapes"], "device": "cpu", "supplement": "image"})
         four = data.Dataset("shapes", "", "train", size=cfg.size, seed=0)
-        image, label, _ = map(torch.stack, zip(*(
-            (i, l, torch.tensor(n)) for i, l, n in (four[k] for k in range(4)))))
+        image, label = (torch.stack([four[k][part] for k in range(4)]) for part in (0, 1))
         torch.manual_seed(0)
         model, weights = lmae.build(cfg, 6), lmae.ClassWeights(torch.full((6,), 1 / 6), "none")
         optimizer, L = torch.optim.Adam(model.parameters(), 2e-3), lmae.patches(cfg)
-        background = torch.zeros(256, dtype=torch.bool)
+        background, noise = torch.zeros(256, dtype=torch.bool), lmae.draw(range(4), L)
         machine = common.Machine(cfg)
         for step in range(220):
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * min(1, (step + 1) / 20, (220 - step) / 60)
             lmae.train_step(model, weights, optimizer, machine.scaler(), machine, cfg, background,
-                            image, label, lmae.draw(range(4), L))
+                            image, label, noise)
         keep, removed = lmae.select(label, cfg.patch, cfg.mask_ratio, cfg.mask_strategy,
-                                    background, lmae.draw(range(4), L))
+                                    background, noise)
         m = lmae.mask_of(removed, L, cfg.patch)
         logits = model.eval()(lmae.to_input(image, "cpu"), label.masked_fill(m, 255), keep, removed)
         predicted = lmae.unpatchify(logits.argmax(-1), cfg.patch)
@@ -2823,7 +2860,8 @@ class LmaeRuns(Case):
         model, machine = lmae.LMAE(6, **TINY).eval(), common.Machine(cfg)
         weights = lmae.ClassWeights(torch.full((6,), 1 / 6), "none")
         found = lmae.evaluate(model, data.eval_loader(val, 5), cfg, machine, val.info, weights)
-        answers, truths, holes = [], [], []
+        truth = np.stack([val[i][1] for i in range(12)])
+        hole, answer = np.zeros((12, 32, 32), bool), np.zeros((12, 32, 32), int)
         for i in range(12):
             image, label, _ = val[i]
             noise = torch.rand(17, generator=torch.Generator().manual_seed(common.seed_of(0, i)))
@@ -2832,69 +2870,37 @@ class LmaeRuns(Case):
             with torch.no_grad():
                 logits = model(image[None].float() / 127.5 - 1, label[None], keep[None],
                                removed[None])[0].argmax(-1)
-            hole, answer = np.zeros((32, 32), bool), np.zeros((32, 32), int)
             for k in range(16):
-                at = np.s_[k // 4 * 8:k // 4 * 8 + 8, k % 4 * 8:k % 4 * 8 + 8]
+                at = np.s_[i, k // 4 * 8:k // 4 * 8 + 8, k % 4 * 8:k % 4 * 8 + 8]
                 hole[at], answer[at] = k in removed, logits[k].view(8, 8)
-            answers.append(answer), truths.append(label.numpy()), holes.append(hole)
-        answers, truths, holes = map(np.stack, (answers, truths, holes))
-
-        def mean_iou(answer, where):
-            ious = [np.sum((answer == c) & (truths == c) & where)
-                    / np.sum(((answer == c) | (truths == c)) & where)
-                    for c in range(6) if np.sum(((answer == c) | (truths == c)) & where)]
-            return 100 * np.mean(ious)
-        self.assertAlmostEqual(found["miou"], mean_iou(answers, truths == truths), places=4)
-        self.assertAlmostEqual(found["pa_miou"], mean_iou(answers, holes), places=4)
-        self.assertAlmostEqual(
-            found["pasted_miou"],
-            mean_iou(np.where(holes, answers, truths), truths == truths), places=4)
-        near = lmae.nearest_fill(torch.from_numpy(truths), torch.from_numpy(holes)).numpy()
-        self.assertAlmostEqual(found["pa_miou_nearest"], mean_iou(near, holes), places=4)
-
-    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
-        done = inside("lmae.py", "--data", "cityscapes", "--root", self.tmp, "--bench", 0,
-                      "--size", 224)
-        self.assertEqual(list(json.loads(done.stdout.splitlines()[-1])), ["params", "gmacs"])
-        done = inside("lmae.py", *TINY_FLAGS, "--bench", 1, "--data", "voc", "--batch-size", 2)
-        last = json.loads(done.stdout.splitlines()[-1])
-        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "tflops",
-                                      "peak_mb"])
-        self.assertAlmostEqual(last["img_per_s"], 2000 / last["ms_per_step"],
-                               delta=last["img_per_s"] * 0.02)
+        near = lmae.nearest_fill(torch.from_numpy(truth), torch.from_numpy(hole)).numpy()
+        missing = np.where(hole, truth, 255)
+        for name, *arrays in (("miou", answer, truth), ("pa_miou", answer, missing),
+                              ("pasted_miou", np.where(hole, answer, truth), truth),
+                              ("pa_miou_nearest", near, missing)):
+            self.assertAlmostEqual(found[name], np.nanmean(naive_iou(*arrays, 6)), places=4)
 
     def test_a_run_from_the_command_line_and_its_evaluation(self):
-        out = self.tmp / "run"
-        done = new_process("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
+        out, best = self.tmp / "run", self.tmp / "run/best.pt"
+        flags = [*TINY_FLAGS, "--epochs", 2]
+        done = new_process("lmae.py", *flags, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual({p.name for p in out.iterdir()},
-                         {"config.json", "log.csv", "last.pt", "best.pt", "samples.png",
-                          "curves.png", "metrics.json"})
-        metrics = json.loads((out / "metrics.json").read_text())
-        self.assertEqual((metrics["steps"], metrics["epoch"]), (8, 2))
-        self.assertEqual(metrics["params"],
-                         sum(t.numel() for t in saved(out / "last.pt")["model"].values()))
-        self.assertEqual(len((out / "log.csv").read_text().splitlines()), 3)
-        self.assertAlmostEqual(
-            metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
-        done = inside("lmae.py", "--eval", out / "last.pt", "--out", self.tmp / "eval")
-        again = json.loads((self.tmp / "eval/metrics.json").read_text())
-        self.assertEqual(again["pa_class_iou"], metrics["pa_class_iou"])
-        done = inside("lmae.py", *TINY_FLAGS, "--max-steps", 1, "--out", self.tmp / "fine",
-                      "--init", out / "best.pt", "--lr", 0)
-        start = json.loads((self.tmp / "fine/metrics.json").read_text())
-        best = saved(out / "best.pt")
-        self.assertEqual(start["pa_miou"], round(best["best"], 4))       # it starts where that was
-        self.assertNotIn("optimizer", best)
-        done = inside("lmae.py", *TINY_FLAGS, "--enc-dim", 64, "--out", self.tmp / "no", "--init",
-                      out / "best.pt")
-        self.assertEqual((done.returncode, "does not fit" in done.stderr), (2, True), done.stderr)
+        params = sum(t.numel() for t in saved(out / "last.pt")["model"].values())
+        found = self.finished(out, 8, params)
+        self.assertEqual((found["epoch"], len(table(out / "log.csv"))), (2, 2))
+        self.runs("--eval", out / "last.pt", "--out", self.tmp / "eval")
+        self.assertEqual(scores(self.tmp / "eval")["pa_class_iou"], found["pa_class_iou"])
+        self.runs(*TINY_FLAGS, "--max-steps", 1, "--out", self.tmp / "fine", "--init", best, "--lr",
+                  0)
+        self.assertEqual(scores(self.tmp / "fine")["pa_miou"], round(saved(best)["best"], 4))
+        self.assertNotIn("optimizer", saved(best))
+        for more, word in ((["--enc-dim", 64, "--out", self.tmp / "no", "--init", best],
+                            "does not fit"),
+                           (["--out", out], "already holds a run"),
+                           (["--out", out, "--resume", "--lr", 0.5], "lr was 0.002, now 0.5")):
+            with self.subTest(more):
+                self.refuses(*flags, *more, words=[word])
         self.assertFalse((self.tmp / "no").exists())
-        done = inside("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out)
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("already holds a run", done.stderr)
-        done = inside("lmae.py", *TINY_FLAGS, "--epochs", 2, "--out", out, "--resume", "--lr", 0.5)
-        self.assertIn("lr was 0.002, now 0.5", done.stderr)
 
     def test_a_dataset_without_val_is_scored_on_test(self):
         for split, n in ("train", 6), ("test", 3):
@@ -2902,52 +2908,39 @@ class LmaeRuns(Case):
                 save(self.tmp / f"glas/{split}/img/{i}.png", self.noise(40, 48, 3))
                 save(self.tmp / f"glas/{split}/labelcol/{i}.png", self.noise(40, 48) % 3)
         out, root = self.tmp / "run", ["--root", self.tmp]
-        done = inside("lmae.py", *TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2,
-                      "--max-steps", 1, "--out", out)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("6 training and 3 validation pictures", done.stdout)
-        metrics = json.loads((out / "metrics.json").read_text())
-        inside("lmae.py", *root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
-        again = json.loads((self.tmp / "eval/metrics.json").read_text())
+        text = self.runs(*TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2, "--max-steps", 1,
+                         "--out", out)
+        self.assertIn("6 training and 3 validation pictures", text)
+        self.runs(*root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
+        again = scores(self.tmp / "eval")
         self.assertEqual((again["pa_class_iou"], len(again["class_iou"])),
-                         (metrics["pa_class_iou"], 2))
-        done = inside("lmae.py", *root, "--augment", "--ckpt", out / "last.pt",
-                      "--augment-epochs", 1)
-        self.assertEqual(done.returncode, 0, done.stderr)
+                         (scores(out)["pa_class_iou"], 2))
+        self.runs(*root, "--augment", "--ckpt", out / "last.pt", "--augment-epochs", 1)
         self.assertIn("complete", json.loads((out / "augment/augment.json").read_text())["FCN"])
 
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
-        flags = [*TINY_FLAGS, "--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
-        self.assertEqual(inside("lmae.py", *flags, "--out", self.tmp / "one").returncode, 0)
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               "--nproc_per_node=2", MAIN / "lmae.py", *map(str, flags), "--out",
-                               self.tmp / "two"], capture_output=True, text=True)
-        self.assertEqual(done.returncode, 0, done.stderr)
+        more = ["--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
+        self.runs(*TINY_FLAGS, *more, "--out", self.tmp / "one")
+        trained, evaluated = self.two_as_one(*more)
         one, two = (saved(self.tmp / name / "last.pt") for name in ("one", "two"))
         for key in "train_loss", "val_loss":
             self.assertAlmostEqual(one["history"][0][key], two["history"][0][key], delta=1e-5)
         for part in "model", "weights":
-            for name, value in one[part].items():
-                torch.testing.assert_close(value, two[part][name], atol=1e-5, rtol=1e-4)
-        self.assertEqual(done.stdout.count("-> "), 1)                   # saved and said once
-        inside("lmae.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "eval")
-        scores = [json.loads((self.tmp / name / "metrics.json").read_text())
-                  for name in ("two", "eval")]
+            torch.testing.assert_close(two[part], one[part], atol=1e-5, rtol=1e-4)
         for name in "pa_class_iou", "class_iou", "pa_miou_nearest", "pasted_miou":
-            self.assertEqual(scores[0][name], scores[1][name])
+            self.assertEqual(trained[name], evaluated[name])
 
     def test_the_label_sets_of_the_augmentation_experiment(self):
         cfg = lmae.Config(size=32, crop=32, patch=8, device="cpu", batch_size=5)
         train = data.Dataset("shapes", "", "train", size=32)
-        images, labels = (torch.stack(t)
-                          for t in zip(*((train[i][0], train[i][1]) for i in range(12))))
+        images, labels = (torch.stack([train[i][part] for i in range(12)]) for part in (0, 1))
         sets = lmae.label_sets(lmae.LMAE(6, **TINY).eval(), images, labels, cfg, train.info,
                                common.Machine(cfg))
         hidden = sets["broken (void)"] == 255
         self.assertEqual(hidden.float().mean().item(), 0.5)
         self.assertTrue((sets["broken (background)"][hidden] == 0).all())
         for name in "complete", "nearest fill", "L-MAE", "broken (void)", "broken (background)":
-            self.assertTrue(torch.equal(sets[name][~hidden], labels[~hidden]), name)
+            same_bits(sets[name][~hidden], labels[~hidden])
         for network in lmae.FCN, lmae.UNet:
             self.assertEqual(network(6)(torch.zeros(2, 3, 64, 64)).shape, (2, 6, 64, 64))
 
