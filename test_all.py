@@ -2105,6 +2105,22 @@ def naive_iou(answer, truth, N):
     return np.array(found)
 
 
+def flooded(label):
+    """(H, W) numbers of the 4-connected pieces of equal class, by flooding one after the other."""
+    number, n = np.zeros(label.shape, int), 0
+    for at in np.ndindex(label.shape):
+        if number[at]:
+            continue
+        n, todo = n + 1, [at]
+        while todo:
+            y, x = todo.pop()
+            if (0 <= y < label.shape[0] and 0 <= x < label.shape[1] and not number[y, x]
+                    and label[y, x] == label[at]):
+                number[y, x] = n
+                todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    return number
+
+
 class MethodCase(Case):
     """Tests that run a script, or call its functions on random tensors."""
     script = "lmae.py"
@@ -2945,15 +2961,15 @@ class LmaeRuns(Runs, MethodCase):
             self.assertEqual(network(6)(torch.zeros(2, 3, 64, 64)).shape, (2, 6, 64, 64))
 
 
-class LmaeComplete(Case):
+class LmaeComplete(MethodCase):
     def setUp(self):
-        """A checkpoint for 3 classes of a DIR, and a folder of broken labels with pictures."""
+        """A checkpoint for 3 classes of a DIR, and a folder of broken labels with images."""
         super().setUp()
         torch.manual_seed(0)
         self.model = lmae.LMAE(3, **TINY)
-        self.ckpt = self.checkpoint("half.pt", 0.5)
+        self.ckpt = self.half_masked(self.model)
         for i, size in enumerate(((32, 32), (50, 71), (20, 40))):
-            label = (self.noise(*size) % 3)
+            label = self.noise(*size) % 3
             label[5:12, 7:30] = 255
             image = Image.fromarray(label)
             image.putpalette([9, 8, 7, 6, 5, 4, 3, 2, 1] + [0] * 759)
@@ -2961,96 +2977,97 @@ class LmaeComplete(Case):
             image.save(self.tmp / f"labels/p{i}.png")
             save(self.tmp / f"images/p{i}.jpg", self.noise(*size, 3))
 
-    def checkpoint(self, name, ratio, info=None, model=None, **fields):
-        cfg = lmae.Config(**{**TINY, "crop": 32, "mask_ratio": ratio, "data": "own", **fields})
+    def half_masked(self, model, info=None, ratio=0.5, **fields):
+        """A checkpoint of a model that is trained with this mask ratio."""
         info = info or data.Info("own", ("a", "b", "c"), ((0, 0, 0),) * 3, (0, 1, 2))
+        cfg = lmae.Config(**{**TINY, "crop": 32, "mask_ratio": ratio, "data": "own", **fields})
         weights = lmae.ClassWeights(torch.ones(len(info.classes)))
-        common.save_checkpoint(self.tmp / name, {
-            "method": "lmae", "config": dataclasses.asdict(cfg), "info": dataclasses.asdict(info),
-            "model": (model or self.model).state_dict(), "weights": weights.state_dict(),
-            "scores": {"pa_miou": 72.8, "pa_miou_nearest": 62.4}})
-        return self.tmp / name
+        return self.checkpoint("half.pt", cfg, info, model, weights=weights.state_dict(),
+                               scores={"pa_miou": 72.8, "pa_miou_nearest": 62.4})
 
-    def complete(self, *extra):
-        return inside("lmae.py", "--complete", self.tmp / "labels",
-                      "--images", self.tmp / "images", "--ckpt", self.ckpt,
-                      "--to", self.tmp / "fixed", "--device", "cpu", *extra)
+    def always(self, c, N=3):
+        """A model whose answer is class c everywhere."""
+        model = lmae.LMAE(N, **TINY)
+        with torch.no_grad():
+            model.head.bias.view(N, 64)[c] = 99
+        return model
+
+    def flags(self, *extra, how="--complete"):
+        """Those that repair all labels, into fixed/."""
+        return (how, self.tmp / "labels", "--images", self.tmp / "images", "--ckpt", self.ckpt,
+                "--to", self.tmp / "fixed", "--device", "cpu", *extra)
+
+    def replace_labels(self, arrays):
+        """Other labels, and images of noise for them. arrays: {name: array}."""
+        shutil.rmtree(self.tmp / "labels")
+        shutil.rmtree(self.tmp / "images")
+        for name, label in arrays.items():
+            save(self.tmp / f"labels/{name}.png", label)
+            save(self.tmp / f"images/{name}.jpg", self.noise(*label.shape[:2], 3))
+
+    def before_and_after(self):
+        """(name, the array of each label, that of what --complete makes of it)."""
+        for path in sorted((self.tmp / "labels").rglob("*.*")):
+            name = path.relative_to(self.tmp / "labels").with_suffix(".png")
+            yield name, pixels(path), pixels(self.tmp / "fixed" / name)
 
     def test_known_pixels_palette_and_size_are_kept_and_the_input_untouched(self):
-        before = {p: p.read_bytes() for p in (self.tmp / "labels").iterdir()}
-        done = self.complete()
-        self.assertEqual(done.returncode, 0, done.stderr)
-        for path, content in before.items():
-            self.assertEqual(path.read_bytes(), content)
-            with Image.open(path) as old, Image.open(self.tmp / "fixed" / path.name) as new:
-                self.assertEqual((new.mode, new.getpalette()[:9], new.size),
-                                 ("P", [9, 8, 7, 6, 5, 4, 3, 2, 1], old.size))
-                old, new = np.array(old), np.array(new)
-            with Image.open(self.tmp / "fixed/confidence" / path.name) as image:
-                confidence = np.array(image)
+        before = contents(self.tmp / "labels")
+        self.runs(*self.flags())
+        self.assertEqual(contents(self.tmp / "labels"), before)
+        for name, old, new in self.before_and_after():
+            with Image.open(self.tmp / "fixed" / name) as image:
+                self.assertEqual((image.mode, image.getpalette()[:9]),
+                                 ("P", [9, 8, 7, 6, 5, 4, 3, 2, 1]))
+            confidence = pixels(self.tmp / "fixed/confidence" / name)
             self.assertTrue((old[old != 255] == new[old != 255]).all())
             self.assertTrue((new < 3).all())
             self.assertTrue((confidence[old != 255] == 255).all())
             self.assertTrue((confidence[old == 255] < 255).any())
-        rows = list(csv.DictReader((self.tmp / "fixed/review.csv").read_text().splitlines()))
-        doubts = [float(r["doubt"]) for r in rows]
-        self.assertEqual((len(rows), doubts), (3, sorted(doubts, reverse=True)))
-        self.assertEqual(self.complete().returncode, 2)                # --to is not empty any more
+        doubts = [float(row["doubt"]) for row in table(self.tmp / "fixed/review.csv")]
+        self.assertEqual((len(doubts), doubts), (3, sorted(doubts, reverse=True)))
+        self.refuses(*self.flags(), words=["--to"])                     # it is not empty any more
 
     def test_what_cannot_be_repaired_is_one_line_each_and_the_rest_is_done(self):
-        save(self.tmp / "labels/unknown.png", self.noise(32, 32) % 8)
-        save(self.tmp / "images/unknown.png", self.noise(32, 32, 3))
-        save(self.tmp / "images/lonely.png", self.noise(32, 32, 3))
-        save(self.tmp / "labels/alone.png", self.noise(32, 32) % 3)
-        save(self.tmp / "labels/other.png", self.noise(32, 30) % 3)
-        save(self.tmp / "images/other.png", self.noise(32, 32, 3))
+        labels = {"unknown": self.noise(32, 32) % 8, "alone": self.noise(32, 32) % 3,
+                  "other": self.noise(32, 30) % 3, "text": self.noise(32, 32)}
+        for name, label in labels.items():
+            save(self.tmp / f"labels/{name}.png", label)
         (self.tmp / "labels/text.png").write_text("no picture")
-        save(self.tmp / "images/text.png", self.noise(32, 32, 3))
-        done = self.complete()
-        self.assertEqual(done.returncode, 1)
-        lines = done.stderr.strip().splitlines()
-        self.assertEqual(len(lines), 4, lines)          # a picture without a label is no fault
+        for name in "unknown", "lonely", "other", "text":
+            save(self.tmp / f"images/{name}.png", self.noise(32, 32, 3))
+        status, text, error = outcome("lmae.py", *self.flags())
+        lines = error.splitlines()
+        self.assertEqual((status, len(lines)), (1, 4), lines)   # an image alone is no fault
         for name, word in (("unknown", "3..7"), ("alone", "no picture called alone"),
                            ("other", "30x32"), ("text", "not a whole picture")):
             self.assertTrue(any(name in line and word in line for line in lines), (name, lines))
-        self.assertIn("4 failed", done.stdout)
+        self.assertIn("4 failed", text)
         self.assertEqual(len(list((self.tmp / "fixed").glob("p*.png"))), 3)
 
     def test_background_mode_changes_only_background_in_patches_that_are_mostly_so(self):
-        before = {}
-        for path in (self.tmp / "labels").iterdir():
-            before[path.name] = np.array(Image.open(path))
-        before["p0.png"][:16] = 0
-        save(self.tmp / "labels/p0.png", before["p0.png"])
-        with torch.no_grad():
-            self.model.head.bias.view(3, 64)[1] = 30                        # all is class 1
-        self.ckpt = self.checkpoint("one.pt", 0.25)
-        self.assertEqual(self.complete("--broken", "background").returncode, 0)
-        for name, old in before.items():
-            new = np.array(Image.open(self.tmp / "fixed" / name))
+        label = pixels(self.tmp / "labels/p0.png")
+        label[:16] = 0
+        save(self.tmp / "labels/p0.png", label)
+        self.ckpt = self.half_masked(self.always(1), ratio=0.25)
+        self.runs(*self.flags("--broken", "background"))
+        for name, old, new in self.before_and_after():
             self.assertTrue((new[old != 0] == old[old != 0]).all())       # void stays void as well
-        old, new = before["p0.png"], np.array(Image.open(self.tmp / "fixed/p0.png"))
-        cells = lambda a: a.reshape(4, 8, 4, 8).mean((1, 3)).ravel()
-        # all of these patches, in as many passes as it takes, and no others
-        self.assertTrue(((cells(old != new) > 0) == (cells(old == 0) >= 0.5)).all())
+            if name.stem == "p0":
+                # all of these patches, in as many passes as it takes, and no others
+                cells = lambda a: a.reshape(4, 8, 4, 8).mean((1, 3))
+                self.assertTrue(((cells(old != new) > 0) == (cells(old == 0) >= 0.5)).all())
 
     def test_masks_with_a_threshold(self):
-        model = lmae.LMAE(2, **TINY)
-        with torch.no_grad():
-            model.head.bias.view(2, 64)[1] = 9                               # all is polyp
-        self.ckpt = self.checkpoint("polyp.pt", 0.5, data.info("polyp"), model)
+        self.ckpt = self.half_masked(self.always(1, 2), data.info("polyp"))
         for path in [*(self.tmp / "labels").iterdir()]:
             shape = data.read_ids(path).shape
             path.unlink()
             save(path.with_suffix(".jpg"), np.stack([self.noise(*shape)] * 3, 2))
-        done = self.complete()
-        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1), done.stderr)
-        self.assertIn("background, polyp are all there is", done.stderr)
-        done = self.complete("--broken", "background")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        for path in (self.tmp / "labels").iterdir():
-            old = np.asarray(Image.open(path))[..., 0]
-            new = np.asarray(Image.open(self.tmp / f"fixed/{path.stem}.png"))
+        self.refuses(*self.flags(), words=["background, polyp are all there is"])
+        self.runs(*self.flags("--broken", "background"))
+        for _, old, new in self.before_and_after():
+            old = old[..., 0]
             self.assertTrue((new[old > 127] == old[old > 127]).all())
             self.assertTrue((new[new != old] == 255).all() and (new != old).any())
 
@@ -3102,15 +3119,14 @@ class LmaeComplete(Case):
         # the best surrounded first: of a void block in the corner its edge, not the corner
         missing = np.zeros((4, 4, 8, 8), bool)
         missing[:3, :3] = True
-        rebuild(missing.reshape(16, 8, 8), [(few, Spy())])
+        rebuild(missing, [(few, Spy())])
         self.assertTrue({6, 9, 10} < set(seen[0][2]) <= {2, 6, 8, 9, 10})
         # with --punch what is void alone is removed, and patches that miss a part are answered
         missing[:3, :3, 4:] = False
         missing[3, 3] = True
         for supplement, removed in ("image", [1]), ("nearest", [4]):
             punched = dataclasses.replace(few, punch=0.9, supplement=supplement)
-            self.assertEqual(rebuild(missing.reshape(16, 8, 8), [(punched, Spy())]),
-                             (removed, 1, 0.25, 10))
+            self.assertEqual(rebuild(missing, [(punched, Spy())]), (removed, 1, 0.25, 10))
             self.assertEqual(seen[0][1], 9 * 32 + 64)
         # labels to doubt: every patch once, and no answer is shown to a later pass
         got = rebuild(np.ones((16, 8, 8), bool), [(few, Spy())], "suspect", 1)
@@ -3119,27 +3135,18 @@ class LmaeComplete(Case):
 
     def test_masks_of_0_and_255_are_read_and_written_by_the_palette_of_the_checkpoint(self):
         """255 is an object then, never missing, and no third value comes out."""
-        shutil.rmtree(self.tmp / "labels")
-        for i in range(4):
-            mask = np.zeros((32, 32), np.uint8)
+        masks = {f"p{i}": np.zeros((32, 32), np.uint8) for i in range(4)}
+        for i, mask in enumerate(masks.values()):
             mask[4 * i:4 * i + 16, 8:20] = 255
-            save(self.tmp / f"labels/p{i}.png", mask)
-            save(self.tmp / f"images/p{i}.png", self.noise(32, 32, 3))
-        (self.tmp / "images/p1.jpg").unlink(), (self.tmp / "images/p0.jpg").unlink()
-        (self.tmp / "images/p2.jpg").unlink()
+        self.replace_labels(masks)
         colors = (0, 0, 0), (255, 255, 255)
         info = data.Info("own", ("background", "object"), colors, (0, 1),
                          palette=tuple(zip(colors, (0, 1))))
-        self.ckpt = self.checkpoint("two.pt", 0.5, info, lmae.LMAE(2, **TINY))
-        done = self.complete()
-        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1), done.stderr)
-        self.assertIn("--broken background", done.stderr)
+        self.ckpt = self.half_masked(lmae.LMAE(2, **TINY), info)
+        self.refuses(*self.flags(), words=["--broken background"])
         self.assertFalse((self.tmp / "fixed").exists())
-        done = self.complete("--broken", "background")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        for i in range(4):
-            old, new = (np.array(Image.open(self.tmp / f"{f}/p{i}.png")) for f in
-                        ("labels", "fixed"))
+        self.runs(*self.flags("--broken", "background"))
+        for _, old, new in self.before_and_after():
             self.assertTrue((new[old == 255] == 255).all())
             self.assertTrue(set(np.unique(new)) <= {0, 255} and new.shape == old.shape)
 
@@ -3163,38 +3170,23 @@ class LmaeComplete(Case):
         ids[1:3, 0:2], ids[1:3, 7:9] = 3, 5
         mask = np.zeros((6, 9), bool)
         mask[1, 2:7], mask[4:, :2], mask[5, 8] = True, True, True
-        got = lmae.regions(mask, ids)
         expected = ids.astype(int)
         expected[1, 2:7] = 3, 3, 3, 5, 5            # of equally near ones the smaller number
         expected[4:, :2], expected[5, 8] = 6, 7
-        self.assertTrue((got == expected).all(), got)
-        # against a naive flood
+        np.testing.assert_array_equal(lmae.regions(mask, ids), expected)
         mask = self.rng.random((20, 30)) < 0.6
-        got, left, n = lmae.regions(mask), set(zip(*mask.nonzero())), 0
-        self.assertTrue((got[~mask] == 0).all())
-        while left:
-            todo, region = [min(left)], set()
-            while todo:
-                y, x = todo.pop()
-                if (y, x) in left:
-                    left.remove((y, x))
-                    region.add((y, x))
-                    todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
-            n += 1
-            self.assertEqual({got[at] for at in region}, {n})
-        self.assertEqual(got.max(), n)
+        found, pieces = lmae.regions(mask), flooded(mask)
+        self.assertTrue((found[~mask] == 0).all())
+        numbers = {(int(a), int(b)) for a, b in zip(found[mask], pieces[mask])}
+        n = len(set(pieces[mask]))                  # one number for each piece, from 1 on
+        self.assertEqual((len(numbers), {a for a, _ in numbers}), (n, set(range(1, n + 1))))
         # a whole run on numbered glands, all of whose background is taken for gland
-        shutil.rmtree(self.tmp / "labels")
         label = np.zeros((32, 32), np.uint8)
         label[8:16, 8:12], label[8:16, 20:24] = 7, 9
-        save(self.tmp / "labels/p0.png", label)
-        save(self.tmp / "images/p0.jpg", self.noise(32, 32, 3))
-        model = lmae.LMAE(2, **TINY)
-        with torch.no_grad():
-            model.head.bias.view(2, 64)[1] = 9
-        self.ckpt = self.checkpoint("glas.pt", 0.5, data.info("glas"), model)
-        self.assertEqual(self.complete("--broken", "background").returncode, 0)
-        new = np.array(Image.open(self.tmp / "fixed/p0.png"))
+        self.replace_labels({"p0": label})
+        self.ckpt = self.half_masked(self.always(1, 2), data.info("glas"))
+        self.runs(*self.flags("--broken", "background"))
+        new = pixels(self.tmp / "fixed/p0.png")
         self.assertEqual(set(np.unique(new)), {7, 9})
         self.assertTrue((new[label > 0] == label[label > 0]).all())
         self.assertTrue((new[:, :12] == 7).all() and (new[:, 20:] == 9).all())
@@ -3202,155 +3194,128 @@ class LmaeComplete(Case):
     def test_colours_in_folders_in_folders_come_back_as_they_were(self):
         """A labelmap, a model, broken colour masks in two levels of folders; then --resume."""
         colors = np.array([(0, 0, 0), (48, 112, 32), (176, 112, 32)], np.uint8)
-        shutil.rmtree(self.tmp / "labels")
-        shutil.rmtree(self.tmp / "images")
-        labels = {}
-        for i, at in enumerate(("a/x", "a/y", "b/deep/x", "b/z")):
-            index = self.noise(40, 33) % 3
-            labels[at] = colors[index]
-            labels[at][4:20, 6:30] = 255
-            save(self.tmp / f"labels/{at}.png", labels[at])
-            save(self.tmp / f"images/{at}.jpg", self.noise(40, 33, 3))
+        labels = {name: colors[self.noise(40, 33) % 3] for name in ("a/x", "a/y", "b/deep/x",
+                                                                    "b/z")}
+        for label in labels.values():
+            label[4:20, 6:30] = 255
+        self.replace_labels(labels)
         (self.tmp / "labelmap.txt").write_text(
             "# label:color_rgb:parts:actions\ncat:48,112,32::\nbackground:0,0,0::\n"
             "dog:176,112,32::\nvoid:255,255,255::\n")
         info = data.load_palette(str(self.tmp / "labelmap.txt"))
         self.assertEqual((info.classes, info.colors), (
             ("cat", "background", "dog"), ((48, 112, 32), (0, 0, 0), (176, 112, 32))))
-        self.ckpt = self.checkpoint("colors.pt", 0.5, info)
-        before = {p: p.read_bytes() for p in (self.tmp / "labels").rglob("*.png")}
-        done = self.complete()
-        self.assertEqual(done.returncode, 0, done.stderr)
-        for at, old in labels.items():
-            new, known = np.array(Image.open(self.tmp / f"fixed/{at}.png")), (old != 255).any(-1)
+        self.ckpt = self.half_masked(self.model, info)
+        fixed = self.tmp / "fixed"
+        before = {path: path.read_bytes() for path in (self.tmp / "labels").rglob("*.png")}
+        self.runs(*self.flags())
+        self.assertEqual({path: path.read_bytes() for path in before}, before)
+        for name, old, new in self.before_and_after():
+            known = (old != 255).any(-1)
             self.assertEqual(new.shape, old.shape)
             self.assertTrue((new[known] == old[known]).all())
             self.assertTrue((new[..., None, :] == colors).all(-1).any(-1).all())
-            self.assertTrue((self.tmp / f"fixed/overlay/{at}.png").exists())
-        for path, content in before.items():
-            self.assertEqual(path.read_bytes(), content)
+            self.assertTrue((fixed / "overlay" / name).exists())
         # what is whole is left alone, what is not is done again
-        lines = (self.tmp / "fixed/complete.jsonl").read_text().split("\n")
-        (self.tmp / "fixed/complete.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:9])
-        first = (self.tmp / "fixed/a/x.png").stat().st_mtime_ns
-        last = (self.tmp / "fixed/b/z.png").stat().st_mtime_ns
-        review = (self.tmp / "fixed/review.csv").read_text()
-        done = self.complete("--resume")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("4 labels, 2 of them done", done.stdout)
-        self.assertEqual((self.tmp / "fixed/a/x.png").stat().st_mtime_ns, first)
-        self.assertGreater((self.tmp / "fixed/b/z.png").stat().st_mtime_ns, last)
-        self.assertEqual((self.tmp / "fixed/review.csv").read_text(), review)
-        done = self.complete("--resume", "--sure", "0.5")
-        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1))
-        self.assertIn("other flags", done.stderr)
+        lines = (fixed / "complete.jsonl").read_text().split("\n")
+        (fixed / "complete.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:9])
+        first, last = ((fixed / name).stat().st_mtime_ns for name in ("a/x.png", "b/z.png"))
+        review = (fixed / "review.csv").read_text()
+        self.assertIn("4 labels, 2 of them done", self.runs(*self.flags("--resume")))
+        self.assertEqual((fixed / "a/x.png").stat().st_mtime_ns, first)
+        self.assertGreater((fixed / "b/z.png").stat().st_mtime_ns, last)
+        self.assertEqual((fixed / "review.csv").read_text(), review)
+        self.refuses(*self.flags("--resume", "--sure", "0.5"), words=["other flags"])
 
     def test_another_palette_names_the_same_classes(self):
         """A labelmap in another order, whose colours are those of the broken masks."""
-        (self.tmp / "map.txt").write_text("10 0 0 c\n0 20 0 void\n0 0 30 a\n7 7 7 b\n")
+        lines = "10 0 0 c\n0 20 0 void\n0 0 30 a\n7 7 7 b\n"
+        (self.tmp / "map.txt").write_text(lines)
+        (self.tmp / "other.txt").write_text(lines.replace("b", "d"))
         info = data.Info("own", ("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)), (0, 1, 2))
-        with torch.no_grad():
-            self.model.head.bias.view(3, 64)[2] = 99                 # all that is missing is c
-        self.ckpt = self.checkpoint("abc.pt", 0.5, info)
+        self.ckpt = self.half_masked(self.always(2), info)
         colors = np.array([(0, 0, 30), (7, 7, 7), (10, 0, 0), (0, 20, 0)], np.uint8)
         for path in (self.tmp / "labels").iterdir():
-            index = np.minimum(data.read_ids(path), 3)
-            save(path, colors[index])
-        self.assertEqual(self.complete("--palette", self.tmp / "map.txt").returncode, 0)
-        for path in (self.tmp / "labels").iterdir():
-            old, new = (np.array(Image.open(p)) for p in (path, self.tmp / "fixed" / path.name))
+            save(path, colors[np.minimum(data.read_ids(path), 3)])
+        self.runs(*self.flags("--palette", self.tmp / "map.txt"))
+        for _, old, new in self.before_and_after():
             hole = (old == (0, 20, 0)).all(-1)
             self.assertTrue((new[~hole] == old[~hole]).all() and (new[hole] == (10, 0, 0)).all())
-        (self.tmp / "other.txt").write_text("10 0 0 c\n0 20 0 void\n0 0 30 a\n7 7 7 d\n")
-        done = self.complete("--palette", self.tmp / "other.txt")
-        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1))
-        self.assertIn("c, a, d", done.stderr)
+        self.refuses(*self.flags("--palette", self.tmp / "other.txt"), words=["c, a, d"])
 
     def test_the_least_sure_pixels_stay_missing(self):
-        self.assertEqual(self.complete("--sure", "1").returncode, 0)
-        for path in (self.tmp / "labels").iterdir():
-            self.assertTrue(np.array_equal(np.array(Image.open(path)),
-                                           np.array(Image.open(self.tmp / "fixed" / path.name))))
+        self.runs(*self.flags("--sure", "1"))
+        for _, old, new in self.before_and_after():
+            np.testing.assert_array_equal(new, old)
 
     def test_a_review_counts_the_pixels_that_changed(self):
-        with torch.no_grad():
-            self.model.head.bias.view(3, 64)[2] = 99
-        self.ckpt = self.checkpoint("c.pt", 0.5)
-        done = self.complete()
-        rows = list(csv.DictReader((self.tmp / "fixed/review.csv").read_text().splitlines()))
-        for row in rows:
-            hole = np.array(Image.open(self.tmp / "labels" / row["file"])) == 255
+        self.ckpt = self.half_masked(self.always(2))
+        self.assertNotIn("do not use it", self.runs(*self.flags()))
+        for row in table(self.tmp / "fixed/review.csv"):
+            hole = pixels(self.tmp / "labels" / row["file"]) == 255
             self.assertEqual([int(row[f"to {c}"]) for c in "abc"], [0, 0, hole.sum()])
             self.assertAlmostEqual(float(row["missing"]), 100 * hole.mean(), 2)
             box = [int(v) for v in row["worst"].split()]
             self.assertTrue(hole[box[1]:box[3], box[0]:box[2]].any())
-        self.assertNotIn("do not use it", done.stdout)
-        state = torch.load(self.ckpt, weights_only=True)
+        state = saved(self.ckpt)
         state["scores"]["pa_miou_nearest"] = 89.8
         common.save_checkpoint(self.ckpt, state)
         shutil.rmtree(self.tmp / "fixed")
         self.assertIn("72.8 against 89.8 of the nearest label: do not use it",
-                      self.complete().stdout)
+                      self.runs(*self.flags()))
 
     def test_suspects_are_what_the_model_contradicts(self):
         """A model that says class 1 everywhere: the other regions, and nothing is changed."""
-        with torch.no_grad():
-            self.model.head.bias.view(3, 64)[1] = 99
-        self.ckpt = self.checkpoint("b.pt", 0.5)
-        shutil.rmtree(self.tmp / "labels")
+        self.ckpt = self.half_masked(self.always(1))
         label = np.ones((50, 71), np.uint8)
         label[10:20, 30:34], label[40:, 60:] = 0, 2
         label[0, 0] = 255
-        save(self.tmp / "labels/p1.png", label)
-        done = inside("lmae.py", "--suspect", self.tmp / "labels", "--images", self.tmp / "images",
-                      "--ckpt", self.ckpt, "--to", self.tmp / "doubts", "--device", "cpu")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        rows = list(csv.DictReader((self.tmp / "doubts/suspects.csv").read_text().splitlines()))
-        self.assertEqual([(r["box"], r["pixels"], r["label"], r["predicted"], r["confidence"])
-                          for r in rows], [("60 40 71 50", "110", "c", "b", "100.0"),
-                                           ("30 10 34 20", "40", "a", "b", "100.0")])
-        self.assertTrue(np.array_equal(np.array(Image.open(self.tmp / "labels/p1.png")), label))
-        self.assertFalse((self.tmp / "doubts/p1.png").exists())
+        self.replace_labels({"p1": label})
+        self.runs(*self.flags(how="--suspect"))
+        columns = "box", "pixels", "label", "predicted", "confidence"
+        self.assertEqual([tuple(row[c] for c in columns)
+                          for row in table(self.tmp / "fixed/suspects.csv")],
+                         [("60 40 71 50", "110", "c", "b", "100.0"),
+                          ("30 10 34 20", "40", "a", "b", "100.0")])
+        np.testing.assert_array_equal(pixels(self.tmp / "labels/p1.png"), label)
+        self.assertFalse((self.tmp / "fixed/p1.png").exists())
 
     def test_a_dataset_is_repaired_in_place(self):
         """Without --images the folder is read by its layout, here Warwick's of glas."""
         label = np.zeros((32, 32), np.uint8)
         label[8:16, 8:12] = 7
-        for name in "train_1", "testA_1":
+        names = "train_1", "testA_1"
+        for name in names:
             save(self.tmp / f"warwick/{name}.bmp", self.noise(32, 32, 3))
             save(self.tmp / f"warwick/{name}_anno.bmp", label)
-        self.ckpt = self.checkpoint("glas.pt", 0.5, data.info("glas"), lmae.LMAE(2, **TINY),
-                                    data="glas")
-        done = inside("lmae.py", "--complete", self.tmp / "warwick", "--ckpt", self.ckpt, "--to",
-                      self.tmp / "fixed", "--device", "cpu", "--broken", "background")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        for name in "train_1", "testA_1":
-            new = np.array(Image.open(self.tmp / f"fixed/{name}_anno.png"))
-            self.assertTrue((new[label > 0] == 7).all())
+        self.ckpt = self.half_masked(lmae.LMAE(2, **TINY), data.info("glas"), data="glas")
+        self.runs("--complete", self.tmp / "warwick", "--ckpt", self.ckpt, "--to",
+                  self.tmp / "fixed", "--device", "cpu", "--broken", "background")
+        for name in names:
+            self.assertTrue((pixels(self.tmp / f"fixed/{name}_anno.png")[label > 0] == 7).all())
 
     def test_a_large_picture_is_repaired_in_bands(self):
         """As its windows one by one, added up over the whole picture."""
         label, image = self.noise(90, 75) % 3, self.noise(90, 75, 3)
         missing = self.rng.random((90, 75)) < 0.3
         cfg, machine = lmae.Config(**{**TINY, "crop": 32}), common.Machine(lmae.Config())
-        model = self.model.eval()
-        index, confidence, _ = lmae.repair([(cfg, model)], image, label, missing, "255", machine)
+        models = [(cfg, self.model.eval())]
+        index, confidence, _ = lmae.repair(models, image, label, missing, "255", machine)
         total = np.zeros((3, 130, 130))
         pad = lambda a, v: np.pad(a, ((0, 40), (0, 55), (0, 0))[:a.ndim], constant_values=v)
-        big, marks, holes = pad(image, 0), pad(label, 255), pad(missing, False)
-        for y in lmae.windows(90, 32, 8):
-            for x in lmae.windows(75, 32, 8):
-                at = np.s_[y:y + 32, x:x + 32]
-                with torch.no_grad():
-                    answer, *_ = lmae.rebuild([(cfg, model)], big[at], marks[at], holes[at], "255",
-                                              0, machine)
-                total[:, at[0], at[1]] += answer.numpy()
+        padded = pad(image, 0), pad(label, 255), pad(missing, False)
+        for y, x in itertools.product(lmae.windows(90, 32, 8), lmae.windows(75, 32, 8)):
+            at = np.s_[y:y + 32, x:x + 32]
+            with torch.no_grad():
+                answer, *_ = lmae.rebuild(models, *(a[at] for a in padded), "255", 0, machine)
+            total[:, at[0], at[1]] += answer.numpy()
         total = total[:, :90, :75]
         self.assertTrue((index == total.argmax(0)).mean() > 0.9999)
         np.testing.assert_allclose(confidence, total.max(0) / total.sum(0), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------ masksup.py
+
 
 def shuffled(f, seed=0):
     """The network with BatchNorm gains and statistics, and attention biases, that are not those of
@@ -4148,22 +4113,6 @@ class MaskSupRuns(Case):
         last = json.loads(done.stdout.splitlines()[-1])
         self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "tflops",
                                       "peak_mb"])
-
-
-def flooded(label):
-    """(H, W) numbers of the 4-connected pieces of equal class, by flooding one after the other."""
-    number, n = np.zeros(label.shape, int), 0
-    for at in np.ndindex(label.shape):
-        if number[at]:
-            continue
-        n, todo = n + 1, [at]
-        while todo:
-            y, x = todo.pop()
-            if (0 <= y < label.shape[0] and 0 <= x < label.shape[1] and not number[y, x]
-                    and label[y, x] == label[at]):
-                number[y, x] = n
-                todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
-    return number
 
 
 class MaskSupPredict(Case):
