@@ -2218,6 +2218,133 @@ class Runs:
         return scores(two), scores(self.tmp / "eval")
 
 
+class Pretrained:
+    """What --pretrained of masksup.py and s4mim.py must show. model: the encoder of release()."""
+
+    def write(self, weights, name="release.pth"):
+        torch.save(weights, self.tmp / name)
+        return self.tmp / name
+
+    def load(self, source, **changes):
+        """The weights of a network before and after it reads a file, and what it prints."""
+        torch.manual_seed(0)
+        network, read = self.network(pretrained=str(source), **changes)
+        before = {k: v.clone() for k, v in network.state_dict().items()}
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            read()
+        return before, network.state_dict(), text.getvalue()
+
+    def test_what_cannot_be_loaded_is_one_line(self):
+        (self.tmp / "no.pth").write_bytes(b"nothing")
+        self.write([1], "list.pth")
+        self.write({"a": torch.ones(1)}, "other.pth")
+        self.write(self.release())
+        for name, words in (("gone.pth", ["cannot be read", self.urls[self.model]]),
+                            ("no.pth", ["cannot be read"]), ("list.pth", ["cannot be read"]),
+                            ("other.pth", self.misfit)):
+            with self.subTest(name), self.fails(name, *words):
+                self.load(self.tmp / name)
+        for changes, words in self.others:                  # the release of another network
+            with self.subTest(changes), self.fails("release.pth", *words):
+                self.load(self.tmp / "release.pth", **changes)
+
+    def test_imagenet_is_the_release_checked_by_its_hash(self):
+        for model, url in self.urls.items():
+            with mock.patch("torch.hub.load_state_dict_from_url",
+                            return_value=self.release(model)) as asked:
+                self.load("imagenet", **{self.encoder: model})
+            self.assertEqual(asked.call_args.args, (url,))
+            self.assertTrue(asked.call_args.kwargs["check_hash"])
+            self.assertTrue(asked.call_args.kwargs["weights_only"])
+
+
+class Predicts:
+    """What --predict of masksup.py and s4mim.py must show. setUp() saves c.pt, with classes a, b
+    and c; softmax(image) is what its network says of an RGB array, step by step: (3, H, W)."""
+    colors = (1, 2, 3), (200, 0, 0), (0, 200, 0)
+
+    def save_network(self, cfg, network):
+        self.cfg, self.network = cfg, network.eval()
+        self.info = data.Info("own", ("a", "b", "c"), self.colors, (0, 1, 2))
+        self.checkpoint("c.pt", cfg, self.info, network)
+
+    def predict(self, source, *more, ckpt="c.pt", to="to"):
+        return ("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / to, "--device",
+                "cpu", *more)
+
+    def test_every_kind_of_picture_at_its_own_size(self):
+        folder, to, colors = self.tmp / "in", self.tmp / "to", np.array(self.colors)
+        rgb, grey, alpha = self.noise(40, 50, 3), self.noise(33, 32), self.noise(20, 70, 4)
+        deep, turned = self.rng.integers(0, 2**16, (90, 17), np.uint16), self.noise(40, 90, 3)
+        tiny = self.noise(1, 1, 3)
+        for name, image in (("rgb.png", rgb), ("grey.png", grey), ("alpha.png", alpha),
+                            ("deep.png", deep), ("deep.tif", deep), ("tiny.png", tiny)):
+            save(folder / name, image)
+        Image.new("CMYK", (64, 48), (0, 255, 255, 0)).save(folder / "ink.tif")
+        exif = Image.Exif()
+        exif[0x0112] = 6                                      # the camera was held upright
+        save(folder / "turned.png", turned, exif=exif)
+        # as RGB; two files share a stem, so that the outputs have whole names
+        as_rgb = {"rgb.png": rgb, "grey.png": np.dstack([grey] * 3), "alpha.png": alpha[..., :3],
+                  "deep.png": np.dstack([deep >> 8] * 3).astype(np.uint8), "tiny.png": tiny,
+                  "ink.tif": np.full((48, 64, 3), (255, 0, 0), np.uint8),
+                  "turned.png": np.rot90(turned, -1)}
+        as_rgb["deep.tif"] = as_rgb["deep.png"]
+        before = contents(folder)
+        self.runs(*self.predict(folder))
+        self.assertEqual(contents(folder), before)
+        areas, seen = table(to / "areas.csv"), set()
+        self.assertEqual(len(areas), 3 * 8)
+        for name, image in as_rgb.items():
+            with Image.open(to / f"{name}.png") as answer:
+                self.assertEqual((answer.size, answer.mode), (image.shape[1::-1], "P"), name)
+                self.assertEqual(answer.getpalette()[:9], colors.ravel().tolist())
+            answer, confidence = pixels(to / f"{name}.png"), pixels(to / f"confidence/{name}.png")
+            self.assertEqual((confidence.shape, confidence.dtype), (answer.shape, np.uint8))
+            np.testing.assert_allclose(pixels(to / f"overlay/{name}.png"),
+                                       0.45 * image + 0.55 * colors[answer], atol=1)
+            number = flooded(answer)
+            for c, row in enumerate(r for r in areas if r["file"] == name):
+                at = answer == c
+                self.assertEqual((row["class"], int(row["pieces"])),
+                                 ("abc"[c], len(set(number[at]))))
+                self.assertAlmostEqual(float(row["share"]), 100 * at.mean(), places=3)
+                if at.any():
+                    self.assertAlmostEqual(float(row["confidence"]), confidence[at].mean() / 2.55,
+                                           delta=0.3)
+                else:
+                    self.assertEqual(row["confidence"], "")
+            if min(image.shape[:2]) >= self.smallest:
+                p = self.softmax(image)
+                self.assertGreater((answer == p.argmax(0)).mean(), self.agreement, name)
+                self.assertLess(abs(confidence / 255 - p.max(0)).mean(), 0.02, name)
+            seen |= set(answer.flat)
+        self.assertEqual(seen, {0, 1, 2})
+        self.refuses(*self.predict(folder), words=["--to", "not an empty folder"])
+
+    def test_broken_files_are_named_and_skipped(self):
+        whole = save(self.tmp / "in/whole.png", self.noise(30, 30, 3))
+        save(self.tmp / "in/whole.jpg", self.noise(30, 30, 3))          # whole names are kept
+        (self.tmp / "in/cut.png").write_bytes(whole.read_bytes()[:900])
+        (self.tmp / "in/empty.jpg").write_bytes(b"")
+        status, text, error = outcome(self.script, *self.predict(self.tmp / "in"))
+        lines = error.splitlines()
+        self.assertEqual((status, len(lines)), (1, 2), lines)
+        self.assertTrue("cut.png" in lines[0] and "empty.jpg" in lines[1], lines)
+        self.assertIn("2 segmented, 2 failed", text)
+        self.assertEqual({p.name for p in (self.tmp / "to").iterdir()},
+                         {"whole.png.png", "whole.jpg.png", "overlay", "confidence", "areas.csv"})
+
+    def test_one_picture_and_no_picture(self):
+        path = save(self.tmp / "a.png", self.noise(40, 61))
+        self.runs(*self.predict(path))
+        self.assertTrue((self.tmp / "to/a.png").exists())
+        self.assertTrue((self.tmp / "to/overlay/a.png").exists())
+        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no picture"])
+        self.refuses(*self.predict(path, ckpt="no.pt", to="new"), words=["no.pt"])
+        self.assertFalse((self.tmp / "new").exists())
+
+
 def inside(name, *argv):
     """As new_process(), in this process: it need not import torch, which takes 2 s."""
     return subprocess.CompletedProcess(argv, *outcome(name, *argv))
@@ -3343,55 +3470,105 @@ def stretching(n, m):
     return torch.from_numpy(U)
 
 
+def stretched(x, size):
+    """x (B, C, h, w) resized linearly to `size`, corner on corner."""
+    rows, columns = (stretching(n, m).to(x.dtype) for n, m in zip(x.shape[2:], size))
+    return rows @ x @ columns.T
+
+
 def doubled(x):
-    U = stretching(x.shape[-1], 2 * x.shape[-1])
-    return U @ x @ U.T
+    return stretched(x, [2 * n for n in x.shape[2:]])
+
+
+def convolved(w, conv, bn, x, stride=1, dilation=1, relu=True):
+    """Convolution and BatchNorm with the running statistics, out of a dict of weights."""
+    kernel = w[f"{conv}.weight"]
+    y = F.conv2d(x, kernel, w.get(f"{conv}.bias"), stride, dilation * (kernel.shape[-1] // 2),
+                 dilation)
+    mean, var, gain, bias = (w[f"{bn}.{part}"][:, None, None]
+                             for part in ("running_mean", "running_var", "weight", "bias"))
+    y = (y - mean) / (var + 1e-5).sqrt() * gain + bias
+    return y.clamp(min=0) if relu else y
 
 
 def twice(stage, x):
-    """(conv3x3, BN, ReLU) twice, in float64 and from the weights alone."""
-    for conv, norm in (stage[0], stage[1]), (stage[3], stage[4]):
-        windows = F.unfold(x, 3, padding=1)                                  # (B, C * 9, H * W)
-        y = conv.weight.flatten(1) @ windows
-        y = y if conv.bias is None else y + conv.bias[:, None]
-        y = y.view(len(x), -1, *x.shape[-2:])
-        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-        x = ((y - norm.running_mean[:, None, None]) * gain[:, None, None]
-             + norm.bias[:, None, None]).clamp(min=0)
-    return x
+    """(conv3x3, BN, ReLU) twice, from the weights alone."""
+    w = stage.state_dict()
+    return convolved(w, "3", "4", convolved(w, "0", "1", x))
 
 
 def pooled(x):
     return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).amax((-1, -3))
 
 
-class MaskSupModels(Case):
-    def image(self, S=32, B=2):
-        return torch.from_numpy(self.rng.uniform(-1, 1, (B, 3, S, S)))
+def layer(conv, bn, *shape):
+    """{name: shape} of a convolution or linear layer without bias, and of its BatchNorm."""
+    parts = "weight", "bias", "running_mean", "running_var"
+    return {f"{conv}.weight": shape, **{f"{bn}.{part}": shape[:1] for part in parts},
+            f"{bn}.num_batches_tracked": ()}
 
+
+def filled(shapes):
+    """Weights of these names and shapes."""
+    made = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, generator=made) if shape else torch.tensor(7)
+            for name, shape in shapes.items()}
+
+
+def levit128s():
+    """{name: shape} of LeViT-128S as released for 224 pixels, written down by rule."""
+    shapes, b = {}, 0
+
+    def add(key, *shape):
+        shapes.update(layer(f"{key}.c", f"{key}.bn", *shape))
+
+    for k, (i, o) in enumerate(((3, 16), (16, 32), (32, 64), (64, 128))):
+        add(f"patch_embed.{2 * k}", o, i, 3, 3)
+    for i, heads, depth, r, o in (128, 4, 2, 14, 256), (256, 6, 3, 7, 384), (384, 8, 4, 4, None):
+        for shrink in [False] * depth + [True] * (o is not None):
+            key, width = f"blocks.{b}" if shrink else f"blocks.{b}.m", i
+            if shrink:
+                heads, width = i // 16, o
+                add(f"{key}.kv", 5 * heads * 16, i)
+                add(f"{key}.q.1", heads * 16, i)
+                add(f"{key}.proj.1", width, 4 * heads * 16)
+            else:
+                add(f"{key}.qkv", 4 * heads * 16, i)
+                add(f"{key}.proj.1", width, 2 * heads * 16)
+                shapes[f"{key}.attention_bias_idxs"] = r * r, r * r
+            shapes[f"{key}.attention_biases"] = heads, r * r
+            add(f"blocks.{b + 1}.m.0", 2 * width, width)
+            add(f"blocks.{b + 1}.m.2", width, 2 * width)
+            b += 2
+    return shapes | {"head.l.weight": (1000, 384)}
+
+
+class MaskSupModels(MethodCase):
     def test_parameters_are_those_published(self):
         with torch.device("meta"):
-            for name, expected in (("levit384", 52_154_213), ("levit192", 19_894_150),
-                                   ("levit128s", 15_894_627)):
-                self.assertEqual(masksup.parameters(masksup.LeViTUNet(1, name)), expected)
-            self.assertEqual(masksup.parameters(masksup.UNetPlusPlus(40)), 9_164_616)
-            self.assertEqual(masksup.parameters(masksup.UNet(40)), 7_853_832)
-            self.assertEqual(masksup.parameters(masksup.UNet(40, 20)), 3_070_500)     # Table 4
+            for f, expected in ((masksup.LeViTUNet(1, "levit384"), 52_154_213),
+                                (masksup.LeViTUNet(1, "levit192"), 19_894_150),
+                                (masksup.LeViTUNet(1, "levit128s"), 15_894_627),
+                                (masksup.UNetPlusPlus(40), 9_164_616),
+                                (masksup.UNet(40), 7_853_832),
+                                (masksup.UNet(40, 20), 3_070_500)):                     # Table 4
+                self.assertEqual(masksup.parameters(f), expected)
 
     def test_unet_against_its_formula(self):
-        f, x = shuffled(masksup.UNet(3, width=2).double()).eval(), self.image()
-        a = twice(f.down[0], x)
-        b = twice(f.down[1], pooled(a))
-        c = twice(f.down[2], pooled(b))
-        d = twice(f.down[3], pooled(c))
-        y = twice(f.down[4], pooled(d))
-        for stage, skip in zip(f.up, (d, c, b, a)):
-            y = twice(stage, torch.cat([skip, doubled(y)], 1))
+        f, x = shuffled(masksup.UNet(3, width=2).double()).eval(), self.uniform(2, 3, 32, 32)
+        skips = [twice(f.down[0], x)]
+        for stage in f.down[1:]:
+            skips.append(twice(stage, pooled(skips[-1])))
+        y = skips.pop()
+        for stage in f.up:
+            y = twice(stage, torch.cat([skips.pop(), doubled(y)], 1))
+        self.assertEqual(skips, [])
         expected = torch.einsum("nc,bchw->bnhw", f.head.weight[:, :, 0, 0], y)
         torch.testing.assert_close(f(x), expected + f.head.bias[:, None, None])
 
     def test_unetpp_nodes_against_the_formula(self):
-        f, image = shuffled(masksup.UNetPlusPlus(3, width=2).double()).eval(), self.image()
+        f = shuffled(masksup.UNetPlusPlus(3, width=2).double()).eval()
+        image = self.uniform(2, 3, 32, 32)
 
         def X(i, j):            # X(i, j) = H([X(i, 0), .., X(i, j - 1), U(X(i + 1, j - 1))])
             if j == 0:
@@ -3402,55 +3579,44 @@ class MaskSupModels(Case):
         torch.testing.assert_close(f(image), expected + f.head.bias[:, None, None])
 
     def test_attention_with_its_bias_table_against_a_loop(self):
+        def linear(part, v):        # Linear, BN with the running statistics
+            y = v @ part.c.weight.T - part.bn.running_mean
+            return y / (part.bn.running_var + 1e-5).sqrt() * part.bn.weight + part.bn.bias
+
         for r, shrink in (4, False), (4, True), (5, True), (3, False):
             layer = shuffled(masksup.Attention(6, 8, 3, 2, r, shrink).double()).eval()
-            x = torch.from_numpy(self.rng.standard_normal((2, r * r, 6)))
-
-            def linear(part, v):        # Linear, BN with the running statistics
-                y = v @ part.c.weight.T - part.bn.running_mean
-                return y / (part.bn.running_var + 1e-5).sqrt() * part.bn.weight + part.bn.bias
-
+            x, points = self.normal(2, r * r, 6), [*np.ndindex(r, r)]
+            asking = [k for k, (i, j) in enumerate(points) if not shrink or i % 2 == j % 2 == 0]
+            if shrink:                                                      # two heads each
+                q = linear(layer.q[1], x[:, asking]).unflatten(2, (2, 3))
+                k, v = linear(layer.kv, x).unflatten(2, (2, 15)).split((3, 12), 3)
+            else:
+                q, k, v = linear(layer.qkv, x).unflatten(2, (2, 12)).split((3, 3, 6), 3)
             # LeViT's release numbers the distances in the order in which it meets them
-            points = [(y, x) for y in range(r) for x in range(r)]
-            asking = [(y, x) for y in range(0, r, 2) for x in range(0, r, 2)] if shrink else points
             number = {}
-            for p in asking:
-                for q in points:
-                    number.setdefault((abs(p[0] - q[0]), abs(p[1] - q[1])), len(number))
-            d_v, rows = 12 if shrink else 6, []
-            for b in range(2):
-                for p in asking:
-                    heads = []
-                    for h in range(2):
-                        mine = x[b, points.index(p)]
-                        if shrink:
-                            query = linear(layer.q[1], mine)[h * 3:h * 3 + 3]
-                            kv = linear(layer.kv, x[b])[:, h * 15:h * 15 + 15]
-                            keys, values = kv[:, :3], kv[:, 3:]
-                        else:
-                            width = 12
-                            query = linear(layer.qkv, mine)[h * width:h * width + 3]
-                            kv = linear(layer.qkv, x[b])[:, h * width + 3:h * width + 12]
-                            keys, values = kv[:, :3], kv[:, 3:]
-                        score = torch.stack([
-                            query @ keys[k] / 3 ** 0.5 + layer.attention_biases[
-                                h, number[abs(p[0] - q[0]), abs(p[1] - q[1])]]
-                            for k, q in enumerate(points)]).exp()
-                        heads.append((score[:, None] * values).sum(0) / score.sum())
-                    z = torch.cat(heads)
-                    self.assertEqual(len(z), 2 * d_v)
-                    rows.append(linear(layer.proj[1], z * (z + 3).clamp(0, 6) / 6))
-            torch.testing.assert_close(layer(x), torch.stack(rows).view(2, len(asking), 8))
+            distance = lambda n, m: tuple(abs(a - b) for a, b in zip(points[asking[n]], points[m]))
+            for n, m in np.ndindex(len(asking), r * r):
+                number.setdefault(distance(n, m), len(number))
+            z = []
+            for b, n, h in np.ndindex(2, len(asking), 2):
+                score = torch.stack([
+                    q[b, n, h] @ k[b, m, h] / 3 ** 0.5
+                    + layer.attention_biases[h, number[distance(n, m)]]
+                    for m in range(r * r)]).exp()
+                z.append((score[:, None] * v[b, :, h]).sum(0) / score.sum())
+            z = torch.cat(z).view(2, len(asking), -1)
+            self.assertEqual(z.shape[2], 24 if shrink else 12)
+            torch.testing.assert_close(layer(x), linear(layer.proj[1], z * (z + 3).clamp(0, 6) / 6))
 
     def test_levit_unet_against_its_parts(self):
         f = shuffled(masksup.LeViTUNet(3, "levit128s", 64).double()).eval()
-        image, skips, levit = self.image(64), [], f.levit
-        x = image
-        for conv in levit.patch_embed[:6:2]:
-            skips.append(F.hardswish(conv.bn(F.conv2d(x, conv.c.weight, None, 2, 1))))
-            x = skips[-1]
-        last = levit.patch_embed[6]
-        x = last.bn(F.conv2d(x, last.c.weight, None, 2, 1))
+        image, levit = self.uniform(2, 3, 64, 64), f.levit
+        x, skips, w = image, [], levit.patch_embed.state_dict()
+        for n in 0, 2, 4:
+            x = convolved(w, f"{n}.c", f"{n}.bn", x, 2, relu=False)
+            x = x * (x + 3).clamp(0, 6) / 6
+            skips.append(x)
+        x = convolved(w, "6.c", "6.bn", x, 2, relu=False)
         self.assertEqual([s.shape[1:] for s in (*skips, x)],
                          [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4)])
         t, maps = x.flatten(2).mT, [x]
@@ -3460,9 +3626,7 @@ class MaskSupModels(Case):
                 t = block(t)
             self.assertEqual(t.shape, (2, r * r, width))
             m = t.mT.reshape(2, width, r, r)
-            if r == 2:
-                m = doubled(m)
-            maps.append(m.expand(-1, -1, 4, 4))
+            maps.append((doubled(m) if r == 2 else m).expand(-1, -1, 4, 4))
         self.assertEqual(end, len(levit.blocks))
         y = torch.cat(maps, 1)
         for stage, skip in zip(f.up, skips[::-1]):
@@ -3472,23 +3636,19 @@ class MaskSupModels(Case):
 
     def test_dropped_branches_keep_the_mean(self):
         branch = masksup.Residual(torch.nn.Identity(), 0.25).train()
-        torch.manual_seed(0)
-        y = branch(torch.ones(4000, 2, 4))
-        self.assertEqual(sorted({round(v, 4) for v in y.unique().tolist()}), [1.0, 2.3333])
-        self.assertLess(abs(y.mean().item() - 2), 0.05)
-        self.assertTrue((branch.eval()(torch.ones(9, 2, 4)) == 2).all())
+        self.drops_whole_samples(branch, lambda x: branch(x) - x)
 
     def test_both_branches_share_f_and_holes_multiply_the_picture(self):
-        f, x = masksup.UNet(3, 2).eval(), self.image().float()
-        holes = torch.from_numpy(self.rng.random((2, 1, 32, 32)) < 0.5)
+        f, x = masksup.UNet(3, 2).eval(), self.uniform(2, 3, 32, 32).float()
+        holes = self.where(0.5, 2, 1, 32, 32)
         M_p, M_pm = masksup.MaskSup(f)(x, holes)
-        self.assertTrue(torch.equal(M_p, f(x)))
-        self.assertTrue(torch.equal(M_pm, f(torch.where(holes, x, 0.0))))
+        same_bits(M_p, f(x))
+        same_bits(M_pm, f(torch.where(holes, x, 0.0)))
         self.assertIsNone(masksup.MaskSup(f)(x)[1])
 
     def test_each_pass_has_the_statistics_of_its_own_batch(self):
         torch.manual_seed(0)
-        f, x = masksup.UNet(3, 2).train(), self.image().float()
+        f, x = masksup.UNet(3, 2).train(), self.uniform(2, 3, 32, 32).float()
         first, holes = f.down[0][1], torch.zeros(2, 1, 32, 32)
         clean, holed = (f.down[0][0](v).mean((0, 2, 3)) for v in (x, x * holes))
         M_p, M_pm = masksup.MaskSup(f)(x, holes)
@@ -3497,133 +3657,83 @@ class MaskSupModels(Case):
         torch.testing.assert_close(M_pm, f(x * holes))
 
 
-class MaskSupPretrained(Case):
-    def release(self, name):
-        """A file with names and shapes of LeViT's release at 224, written out independently."""
-        C, H, X, D = {"levit128s": ((128, 256, 384), (4, 6, 8), (2, 3, 4), 16)}[name]
-        weights = {}
+class MaskSupPretrained(Pretrained, MethodCase):
+    script, encoder, model = "masksup.py", "model", "levit128s"
+    urls = {"levit128s": "https://dl.fbaipublicfiles.com/LeViT/LeViT-128S-96703c44.pth"}
+    misfit = ["not the weights of levit128s"]
+    others = ({"model": "levit192"}, ["not the weights of levit192"]),
 
-        def norm(key, n):
-            for part in "weight", "bias", "running_mean", "running_var":
-                weights[f"{key}.bn.{part}"] = torch.rand(n)
-            weights[f"{key}.bn.num_batches_tracked"] = torch.tensor(7)
+    def release(self, model=model):
+        weights = filled(levit128s())
+        for name in weights:
+            if name.endswith("idxs"):
+                weights[name] = weights[name].long()
+        return {"model": weights}
 
-        def linear(key, i, o):
-            weights[f"{key}.c.weight"] = torch.rand(o, i)
-            norm(key, o)
-
-        for k, (i, o) in enumerate(((3, 16), (16, 32), (32, 64), (64, 128))):
-            weights[f"patch_embed.{2 * k}.c.weight"] = torch.rand(o, i, 3, 3)
-            norm(f"patch_embed.{2 * k}", o)
-        b = 0
-        for stage, r in enumerate((14, 7, 4)):
-            for _ in range(X[stage]):
-                wide = H[stage] * D
-                weights[f"blocks.{b}.m.attention_biases"] = torch.rand(H[stage], r * r)
-                weights[f"blocks.{b}.m.attention_bias_idxs"] = torch.zeros(r * r, r * r).long()
-                linear(f"blocks.{b}.m.qkv", C[stage], 4 * wide)
-                linear(f"blocks.{b}.m.proj.1", 2 * wide, C[stage])
-                linear(f"blocks.{b + 1}.m.0", C[stage], 2 * C[stage])
-                linear(f"blocks.{b + 1}.m.2", 2 * C[stage], C[stage])
-                b += 2
-            if stage < 2:
-                heads = C[stage] // D
-                weights[f"blocks.{b}.attention_biases"] = torch.rand(heads, r * r)
-                linear(f"blocks.{b}.kv", C[stage], 5 * heads * D)
-                linear(f"blocks.{b}.q.1", C[stage], heads * D)
-                linear(f"blocks.{b}.proj.1", 4 * heads * D, C[stage + 1])
-                linear(f"blocks.{b + 1}.m.0", C[stage + 1], 2 * C[stage + 1])
-                linear(f"blocks.{b + 1}.m.2", 2 * C[stage + 1], C[stage + 1])
-                b += 2
-        weights["head.l.weight"] = torch.rand(1000, 384)
-        torch.save({"model": weights}, self.tmp / "levit.pth")
-        return weights
-
-    def load(self, size=224, model="levit128s", source=None):
-        cfg = masksup.Config(model=model, size=size,
-                             pretrained=str(source or self.tmp / "levit.pth"))
-        f, text = masksup.build(cfg, 2), io.StringIO()
-        before = {k: v.clone() for k, v in f.state_dict().items()}
-        with contextlib.redirect_stdout(text):
-            masksup.load_pretrained(f, cfg)
-        return before, f.state_dict(), text.getvalue()
+    def network(self, **changes):
+        cfg = masksup.Config(**{"model": self.model, "size": 224, **changes})
+        f = masksup.build(cfg, 2)
+        return f, lambda: masksup.load_pretrained(f, cfg)
 
     def test_every_weight_of_the_encoder_comes_from_the_release(self):
-        theirs = self.release("levit128s")
-        before, after, text = self.load()
+        theirs = {f"levit.{key}": value for key, value in self.release()["model"].items()}
+        before, after, text = self.load(self.write(self.release()))
         mine = [k for k in after if k.startswith("levit.")]
-        for key in mine:
-            self.assertTrue(torch.equal(after[key], theirs[key.removeprefix("levit.")]), key)
+        for key, value in after.items():
+            same_bits(value, theirs[key] if key in mine else before[key])
         self.assertIn(f"{len(mine)} of the encoder's {len(mine)} tensors", text)
         self.assertIn("not used: head", text)
-        for key in after.keys() - set(mine):
-            self.assertTrue(torch.equal(after[key], before[key]), key)
 
     def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
-        self.release("levit128s")
-        _, after, text = self.load(size=96)
+        _, after, text = self.load(self.write(self.release()), size=96)
         self.assertIn("fresh at this size: blocks.0.m.attention_biases", text)
         self.assertEqual(after["levit.blocks.0.m.attention_biases"].abs().max(), 0)
 
-    def test_what_cannot_be_loaded_is_one_line(self):
-        (self.tmp / "no.pth").write_bytes(b"nothing")
-        torch.save({"a": torch.ones(1)}, self.tmp / "other.pth")
-        for source, words in (("gone.pth", ["gone.pth", "cannot be read", "LeViT-128S-96703c44"]),
-                              ("no.pth", ["no.pth", "cannot be read"]),
-                              ("other.pth", ["other.pth", "not the weights of levit128s"])):
-            with self.fails(*words):
-                self.load(source=self.tmp / source)
-        with self.fails("LeViT only", "unet"):
-            masksup.check(masksup.Config(model="unet", pretrained="imagenet"))
-        self.release("levit128s")
-        with self.fails("not the weights of levit192"):           # another LeViT's
-            self.load(model="levit192")
-
-    def test_imagenet_is_the_release_checked_by_its_hash(self):
-        weights = self.release("levit128s")
-        with mock.patch("torch.hub.load_state_dict_from_url",
-                        return_value={"model": weights}) as asked:
-            self.load(source="imagenet")
-        self.assertEqual(asked.call_args.args, (
-            "https://dl.fbaipublicfiles.com/LeViT/LeViT-128S-96703c44.pth",))
-        self.assertTrue(asked.call_args.kwargs["check_hash"])
-        self.assertTrue(asked.call_args.kwargs["weights_only"])
-
     def test_imagenet_is_the_recipe_of_glas_and_polyp_for_levit_alone(self):
-        for flags, expected in (((), "pretrained imagenet"), (("--model", "unet"), None),
-                                (("--model", "levit192"), "pretrained imagenet"),
-                                (("--init", "a.pt"), None), (("--recipe", "small"), None),
-                                (("--pretrained", "none"), "pretrained none")):
-            name = "polyp" if flags and expected else "glas"
-            out = inside("masksup.py", "--data", name, "--bench", 0, *flags).stdout
-            found = re.search("pretrained \\w+", out)
+        for name, flags, expected in (("glas", (), "pretrained imagenet"),
+                                      ("polyp", ("--model", "levit192"), "pretrained imagenet"),
+                                      ("polyp", ("--pretrained", "none"), "pretrained none"),
+                                      ("glas", ("--model", "unet"), None),
+                                      ("glas", ("--init", "a.pt"), None),
+                                      ("glas", ("--recipe", "small"), None)):
+            text = self.runs("--data", name, "--bench", 0, *flags)
+            found = re.search("pretrained \\w+", text)
             self.assertEqual(found and found[0], expected, (name, flags))
 
     def test_a_run_starts_from_a_file_and_says_how_to_go_on_without_one(self):
-        theirs = self.release("levit128s")
         flags = ("--data", self.folder(6, classes=2), "--model", "levit128s", "--size", 96,
                  "--batch-size", 4, "--max-steps", 1, "--lr", 1e-9, "--bank", 2, "--method", "base")
-        done = inside("masksup.py", *flags, "--pretrained", self.tmp / "levit.pth", "--out",
-                      self.tmp / "a")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertRegex(done.stdout, r"\d+ of the encoder's \d+ tensors")
-        found = saved(self.tmp / "a/last.pt")["model"]
+        text = self.runs(*flags, "--pretrained", self.write(self.release()), "--out",
+                         self.tmp / "a")
+        self.assertRegex(text, r"\d+ of the encoder's \d+ tensors")
+        found, theirs = saved(self.tmp / "a/last.pt")["model"], self.release()["model"]
         for key in "patch_embed.0.c.weight", "blocks.21.m.2.c.weight":
             torch.testing.assert_close(found[f"levit.{key}"], theirs[key], atol=1e-6, rtol=0)
         with mock.patch("torch.hub.load_state_dict_from_url", side_effect=OSError("no network")):
-            done = inside("masksup.py", *flags, "--pretrained", "imagenet", "--out", self.tmp / "b")
-        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
-        for word in "no network", "LeViT-128S-96703c44.pth", "--pretrained none":
-            self.assertIn(word, done.stderr)
+            self.refuses(*flags, "--pretrained", "imagenet", "--out", self.tmp / "b", words=[
+                "no network", "LeViT-128S-96703c44.pth", "--pretrained none"])
 
 
-class MaskSupRelease(Case):
+class MaskSupRelease(MethodCase):
     """The networks that MaskSup's authors released."""
+    script = "masksup.py"
+    nodes = {   # {stage of our U-Net: the released name}
+        "unet": {**{f"down.{i}": f"conv{i}_0" for i in range(5)},
+                 **{f"up.{i}": f"conv{3 - i}_{i + 1}" for i in range(4)}},
+        "unetpp": {f"node.{i}{j}": f"conv{i}_{j}" for i in range(5) for j in range(5 - i)}}
 
-    def answers(self, name, model):
-        """Fill the released tensors by the recipe of RELEASE, load them, and compare logits."""
-        if not RELEASE.is_dir():
-            return print(f"no {RELEASE}: {name} is not compared with the released code")
+    def released(self, f, model):
+        """The weights of one of our U-Nets under the released names."""
+        parts = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2"}
+        theirs = {f"final.{k}": v for k, v in f.head.state_dict().items()}
+        for ours, name in self.nodes[model].items():
+            for key, value in f.get_submodule(ours).state_dict().items():
+                part, last = key.split(".")
+                theirs[f"{name}.{parts[part]}.{last}"] = value
+        return theirs
+
+    def filled(self, name):
+        """The released tensors, filled by the recipe of RELEASE."""
         shapes = {line.split()[0]: [int(n) for n in line.split()[1:]]
                   for line in (RELEASE / f"{name}.txt").read_text().splitlines() if line}
         weights = {}
@@ -3636,101 +3746,75 @@ class MaskSupRelease(Case):
                             1 + 0.1 * r if r.ndim == 1 else r / r[0].numel() ** 0.5)
             if last == "attention_bias_idxs":           # integers, into which the recipe is cut
                 weights[key] = weights[key].long()
-        expected = json.loads((RELEASE / "expected.json").read_text())[name]
-        cfg = masksup.Config(model=model, pretrained="x")
-        f = masksup.build(cfg, max(2, expected["classes"])).eval()
-        with mock.patch("data.published", return_value=weights), torch.no_grad(), \
-                contextlib.redirect_stdout(io.StringIO()):
-            masksup.load_pretrained(f, cfg, whole=True)
-            logits = f(2 * torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-                       - 1)
-        if expected["classes"] == 1:                    # a sigmoid of z: logits (0, z)
-            self.assertEqual(logits[:, 0].abs().max().item(), 0)
-            logits = logits[:, 1:]
-        self.assertEqual(list(logits.shape), expected["shape"])
-        self.assertLess(abs(logits.mean().item() - expected["mean"]), 1e-5)
-        self.assertLess(abs(logits.std().item() - expected["std"]), 1e-5)
-        for c, y, x, z in expected["at"]:
-            self.assertLess(abs(logits[0, c, y, x].item() - z), 1e-5, (c, y, x))
+        return weights
 
-    def test_unet_answers_as_released(self):
-        self.answers("UNet", "unet")
-
-    def test_unetpp_answers_as_released(self):
-        self.answers("NestedUNet", "unetpp")
-
-    def test_levit128s_answers_as_released(self):
-        self.answers("LeViTUNet128s", "levit128s")
-
-    def test_levit192_answers_as_released(self):
-        self.answers("LeViTUNet192", "levit192")
-
-    def test_levit384_answers_as_released(self):
-        self.answers("LeViTUNet384", "levit384")
-
-    def renamed(self, f, nodes):
-        """The weights of one of our U-Nets under the released names. nodes: {our stage: theirs}."""
-        parts = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2"}
-        theirs = {f"final.{k}": v for k, v in f.head.state_dict().items()}
-        for ours, name in nodes.items():
-            for key, value in f.get_submodule(ours).state_dict().items():
-                part, last = key.split(".")
-                theirs[f"{name}.{parts[part]}.{last}"] = value
-        return theirs
-
-    NODES = {"unet": {**{f"down.{i}": f"conv{i}_0" for i in range(5)}, "up.0": "conv3_1",
-                      "up.1": "conv2_2", "up.2": "conv1_3", "up.3": "conv0_4"},
-             "unetpp": {f"node.{i}{j}": f"conv{i}_{j}" for i in range(5) for j in range(5 - i)}}
+    def test_networks_answer_as_released(self):
+        if not RELEASE.is_dir():
+            return print(f"no {RELEASE}: networks are not compared with the released code")
+        for name, model in (("UNet", "unet"), ("NestedUNet", "unetpp"),
+                            ("LeViTUNet128s", "levit128s"), ("LeViTUNet192", "levit192"),
+                            ("LeViTUNet384", "levit384")):
+            expected = json.loads((RELEASE / "expected.json").read_text())[name]
+            cfg = masksup.Config(model=model, pretrained="x")
+            f = masksup.build(cfg, max(2, expected["classes"])).eval()
+            x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+            with self.subTest(name), torch.no_grad(), \
+                    mock.patch("data.published", return_value=self.filled(name)), \
+                    contextlib.redirect_stdout(io.StringIO()):
+                masksup.load_pretrained(f, cfg, whole=True)
+                logits = f(2 * x - 1)
+                if expected["classes"] == 1:            # a sigmoid of z: logits (0, z)
+                    self.assertEqual(logits[:, 0].abs().max().item(), 0)
+                    logits = logits[:, 1:]
+                self.assertEqual(list(logits.shape), expected["shape"])
+                self.assertLess(abs(logits.mean().item() - expected["mean"]), 1e-5)
+                self.assertLess(abs(logits.std().item() - expected["std"]), 1e-5)
+                for c, y, x, z in expected["at"]:
+                    self.assertLess(abs(logits[0, c, y, x].item() - z), 1e-5, (c, y, x))
 
     def test_names_of_the_u_nets(self):
-        for model, nodes in self.NODES.items():
+        for model in self.nodes:
             cfg = masksup.Config(model=model, width=2, size=32, pretrained=str(self.tmp / "f.pth"))
             f, g = shuffled(masksup.build(cfg, 3)).eval(), masksup.build(cfg, 3).eval()
-            torch.save(self.renamed(f, nodes), self.tmp / "f.pth")
+            torch.save(self.released(f, model), self.tmp / "f.pth")
             with contextlib.redirect_stdout(io.StringIO()) as text:
                 masksup.load_pretrained(g, cfg, whole=True)
             n = len(f.state_dict())
             self.assertIn(f"{n} of the network's {n} tensors\n", text.getvalue())
             x = torch.rand(1, 3, 32, 32)
-            self.assertTrue(torch.equal(f(x), g(x)))
+            same_bits(g(x), f(x))
 
     def test_coarse_maps_are_doubled_and_then_shrunk(self):
         # 224 pixels: maps of 14, 7 and 4, which the release brings to 8, 16 and then 14
-        f, inputs, S = masksup.LeViTUNet(2, "levit128s", 224).eval(), [], stretching(16, 14)
+        f, inputs = masksup.LeViTUNet(2, "levit128s", 224).eval(), []
         maps = [torch.rand(1, c, r, r) for c, r in ((16, 112), (32, 56), (64, 28), (128, 14),
                                                     (128, 14), (256, 7), (384, 4))]
         f.up[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
         with mock.patch.object(f.levit, "forward", return_value=maps), torch.no_grad():
             f(torch.rand(1, 3, 224, 224))
         *_, x, one, two, three = (m.double() for m in maps)
-        y = torch.cat([x, one, doubled(two), S @ doubled(doubled(three)) @ S.T], 1)
+        y = torch.cat([x, one, doubled(two), stretched(doubled(doubled(three)), (14, 14))], 1)
         torch.testing.assert_close(inputs[0].double(), doubled(y), atol=1e-5, rtol=1e-5)
 
     def test_eval_of_a_released_network_from_the_command_line(self):
         root = self.folder(3, classes=2, size=(32, 32))
         torch.manual_seed(0)
         f = shuffled(masksup.UNet(1, 4)).eval()
-        theirs = self.renamed(f, self.NODES["unet"])
+        theirs = self.released(f, "unet")
         torch.save({f"module.{k}": v for k, v in theirs.items()}, self.tmp / "glas.pth")
         flags = ("--eval", "--pretrained", self.tmp / "glas.pth", "--data", root, "--model", "unet",
                  "--size", 32)
-        done = inside("masksup.py", *flags, "--width", 4)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        inter, union = 0, 0
+        self.runs(*flags, "--width", 4)
         val = data.Dataset(str(root), "", "val", size=32)
-        for image, truth, _ in (val[i] for i in range(len(val))):
-            with torch.no_grad():
-                answer = f(image[None] / 127.5 - 1)[0, 0].sigmoid() > 0.5
-            inter += (answer & (truth == 1)).sum().item()
-            union += (answer | (truth == 1)).sum().item()
-        metrics = json.loads((self.tmp / "eval/metrics.json").read_text())
-        self.assertAlmostEqual(metrics["class_iou"][1], 100 * inter / union, places=2)
+        image, truth = (torch.stack([val[i][part] for i in range(len(val))]) for part in (0, 1))
+        with torch.no_grad():
+            answer = f(image / 127.5 - 1)[:, 0].sigmoid() > 0.5
+        expected = naive_iou(answer.numpy(), truth.numpy(), 2)
+        self.assertAlmostEqual(scores(self.tmp / "eval")["class_iou"][1], expected[1], places=2)
         for more, word in ((("--width", 8), "not the weights of unet with 2 classes"),
                            (("--model", "levit128s", "--size", 96), "not the weights of levit")):
-            done = inside("masksup.py", *flags, *more, "--out", self.tmp / "more")
-            self.assertEqual((done.returncode, word in done.stderr), (2, True), done.stderr)
-        done = inside("masksup.py", "--eval")
-        self.assertEqual((done.returncode, "--pretrained FILE" in done.stderr), (2, True))
+            self.refuses(*flags, *more, "--out", self.tmp / "more", words=[word])
+        self.refuses("--eval", words=["--pretrained FILE"])
 
 
 class MaskSupMasking(Case):
@@ -4252,12 +4336,6 @@ def small(classes=4, seed=0, **changes):
     return model
 
 
-def stretched(x, size):
-    """The resizing of PiD and SeD: x (B, C, h, w) linearly to `size`, corner on corner."""
-    rows, columns = (stretching(n, m).to(x.dtype) for n, m in zip(x.shape[2:], size))
-    return rows @ x @ columns.T
-
-
 def torchvision(name, width=64):
     """The weights of torchvision's ResNets without fc, {name: shape}, written down by rule."""
     shapes = {}
@@ -4283,16 +4361,6 @@ def torchvision(name, width=64):
                 layer(f"{key}.downsample.0", f"{key}.downsample.1", i, w * wide, 1)
             i = w * wide
     return shapes
-
-
-def convolved(w, conv, bn, x, stride=1, dilation=1, relu=True):
-    """Convolution and BatchNorm with the running statistics, out of a dict of weights."""
-    kernel = w[f"{conv}.weight"]
-    y = F.conv2d(x, kernel, None, stride, dilation * (kernel.shape[-1] // 2), dilation)
-    mean, var, gain, bias = (w[f"{bn}.{part}"][:, None, None]
-                             for part in ("running_mean", "running_var", "weight", "bias"))
-    y = (y - mean) / (var + 1e-5).sqrt() * gain + bias
-    return y.clamp(min=0) if relu else y
 
 
 def encoded(w, x, depths, deep, bottleneck):
