@@ -30,8 +30,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
-LOOK = 20        # steps from one look at the losses to the next: each waits for the device
-VOID = 255       # the label of a pixel that is not counted and not learned from
+CHECK_EVERY = 20    # read the losses from the device once in so many steps: reading waits for it
+VOID = 255          # the label of a pixel that is not counted and not learned from
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -120,7 +120,7 @@ class Parser(ArgumentParser):
 
 
 @functools.lru_cache
-def reasons(Config):
+def help_texts(Config):
     """{field: the comment behind it}, the help texts."""
     return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
 
@@ -136,7 +136,7 @@ def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
     fields = dataclasses.fields(Config)
-    why = reasons(Config)
+    why = help_texts(Config)
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     for field in fields:
@@ -187,7 +187,7 @@ def show_config(cfg, origin, rest="all else is the default: see --help, or confi
     print(rest)
 
 
-def settle_epochs(cfg, per_epoch, steps=3000):
+def default_epochs(cfg, per_epoch, steps=3000):
     """Where --epochs is 0, as many as make `steps` steps, with 20 evaluations."""
     if not cfg.epochs:
         cfg.epochs = -(-steps // per_epoch)
@@ -444,7 +444,7 @@ def load(path, method, Config, Info, build):
     return cfg, info, model, state
 
 
-def settled(cfg, origin, path, theirs, check, *flags):
+def checkpoint_config(cfg, origin, path, theirs, check, *flags):
     """The configuration of a checkpoint, with what the command line may change of it, shown: the
     flags, and what is of this machine. Raises UserError for others: the checkpoint has the say."""
     given = {name for name, source in origin.items() if source == "flag"}
@@ -525,8 +525,8 @@ def resuming(cfg):
 
 
 class Run:
-    """The run folder OUT, and what a training loop does beside training: begin() before it, note()
-    after each step, log() after an evaluation, save() after a step where something is due.
+    """The run folder OUT, and what a training loop does besides training: announce() before it,
+    note() after each step, log() after an evaluation, save() after a step where something is due.
 
     A folder that holds a run is never overwritten, and no run goes on under another configuration,
     other classes or other training pictures: UserError.
@@ -608,7 +608,7 @@ class Run:
         vars(self).update({k: state[k] for k in self.KEPT})
         self.losses = [terms.to(self.machine.device) for terms in self.losses]
 
-    def begin(self, words):
+    def announce(self, words):
         """Say what starts, and start the clock."""
         self.say(f"{words}, steps {self.start} to {self.stop}, {self.per_epoch} an epoch, on "
                  f"{self.machine.device}, threads: {self.cfg.threads}"
@@ -622,14 +622,14 @@ class Run:
     def note(self, step, terms, *batches):
         """Take the losses of a step; what is due after it: "evaluate", "save" or "".
 
-        terms: float (n,), the whole loss first; they stay on the device but for every LOOK steps,
-        for a look waits for it. batches: pairs (Dataset, indices (B,)), whose files are named if
-        the loss is not finite.
+        terms: float (n,), the whole loss first; they stay on the device, and are read once in
+        CHECK_EVERY steps, because reading waits for the device. batches: pairs (Dataset, indices
+        (B,)), whose files are named if the loss is not finite.
         """
         self.step = step + 1
         self.losses.append(terms)
         self.drawn[self.step] = terms[0], batches
-        if step % LOOK == 0:
+        if step % CHECK_EVERY == 0:
             self.progress(self.look())
         late = 0 < self.cfg.save_every < (time.time() - self.saved) / 60
         self.asked, self.late = self.interrupt.due(step, late)
@@ -642,8 +642,8 @@ class Run:
         return "evaluate" if due else "save" if self.asked or self.late else ""
 
     def progress(self, loss):
-        """One line that rewrites itself on a terminal; elsewhere one after LOOK steps. The clock
-        starts at the first call, as what comes before may have compiled the model."""
+        """One line that rewrites itself on a terminal; elsewhere one line after CHECK_EVERY
+        steps. The clock starts at the first call: what comes before may compile the model."""
         self.first = self.first or (self.step, time.time())
         done, spent = self.step - self.first[0], max(time.time() - self.first[1], 1e-9)
         line = f"step {self.step}/{self.stop}  loss {loss:.4f}"
@@ -652,7 +652,7 @@ class Run:
                      f"{duration(spent / done * (self.stop - self.step))} left")
         if self.live:
             print(f"\r\033[K{line}", end="", flush=True)
-        elif done == LOOK:
+        elif done == CHECK_EVERY:
             self.say(line)
 
     def look(self, *modules):
@@ -777,7 +777,7 @@ def duration(seconds):
 
 class Interrupt:
     """Turns the first Ctrl-C, or a polite kill, into a question to ask between steps: what is
-    saved is a whole step. Under torchrun the processes agree on it, every LOOK steps."""
+    saved is a whole step. Under torchrun the processes agree on it, every CHECK_EVERY steps."""
 
     def __init__(self, machine):
         self.machine, self.asked = machine, False
@@ -793,10 +793,10 @@ class Interrupt:
 
     def due(self, step, late=False):
         """Whether to save after this step and to end; and whether it is late in any process. The
-        same answers in all processes, so under torchrun only every LOOK steps."""
+        same answers in all processes, so under torchrun only every CHECK_EVERY steps."""
         if self.machine.world == 1:
             return self.asked, late
-        if step % LOOK:
+        if step % CHECK_EVERY:
             return False, False
         both = torch.tensor([float(self.asked), float(late)], device=self.machine.device)
         dist.all_reduce(both)
@@ -913,7 +913,7 @@ def sheet(rows, path, titles=None, tile=160):
     save_image(path, np.asarray(canvas))
 
 
-def empty_folder(to):
+def refuse_nonempty(to):
     """Raises UserError if results for --to would come among other files."""
     if Path(to).exists() and (not Path(to).is_dir() or any(Path(to).iterdir())):
         raise UserError(f"--to {to} is not an empty folder: give a new one")
@@ -943,7 +943,7 @@ def pieces(label, classes):
 def predict_folder(cfg, origin, load, check, data, segment, *flags):
     """--predict PATH .. --ckpt CKPT --to DIR: segment images, and those in folders, and exit.
 
-    load, check and segment are the method's, data is data.py, flags: as in settled().
+    load, check and segment are the method's, data is data.py, flags: as in checkpoint_config().
     segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), and their
     confidence, float32 (H, W) in 0..1.
     Writes DIR/NAME.png, class indices with the classes' colours as palette, DIR/overlay/NAME.png,
@@ -958,11 +958,11 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
                         "--ckpt CKPT --to DIR")
     theirs, info, model, _ = load(cfg.ckpt)
     paths = cfg.predict
-    cfg = settled(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
+    cfg = checkpoint_config(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
     machine, to, failed, found, areas = Machine(cfg), Path(cfg.to), 0, [], []
     if machine.world > 1:
         raise UserError("--predict works in one process: python in place of torchrun")
-    empty_folder(to)
+    refuse_nonempty(to)
     for source in map(Path, paths):
         inside = data.tree(source) if source.is_dir() else [source] if source.exists() else []
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))

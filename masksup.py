@@ -741,7 +741,7 @@ def train(cfg):
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
     beside = {split: dataset(cfg, split) for split in data.splits_beside(cfg.data)}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
-    common.settle_epochs(cfg, per_epoch)
+    common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
     bank = mask_source(cfg).to(device)
 
@@ -763,9 +763,9 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-    run.begin(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
-              f"{len(val_set)} {data.eval_split(cfg.data)} pictures, {len(bank)} masks that remove "
-              f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
+    run.announce(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
+                 f"{len(val_set)} {data.eval_split(cfg.data)} pictures, {len(bank)} masks that "
+                 f"remove {100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. the rate
         for group in optimizer.param_groups:
@@ -879,7 +879,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=total, **machine.loading)
-    run.begin("first, painting in removed patches")
+    run.announce("first, painting in removed patches")
     for step, (image, _, index) in zip(range(run.start, total), loader):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, cfg, per_epoch, total)
@@ -937,8 +937,8 @@ def evaluate_only(cfg, origin):
         name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
         if cfg.eval:
             theirs, info, f, state = load(path)
-            here = common.settled(cfg, origin, path, theirs, check, "eval", "corrupt", "data",
-                                  "palette", "batch_size", "seed")
+            here = common.checkpoint_config(cfg, origin, path, theirs, check, "eval", "corrupt",
+                                            "data", "palette", "batch_size", "seed")
         else:
             check(cfg)
             here, info = cfg, data.info(cfg.data, cfg.root, cfg.palette or None)

@@ -808,7 +808,7 @@ def train(cfg, machine, interrupt):
     labeled, unlabeled, digest = datasets(cfg)
     val_loader = eval_loader(cfg, data.eval_split(cfg.data), machine)
     info, per_epoch = labeled.info, data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
-    common.settle_epochs(cfg, per_epoch)
+    common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
 
     torch.manual_seed(common.seed_of(cfg.seed))
@@ -838,9 +838,9 @@ def train(cfg, machine, interrupt):
     if cfg.method == "suponly":
         loaders[1] = [None] * (run.stop - run.start)
     same = [i.stem for i in labeled.items] == [i.stem for i in unlabeled.items]
-    run.begin(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} labelled "
-              f"(list {digest}) and {0 if same else len(unlabeled)} unlabelled pictures, "
-              f"{len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures")
+    run.announce(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} "
+                 f"labelled (list {digest}) and {0 if same else len(unlabeled)} unlabelled "
+                 f"pictures, {len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures")
     for step, *batches in zip(range(run.start, run.stop), *loaders):
         # 1. the rates
         for group in optimizer.param_groups:
@@ -963,8 +963,8 @@ def evaluate_only(cfg, origin):
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
     for path, folder in common.result_folders(cfg.eval, out).items():
         theirs, info, model, state = load(path)
-        here = common.settled(cfg, origin, path, theirs, check, "eval", "data", "palette",
-                              "batch_size", "window", "zoom")
+        here = common.checkpoint_config(cfg, origin, path, theirs, check, "eval", "data",
+                                        "palette", "batch_size", "window", "zoom")
         machine = machine or common.Machine(here)
         loader = eval_loader(here, data.eval_split(here.data), machine)
         if loader.dataset.info.classes != info.classes:

@@ -6113,7 +6113,7 @@ def somebody_else():
     "".encode("utf-8-sig")
     Image.init()
     for module in (*SCRIPTS.values(), data):    # nor to read the sources, in a folder of root's
-        common.reasons(module.Config)
+        common.help_texts(module.Config)
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -6983,7 +6983,7 @@ class Broken(Case):
             said = run.stdout.read()
         state = saved(out / "last.pt")
         self.assertIn(f"stopped after step {state['step']}: the same command", said)
-        self.assertEqual(state["step"] % common.LOOK, 1)
+        self.assertEqual(state["step"] % common.CHECK_EVERY, 1)
         status, _, error = outcome("masksup.py", *argv, "--resume", "--max-steps",
                                    state["step"] + 1)
         self.assertEqual((status, error), (0, ""))
