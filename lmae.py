@@ -733,7 +733,7 @@ def train(cfg):
             run.save()
 
     if machine.main:
-        draw_samples(model, val_set, cfg, machine, info, out / "samples.png")
+        draw_samples(model, val_set, cfg, machine, info, run.scores, out / "samples.png")
         write_metrics(out, run.state(), cfg, "random")
 
 
@@ -767,9 +767,9 @@ def warning(scores):
 
 
 @torch.no_grad()
-def draw_samples(model, val_set, cfg, machine, info, path, strategy="random", chosen=()):
-    """samples.png: picture, label seen, truth, prediction with the kept labels, nearest fill, of
-    the pictures `chosen`, or of six from all over the set."""
+def draw_samples(model, val_set, cfg, machine, info, scores, path, strategy="random", chosen=()):
+    """samples.png: image, masked label, ground truth, prediction with the kept labels
+    and nearest fill, of the images `chosen`, or of six from the whole set."""
     model.eval()
     chosen = chosen or range(0, len(val_set), max(1, len(val_set) // 6))[:6]
     image, label, _ = zip(*(val_set[i] for i in chosen))
@@ -778,14 +778,14 @@ def draw_samples(model, val_set, cfg, machine, info, path, strategy="random", ch
     _, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
     predicted, m = predicted.cpu(), m.cpu()
 
-    def painted(labels):
-        return [common.colorize(one, info.colors) for one in labels.numpy()]
-
-    seen = [np.where(hole[..., None], 255, picture).astype(np.uint8)
-            for hole, picture in zip(m.numpy(), painted(label))]
-    common.sheet([list(image.permute(0, 2, 3, 1).numpy()), seen, painted(label),
-                  painted(label.where(~m, predicted)), painted(nearest_fill(label, m))],
-                 path, ["image", "label seen", "truth", "L-MAE", "nearest fill"])
+    truth, repaired, nearest = (common.colorize(labels, info.colors) for labels in (
+        label, label.where(~m, predicted), nearest_fill(label, m)))
+    kept = np.where(m.numpy()[..., None], 255, truth).astype(np.uint8)
+    common.draw_sheet(
+        path, [list(row) for row in (image.permute(0, 2, 3, 1).numpy(), kept, truth, repaired,
+                                     nearest)],
+        ["image", "masked label", "ground truth", "prediction", "nearest fill"], info,
+        f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f})")
 
 
 # ----------------------------------------------------------------------------- the other commands
@@ -825,18 +825,22 @@ def evaluate_only(cfg, origin):
         scores = score(cfg.mask_ratio)
         several = [score(ratio) for ratio in at]
         if machine.main:
-            draw_samples(model, val_set, cfg, machine, info, out / "samples.png", strategy)
+            draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png",
+                         strategy)
             write_metrics(out, {**state, "scores": scores}, cfg, strategy)
         if at and machine.main:
             name = Path(path).resolve().parent.name
             lines[name if name not in lines else path] = [s["pa_miou"] for s in several]
             lines["nearest fill"] = [s["pa_miou_nearest"] for s in several]
             worst = worst_pictures(model, val_set, cfg, machine, info, strategy)
-            draw_samples(model, val_set, cfg, machine, info, out / "worst.png", strategy, worst)
+            draw_samples(model, val_set, cfg, machine, info, scores, out / "worst.png", strategy,
+                         worst)
     if lines:
         lines["nearest fill"] = lines.pop("nearest fill")
         common.write_json(folder / "ratios.json", {"mask_ratio": at, "pa_miou": lines})
-        common.draw_lines(at, lines, folder / "ratios.png", "share of the patches removed")
+        common.draw_panels(folder / "ratios.png", [
+            ([100 * ratio for ratio in at], lines, "share of the patches removed, %",
+             "PA-mIoU, %")])
 
 
 @torch.no_grad()
