@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 CHECK_EVERY = 20    # read the losses from the device once in so many steps: reading waits for it
@@ -892,9 +892,11 @@ def colorize(label, colors):
 
 
 def border(label):
-    """Where one of the four neighbours of a pixel has another value: (H, W) -> bool (H, W)."""
-    found = np.zeros(label.shape, bool)
-    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+    """Pixels (H, W) bool at the borders of the regions of label (H, W): it has another value 1
+    pixel above, below, left or right; in images of 192 pixels 2 pixels, of 384 pixels 3, and so on.
+    """
+    width, found = 1 + max(label.shape) // 192, np.zeros(label.shape, bool)
+    for a, b in ((np.s_[width:], np.s_[:-width]), (np.s_[:, width:], np.s_[:, :-width])):
         found[a] |= label[a] != label[b]
         found[b] |= label[a] != label[b]
     return found
@@ -910,9 +912,7 @@ def overlay(image, label, colors):
     vivid colour, and a line of that colour inside the border of each region. Class 0 and void stay
     as the image is."""
     label, image = np.asarray(label), np.asarray(image)
-    width = 1 + max(label.shape) // 600                             # of the line, in pixels
-    line = Image.fromarray(border(label)).convert("L").filter(ImageFilter.MaxFilter(2 * width - 1))
-    share = np.where(np.asarray(line) > 0, 1, 0.45)
+    share = np.where(border(label), 1, 0.45)
     share[(label == 0) | (label == VOID)] = 0
     mixed = image * (1 - share[..., None]) + colorize(label, colors) * share[..., None]
     return mixed.round().astype(np.uint8)
