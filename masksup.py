@@ -30,7 +30,7 @@ What reproduces the paper; --data glas, polyp or nyuv2:
     Fig. 3, 4   --eval A/last.pt B/last.pt writes samples.png; also S 5 (nyuv2), 6, 7
     Fig. 5      --data D --method base|cb|masksup
     Fig. 6      --eval A/last.pt B/last.pt --corrupt 0.1,0.3,0.5,0.7; also S 4
-    S 1         the row "with holes" of samples.png, of every run
+    S 1         the row "image with holes" of samples.png, of every run
     S 2, 3      --eval A/last.pt B/last.pt draws curves.png: tasksim and mIoU of all runs
 
 Results. GlaS (85 training and 80 test images), reduced: U-Net, 2.0 M parameters, 112 x 112, from
@@ -750,10 +750,14 @@ def write_metrics(out, state, cfg, f, extra):
           + f"  -> {out}")
 
 
+# the rows of samples.png
+ROWS = "image", "ground truth", "prediction", "image with holes", "prediction from holes"
+
+
 @torch.no_grad()
-def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
-    """samples.png: picture, truth, M_p; the picture with holes, and what f makes of that, M_pm.
-    Returns these rows."""
+def draw_samples(f, val_set, cfg, machine, bank, scores, path, n=6):
+    """samples.png: n images, their ground truth and prediction M_p; the images with holes, and the
+    prediction M_pm from these. Returns these five rows, as draw_sheet() takes them."""
     f.eval()
     chosen = range(0, len(val_set), max(1, len(val_set) // n))[:n]
     image, label, _ = zip(*(val_set[i] for i in chosen))
@@ -762,14 +766,13 @@ def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
     with machine.autocast():
         M_p, M_pm = f(x).argmax(1), f(x * holes).argmax(1)
 
-    def painted(labels):
-        return [common.colorize(one, info.colors) for one in labels.to(torch.uint8).cpu().numpy()]
-
     def shown(x):
         return list(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
-    rows = [shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)]
-    common.sheet(rows, path, ["image", "truth", "M_p", "with holes", "M_pm"])
+    truth, whole, holed = (list(common.colorize(labels.cpu(), val_set.info.colors))
+                           for labels in (label, M_p, M_pm))
+    rows = [shown(x), truth, whole, shown(x * holes), holed]
+    common.draw_sheet(path, rows, ROWS, val_set.info, f"{cfg.method}: {score_line(scores, cfg)}")
     return rows
 
 
@@ -824,7 +827,7 @@ def train(cfg):
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, split)
     other_sets = {name: dataset(cfg, name) for name in data.splits_beside(cfg.data)}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
-    common.settle_epochs(cfg, per_epoch)
+    common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
     bank = training_masks(cfg).to(device)
 
@@ -847,9 +850,9 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-    run.begin(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
-              f"{len(val_set)} {split} images, {len(bank)} masks that remove "
-              f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
+    run.announce(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
+                 f"{len(val_set)} {split} images, {len(bank)} masks that remove "
+                 f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. learning rate
         for group in optimizer.param_groups:
@@ -880,7 +883,7 @@ def train(cfg):
     # the paper's number: of the epoch that is best on the very set it is measured on
     extra["paper_iou_best_epoch"] = max(row["paper_iou"] for row in run.history)
     if machine.main:
-        draw_samples(f, val_set, cfg, machine, info, bank, run.out / "samples.png")
+        draw_samples(f, val_set, cfg, machine, bank, run.scores, run.out / "samples.png")
         write_metrics(run.out, run.state(), cfg, f, extra)
 
 
@@ -929,7 +932,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=total, **machine.loading)
-    run.begin("first, as a masked autoencoder")
+    run.announce("first, as a masked autoencoder")
     for step, (image, _, index) in zip(range(run.start, total), loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg, per_epoch, total)
@@ -971,6 +974,19 @@ def parse_shares(text):
     raise UserError(f"--corrupt {text}: expected shares above 0 and up to 0.95, such as 0.1,0.3")
 
 
+def run_names(configs):
+    """{path: Config} of checkpoints -> {path: name}: the method and, with holes, their coverage;
+    where these are equal also the run's folder and the checkpoint's name."""
+    names = {path: cfg.method + f" {cfg.coverage}" * (cfg.method != "base")
+             for path, cfg in configs.items()}
+    for name in {*names.values()}:
+        paths = [path for path in names if names[path] == name]
+        if len(paths) > 1:
+            for path in paths:
+                names[path] += f" ({Path(path).resolve().parent.name}-{Path(path).stem})"
+    return names
+
+
 def evaluate_only(cfg, origin):
     """--eval A.pt [B.pt ..]: write metrics.json and samples.png of each checkpoint, to OUT, or for
     several to OUT/RUN-CHECKPOINT each. --eval --pretrained FILE: of MaskSup's release instead.
@@ -980,13 +996,12 @@ def evaluate_only(cfg, origin):
     """
     shares, paths = parse_shares(cfg.corrupt), cfg.eval or (cfg.pretrained,)
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
-    machine, curves, rows, histories, sets = common.Machine(cfg), {}, {}, {}, set()
+    machine, configs, curves, rows, histories = common.Machine(cfg), {}, {}, {}, {}
     for path, folder in common.result_folders(paths, out).items():
-        name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
         if cfg.eval:
             saved_cfg, info, f, state = load(path)
-            run_cfg = common.settled(cfg, origin, path, saved_cfg, check, "eval", "corrupt",
-                                     "data", "palette", "batch_size", "seed")
+            run_cfg = common.checkpoint_config(cfg, origin, path, saved_cfg, check, "eval",
+                                               "corrupt", "data", "palette", "batch_size", "seed")
         else:
             check(cfg)
             run_cfg, info = cfg, data.info(cfg.data, cfg.root, cfg.palette or None)
@@ -1008,7 +1023,7 @@ def evaluate_only(cfg, origin):
             return evaluate(f, loader, run_cfg, machine, corrupt, bank)
 
         holes = masks(*COVERAGE["high"])
-        curve = curves[name] = {0.0: score(val_set, bank=holes)}
+        curve = {0.0: score(val_set, bank=holes)}
         for share in shares:
             low, high = max(0, share - 0.01), share + 0.01
             curve[share] = score(val_set, masks(low, high, round(1000 * share)))
@@ -1017,35 +1032,46 @@ def evaluate_only(cfg, origin):
         if shares:
             extra["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                 for share, scores in curve.items()}
+        configs[path], curves[path], histories[path] = run_cfg, curve, state["history"]
         if machine.main:
-            rows[name] = draw_samples(f, val_set, run_cfg, machine, info, holes,
+            rows[path] = draw_samples(f, val_set, run_cfg, machine, holes, curve[0.0],
                                       folder / "samples.png")
-            histories[name], sets = state["history"], sets | {run_cfg.data}
             write_metrics(folder, {**state, "scores": curve[0.0]}, run_cfg, f, extra)
-    if len(rows) > 1 and len(sets) == 1:
-        compare(rows, histories, out)
-    if shares and machine.main:
-        write_robustness(curves, out)
+    if machine.main:
+        names = run_names(configs)
+        curves, rows, histories = ({names[path]: of[path] for path in paths}
+                                   for of in (curves, rows, histories))
+        if len(paths) > 1 and len({run_cfg.data for run_cfg in configs.values()}) == 1:
+            compare(curves, rows, histories, info, out)
+        if shares:
+            write_robustness(curves, out)
 
 
-def compare(rows, histories, out):
-    """One samples.png (Fig. 3, 4) and one curves.png (S 2-3) of several checkpoints, in OUT."""
-    image, truth, _, holed, _ = next(reversed(rows.values()))
-    common.sheet([image, truth, *(r[2] for r in rows.values()), holed,
-                  *(r[4] for r in rows.values())], out / "samples.png",
-                 ["image", "truth", *rows, "with holes", *rows])
-    common.compare_curves(histories, out / "curves.png", "val_loss_tasksim", "miou")
+def compare(curves, rows, histories, info, out):
+    """One samples.png (Fig. 3, 4) and one curves.png (S 2-3) of several checkpoints, in OUT.
+
+    All are {name: ..}. curves: {share removed: scores}.  rows: from draw_samples().
+    """
+    image, truth, _, holed, _ = next(iter(rows.values()))
+    common.draw_sheet(
+        out / "samples.png", [image, truth, *(r[2] for r in rows.values()), holed,
+                              *(r[4] for r in rows.values())],
+        [*ROWS[:2], *(f"{ROWS[2]}, {name}" for name in rows),
+         ROWS[3], *(f"{ROWS[4]}, {name}" for name in rows)], info,
+        "mIoU: " + ", ".join(f"{name} {curve[0.0]['miou']:.2f}" for name, curve in curves.items()))
+    common.compare_curves(histories, out / "curves.png",
+                          {"val_loss_tasksim": "L_tasksim", "miou": "mIoU, %"})
 
 
 def write_robustness(curves, out):
-    """Fig. 6: {name: {share: scores}} as a table, and as lines in OUT/robustness.png."""
+    """Fig. 6: {name: {share removed: scores}} as a table, and as lines in OUT/robustness.png."""
     lines = {name: [s["miou"] for s in curve.values()] for name, curve in curves.items()}
     percent = [100 * share for share in next(iter(curves.values()))]
     print(f"\n{'mIoU':24}" + "".join(f"{p:7.0f} %" for p in percent))
     for name, line in lines.items():
         print(f"{name:24}" + "".join(f"{value:9.2f}" for value in line))
-    common.draw_lines(percent, lines, out / "robustness.png",
-                      "mIoU against the share of the image removed, %")
+    common.draw_panels(out / "robustness.png", [
+        (percent, lines, "share of the image removed, %", "mIoU, %")])
 
 
 @torch.no_grad()
