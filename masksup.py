@@ -1,4 +1,4 @@
-"""MaskSup, masked supervised learning: segment an image and a copy of it that is full of holes.
+r"""MaskSup, masked supervised learning: segment an image and a copy of it that is full of holes.
 
     I                      -> f -> M_p     segmentation branch, L_seg = CE(M_p, M_gt)
     I_masked = I * M_holes -> f -> M_pm    context branch, L_context = CE(M_pm, M_gt)      Eq. 1-2
@@ -8,7 +8,7 @@ f is any segmentation network, the same in both branches. At test time there are
 cost is that of f. Zunair and Ben Hamza, "Masked supervised learning for semantic segmentation",
 BMVC 2022; equations, tables and figures have the paper's numbers, S 1-7 are its supplement's.
 
-Map: lines 173 to 364 are the method (branches, masks, loss, training step), the rest is plumbing.
+Map: lines 175 to 366 are the method (branches, masks, loss, training step), the rest is plumbing.
 
     python masksup.py                                       # drawn images, CPU, two minutes
     python masksup.py --data glas                           # as released: from LeViT's weights
@@ -17,21 +17,21 @@ Map: lines 173 to 364 are the method (branches, masks, loss, training step), the
     python masksup.py --eval --pretrained masksupglas76.06iou.pth --data glas   # MaskSup's release
     torchrun --nproc_per_node=4 masksup.py --data glas      # several GPUs
 
-What reproduces the paper; --data glas, polyp or nyuv2:
+The paper's tables and figures; D is glas, polyp or nyuv2:
 
     Table 1     --data D; baselines: --method base --model unet|unetpp|levit128s|levit192|levit384.
-                Its other networks and multi-task methods are not here: MaskSup needs one f.
+                Its other baselines are not here: they are no part of MaskSup.
     Table 2     --data D; MAE: --data D --pretrain mae
     Table 3     --data D --coverage low|high
     Table 4     --data D --model levit192; --data nyuv2 --model unet --width 20 (3 M parameters);
-                parameters alone: the same with --bench 0
+                with --bench 0 the parameters alone
     Fig. 1      python data.py --data D draws images with their labels
     Fig. 2      not here: a diagram; the class MaskSup is what it shows
     Fig. 3, 4   --eval A/last.pt B/last.pt writes samples.png; also S 5 (nyuv2), 6, 7
     Fig. 5      --data D --method base|cb|masksup
     Fig. 6      --eval A/last.pt B/last.pt --corrupt 0.1,0.3,0.5,0.7; also S 4
     S 1         the row "image with holes" of samples.png, of every run
-    S 2, 3      --eval A/last.pt B/last.pt draws curves.png: tasksim and mIoU of all runs
+    S 2, 3      --eval A/last.pt B/last.pt writes curves.png: L_tasksim and mIoU during training
 
 Results. GlaS (85 training and 80 test images), reduced: U-Net, 2.0 M parameters, 112 x 112, from
 scratch, bf16, two CPU cores (AMD EPYC), torch 2.13.0; last epoch, mean of seeds 0, 1, 2 (range):
@@ -41,8 +41,8 @@ scratch, bf16, two CPU cores (AMD EPYC), torch 2.13.0; last epoch, mean of seeds
     coverage high                       73.7 (71.6-75.4)   73.6 (71.0-74.9)
 
     python masksup.py --data glas --model unet --width 16 --size 112 --batch-size 8 --lr 1e-3 \
-        --schedule cosine --warmup 50 --epochs 100 \
-        --eval-every 10 --amp bf16 --method masksup --coverage low --seed 0 --out out/low-0
+        --schedule cosine --warmup 50 --epochs 100 --eval-every 10 --amp bf16 \
+        --method masksup --coverage low --seed 0 --out out/low-0
 
 - With low coverage the order is the paper's. With high coverage, which is better in the paper,
   this small network gains nothing on whole images and is only more robust. GlaS has no validation
@@ -71,6 +71,8 @@ Departures from the paper, and what it leaves open:
 - nyuv2: learning rate 0.1, as in the paper; its code has 0.01, weight decay 5e-4 and x 0.1 every 60
   epochs. On CamVid (unetpp, width 8, 112 x 112, 20 epochs of constant rate, one seed) 0.1 gave a
   validation mIoU of 40.4, 0.01 with the decay 35.9; L_tasksim was then divided by the classes.
+- paper_iou counts void as class 0 in nyuv2, as the released code does, although training leaves it
+  out; paper_iou_without_void does not.
 - The last epoch is reported; the paper's choice, the best one on the test set, separately.
 - Table 2's MAE is a ViT; here it is f, on images whose removed patches are zero.
 - The names of the released weights were tested on their shapes, not on the files themselves.
