@@ -57,7 +57,7 @@ Departures from the paper, and what it leaves open:
 
 - L_tasksim is half the squared distance of the probabilities, mean over the pixels: 0 to 1 for any
   number of classes and image size. The paper has a norm, which grows with the image; the released
-  NYUDv2 script compares the argmax, which has no gradient.
+  NYUDv2 script compares the argmax, without a gradient.
 - Binary sets have two classes and a softmax; the released networks one channel and a sigmoid.
 - M_holes is drawn by draw_mask(). "High" and "low" (Table 3) have no figures in the paper, which
   says "roughly over 50%".
@@ -108,7 +108,7 @@ class Config:
     method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
     model: Literal["unet", "unetpp", "levit128s", "levit192", "levit384"] = "levit384"  # network f
     recipe: Literal["auto", "small", "paper"] = "auto"  # auto: small for a folder, else paper
-    # the paper's for GlaS
+    # training; the defaults are the paper's for GlaS
     epochs: int = 200              # 0: as many as make 3000 steps
     batch_size: int = 16           # images a step, over all processes
     lr: float = 1e-4               # learning rate
@@ -896,8 +896,7 @@ def patch_holes(noise, size, patch, ratio):
     removed. noise: (B, L) random numbers."""
     n = size // patch
     kept = noise.argsort(1).argsort(1) >= int(n * n * ratio)
-    grid = kept.view(-1, 1, n, n)
-    return grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return kept.view(-1, 1, n, n).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
 def reconstruction_loss(output, image, holes, values=None):
