@@ -708,8 +708,8 @@ class Run:
 
     def state(self):
         """Everything that --resume and --eval need."""
-        kept = {k: getattr(self, k) for k in self.KEPT}     # and copies of growing lists
-        kept |= {k: list(kept[k]) for k in ("history", "losses")}
+        kept = {k: getattr(self, k) for k in self.KEPT}
+        kept |= {k: list(kept[k]) for k in ("history", "losses")}       # copies: these lists grow
         return {**self.facts, **kept, **{k: p.state_dict() for k, p in self.parts.items()}}
 
     def save(self):
@@ -748,24 +748,19 @@ def write_json(path, value):
     write(path, json.dumps(value, indent=1) + "\n")
 
 
-class Progress:
+def progress(items):
     """Loop over a list and print how far it is and the time left: on a terminal in one line, which
     is rewritten, otherwise once after ten seconds."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __iter__(self):
-        start, live, printed = time.time(), sys.stdout.isatty(), False
-        for i, item in enumerate(self.items):
-            spent = time.time() - start
-            if i and (live or spent > 10 and not printed):
-                left = duration(spent / i * (len(self.items) - i))
-                print("\r\033[K" * live + f"{i} of {len(self.items)}, {left} left",
-                      end="" if live else "\n", flush=True)
-                printed = True
-            yield item
-        print("\r\033[K" * live, end="", flush=True)
+    start, live, printed = time.time(), sys.stdout.isatty(), False
+    for i, item in enumerate(items):
+        spent = time.time() - start
+        if i and (live or spent > 10 and not printed):
+            left = duration(spent / i * (len(items) - i))
+            print("\r\033[K" * live + f"{i} of {len(items)}, {left} left",
+                  end="" if live else "\n", flush=True)
+            printed = True
+        yield item
+    print("\r\033[K" * live, end="", flush=True)
 
 
 def duration(seconds):
@@ -872,7 +867,7 @@ def vivid(colors):
 
     shown = [np.array((60.0, 60, 60))]
     used = [*shown, np.full(3, 200.0), np.full(3, 255.0), np.array((255.0, 0, 255))]
-    nearest = np.min([distance(color) for color in used], 0)        # used colour of each bright one
+    nearest = np.min([distance(color) for color in used], 0)    # distance to the nearest one used
     for color in np.asarray(colors, float)[1:]:
         color = color * 255 / max(1, color.max())
         if np.ptp(color) < 120 or np.linalg.norm(np.array(used) - color, axis=1).min() < 90:
@@ -892,9 +887,8 @@ def colorize(label, colors):
 
 
 def border(label):
-    """Pixels (H, W) bool at the borders of the regions of label (H, W): it has another value 1
-    pixel above, below, left or right; in images of 192 pixels 2 pixels, of 384 pixels 3, and so on.
-    """
+    """Which pixels of label (H, W) are at the border of a region: (H, W) bool. The border is one
+    pixel wide, and one more for every 192 pixels of the longer side."""
     width, found = 1 + max(label.shape) // 192, np.zeros(label.shape, bool)
     for a, b in ((np.s_[width:], np.s_[:-width]), (np.s_[:, width:], np.s_[:, :-width])):
         found[a] |= label[a] != label[b]
@@ -903,18 +897,16 @@ def border(label):
 
 
 def outline(image, mask, color=(255, 0, 255)):
-    """The image, uint8 (H, W, 3), with a line of `color` around what is True in mask (H, W)."""
+    """The image, uint8 (H, W, 3), with the borders of mask (H, W) bool in this colour."""
     return np.where((border(mask) & mask)[..., None], np.array(color, np.uint8), image)
 
 
 def overlay(image, label, colors):
-    """The image, uint8 (H, W, 3), with its labels (H, W) over it: a tint of 45 % of the class's
-    vivid colour, and a line of that colour inside the border of each region. Class 0 and void stay
-    as the image is."""
-    label, image = np.asarray(label), np.asarray(image)
-    share = np.where(border(label), 1, 0.45)
+    """The image, uint8 (H, W, 3), with its label (H, W) over it: 45 % of the class's vivid colour,
+    100 % at the borders of regions. Class 0 and void stay as the image is."""
+    share = np.where(border(label), np.float32(1), np.float32(0.45))[..., None]
     share[(label == 0) | (label == VOID)] = 0
-    mixed = image * (1 - share[..., None]) + colorize(label, colors) * share[..., None]
+    mixed = image * (1 - share) + colorize(label, colors) * share
     return mixed.round().astype(np.uint8)
 
 
@@ -1046,7 +1038,7 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     alike = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
     if len({name for _, name in found}) < len(found):
         raise UserError("--predict: two images have the same name; predict them one by one")
-    for path, name in Progress(found):
+    for path, name in progress(found):
         file, name = name, f"{name if alike else name.with_suffix('')}.png"
         try:
             image = data.read_image(path)
