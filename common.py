@@ -126,12 +126,12 @@ def help_texts(Config):
     return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
 
 
-def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
+def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
     """Fill the dataclass Config: its defaults, then recipes[--data], then recipes[--BY], then the
     command line. For the user's own folder --BY is "small" unless given.
 
     A field `a_b: int = 3  # text` becomes the flag --a-b with this help text, a bool that is True
-    --no-a-b. A Literal is checked. A tuple takes several values, or none if it is in `alone`.
+    --no-a-b. A Literal is checked. A tuple takes several values, or none if in may_be_empty.
     Returns (cfg, origin): origin[name] is "recipe" or "flag" for values that are not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
@@ -145,7 +145,8 @@ def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
             kind["action"] = "store_false" if field.default else "store_true"
             flag = f"no-{flag}" if field.default else flag
         elif field.type is tuple:
-            kind.update(nargs="*" if field.name in alone else "+", metavar=field.name.upper())
+            kind.update(metavar=field.name.upper(),
+                        nargs="*" if field.name in may_be_empty else "+")
         elif typing.get_origin(field.type) is typing.Literal:
             kind["metavar"] = "|".join(typing.get_args(field.type))
         else:
@@ -990,8 +991,8 @@ def pieces(label, classes):
     start = np.ones(label.shape, bool)
     start[:, 1:] = label[:, 1:] != label[:, :-1]
     run = start.cumsum().reshape(label.shape) - 1
-    meet = (label[1:] == label[:-1]) & (start[1:] | start[:-1])     # where two runs start to touch
-    a, b, root = run[:-1][meet], run[1:][meet], np.arange(run[-1, -1] + 1)
+    touch = (label[1:] == label[:-1]) & (start[1:] | start[:-1])    # once for every two runs
+    a, b, root = run[:-1][touch], run[1:][touch], np.arange(run[-1, -1] + 1)
     while len(a):
         np.minimum.at(root, np.maximum(root[a], root[b]), np.minimum(root[a], root[b]))
         while (root[root] != root).any():
@@ -1035,30 +1036,31 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
             print(f"{source}: skipped, not images: {', '.join(others[:4])}"
                   + f" and {len(others) - 4} more" * (len(others) > 4))
     model.to(machine.device)
-    alike = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
+    same_stem = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
     if len({name for _, name in found}) < len(found):
         raise UserError("--predict: two images have the same name; predict them one by one")
     for path, name in progress(found):
-        file, name = name, f"{name if alike else name.with_suffix('')}.png"
+        file, name = name, f"{name if same_stem else name.with_suffix('')}.png"
         try:
             image = data.read_image(path)
         except UserError as error:
             failed += 1
             print(f"{error} (skipped)", file=sys.stderr)
             continue
-        answer, sure = segment(model, image, cfg, machine)
-        save_image(to / "confidence" / name, (255 * sure).round().astype(np.uint8))
-        for c, n in enumerate(pieces(answer, len(info.classes))):
-            mean = round(100 * float(sure[answer == c].mean()), 2) if n else ""
-            areas.append((file, info.classes[c], round(100 * (answer == c).mean(), 4), mean, n))
-        save_image(to / name, answer, np.array(info.colors, np.uint8).ravel().tolist())
-        save_image(to / "overlay" / name, overlay(image, answer, info.colors))
+        label, confidence = segment(model, image, cfg, machine)
+        save_image(to / "confidence" / name, (255 * confidence).round().astype(np.uint8))
+        for c, n in enumerate(pieces(label, len(info.classes))):
+            mean = round(100 * float(confidence[label == c].mean()), 2) if n else ""
+            areas.append((file, info.classes[c], round(100 * (label == c).mean(), 4), mean, n))
+        save_image(to / name, label, np.array(info.colors, np.uint8).ravel().tolist())
+        save_image(to / "overlay" / name, overlay(image, label, info.colors))
     write_csv(to / "areas.csv", ("file", "class", "share", "confidence", "pieces"), areas)
     print(f"{len(found) - failed} segmented, {failed} failed -> {to}; classes "
           + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
     sys.exit(1 if failed else 0)
 
 
+# the colours of the lines of curves
 LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (110, 110, 110),
          (190, 130, 10), (10, 150, 170), (220, 80, 150), (110, 70, 40), (90, 120, 0)]
 
@@ -1102,16 +1104,16 @@ def round_ticks(low, high, most=6):
 
 
 def draw_panel(draw, box, xs, series, x_title, y_title):
-    """One panel in box (left, top, right, bottom), the name of each line and its last value above
-    it. Baselines, whose names end in "nearest" or "nearest fill", are dashed. The x axis
-    starts at 0. A y axis in percent spans at least 10 points, so that noise looks small."""
+    """Draw a panel in box (left, top, right, bottom), with the lines' names and last values above.
+    Baselines are dashed: lines whose name ends in "nearest" or "nearest fill". The x axis starts at
+    0. A y axis in percent spans at least 10 points, so that noise looks small."""
     left, top, right, bottom = box
     finite = [v for values in series.values() for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(finite)
     if "%" in y_title:
         low = max(0, min(low, high - 10))
         high = max(high, low + 10)
-    ticks = round_ticks(low, high if high > low else low + 1e-6)
+    ticks = round_ticks(low, max(high, low + 1e-6 * max(1, abs(low))))
     end = xs[-1] or 1
 
     def place(x, y):
@@ -1121,9 +1123,11 @@ def draw_panel(draw, box, xs, series, x_title, y_title):
     for y in ticks:
         draw.line((place(0, y), place(end, y)), (222, 222, 222))
         draw.text((left - 8, place(0, y)[1]), f"{y:.10g}", "black", font(13), anchor="rm")
-    for x in (x for x in round_ticks(0, end) if x <= end):
-        draw.line((place(x, ticks[0]), (place(x, ticks[0])[0], bottom + 5)), "black")
-        draw.text((place(x, 0)[0], bottom + 14), f"{x:.10g}", "black", font(13), anchor="mm")
+    for x in round_ticks(0, end):
+        if x <= end:
+            at = place(x, 0)[0]
+            draw.line((at, bottom, at, bottom + 5), "black")
+            draw.text((at, bottom + 14), f"{x:.10g}", "black", font(13), anchor="mm")
     draw.line((left, bottom, right, bottom), "black")
     draw.text(((left + right) / 2, bottom + 36), x_title, "black", font(14), anchor="mm")
     draw.text((left - 56, top - 18), y_title, "black", font(14), anchor="lm")
@@ -1133,7 +1137,7 @@ def draw_panel(draw, box, xs, series, x_title, y_title):
         above = top - 36 - 18 * (len(series) - 1 - i)
         draw_line(draw, [(left + 8, above), (left + 34, above)], color, dashed)
         draw_line(draw, points, color, dashed)
-        for x, y in points if len(xs) <= 20 and not dashed else ():
+        for x, y in points if len(points) <= (1 if dashed else 20) else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
         draw.text((left + 42, above), f"{name} {last:.4g}", color, font(14), anchor="lm")

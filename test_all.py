@@ -2478,6 +2478,8 @@ class Drawing(Case):
             ys, xs = shown[70:360].all(-1).nonzero()        # below the names, above the axis
             self.assertLess(np.ptp(ys), 0.12 * 310)         # 1 of 10 points, and a line's width
             self.assertEqual(len({*xs}) > 0.9 * np.ptp(xs), whole, name)
+        for values in ([1e15, 1e15], [0.0, 0.0], [math.nan, 2.0], [math.nan, math.nan]):
+            common.draw_panels(path, [([0, 3], {"loss": values}, "step", "loss")])
 
 
 class CommandLine(MethodCase):
