@@ -1149,7 +1149,7 @@ def check(cfg):
 
 
 def main():
-    cfg, origin = common.parse(Config, RECIPES, __doc__, alone={"eval"})
+    cfg, origin = common.parse(Config, RECIPES, __doc__, may_be_empty={"eval"})
     cfg.out = cfg.out or str(Path("out") / f"masksup-{Path(cfg.data).name}")
     if origin.get("pretrained") == "recipe" and (cfg.init or not cfg.model.startswith("levit")):
         cfg.pretrained = "none"

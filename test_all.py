@@ -2478,6 +2478,8 @@ class Drawing(Case):
             ys, xs = shown[70:360].all(-1).nonzero()        # below the names, above the axis
             self.assertLess(np.ptp(ys), 0.12 * 310)         # 1 of 10 points, and a line's width
             self.assertEqual(len({*xs}) > 0.9 * np.ptp(xs), whole, name)
+        for values in ([1e15, 1e15], [0.0, 0.0], [math.nan, 2.0], [math.nan, math.nan]):
+            common.draw_panels(path, [([0, 3], {"loss": values}, "step", "loss")])
 
 
 class CommandLine(MethodCase):
@@ -2519,8 +2521,8 @@ class CommandLine(MethodCase):
             run.stdout.close()                                          # as `| head` does
             self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
         (self.tmp / "x.png").unlink(missing_ok=True)
-        for more, line in (([], "standard output: No space left on device; mend that and run this "
-                                "again"),
+        for more, line in (([], "standard output: No space left on device; fix this and run the "
+                                "command again"),
                            (["--data", "camvit"], "--data camvit: neither a dataset (shapes, "
                             "materials, voc, cityscapes, camvid, nyuv2, glas, polyp) nor a folder, "
                             "here or in data (did you mean camvid?)")):
@@ -2612,7 +2614,7 @@ class Checkpoints(Case):
         torch.save({"method": "masksup", "model": {}}, self.tmp / "other.pt")
         torch.save({"method": "lmae", "model": {}, "x": Evil()}, self.tmp / "evil.pt")
         torch.save({"method": "lmae"}, self.tmp / "bare.pt")
-        for name, word in (("cut.pt", "whole"), ("other.pt", "masksup"), ("evil.pt", "whole"),
+        for name, word in (("cut.pt", "complete"), ("other.pt", "masksup"), ("evil.pt", "complete"),
                            ("bare.pt", "something else"), ("none.pt", "no checkpoint")):
             with self.fails(name, word):
                 common.load_checkpoint(self.tmp / name, "lmae")
@@ -5897,12 +5899,12 @@ class S4mimRuns(S4mimCase):
                 (["--predict", self.tmp], ["--ckpt"]), (["--to", "x"], ["--predict"]),
                 (["--eval", out / "last.pt", "--out", out], ["already holds a run, or"]),
                 (["--eval", out / "last.pt", out / "last.pt"], ["run-last", "rename"]),
-                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "settled"]),
-                (["--eval", out / "last.pt", "--size", 64], ["--size", "settled"]),
-                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "settled"]),
-                (["--eval", out / "log.csv"], ["log.csv", "a whole checkpoint"]),
+                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "fixed by"]),
+                (["--eval", out / "last.pt", "--size", 64], ["--size", "fixed by"]),
+                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "fixed by"]),
+                (["--eval", out / "log.csv"], ["log.csv", "a complete checkpoint"]),
                 (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
-                  "--size", 64], ["--size", "settled"])):
+                  "--size", 64], ["--size", "fixed by"])):
             with self.subTest(argv), self.fails(*words):
                 here(*argv)
         self.assertFalse((self.tmp / "to").exists())
@@ -6246,7 +6248,7 @@ class S4mimPredict(S4mimCase):
         whole, slid = (np.array(Image.open(self.tmp / to / "a.png")) for to in ("to", "slid"))
         np.testing.assert_array_equal(whole, self.answer(image))
         self.assertGreater((whole != slid).sum(), 0)
-        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no picture"]),
+        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no image"]),
                                     (path, "no.pt", ["no.pt"])):
             with self.fails(*words):
                 here("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / "new")
@@ -6573,10 +6575,10 @@ class BadData(Case):
             torch.save({**good, "config": {**good["config"], "old": 1}}, self.tmp / "old.pt")
             (self.tmp / "cut.pt").write_bytes((out / "last.pt").read_bytes()[:-5000])
             bad = [(self.tmp / "gone.pt", ["no checkpoint", "train first"]),
-                   (self.tmp / "empty.pt", ["a whole checkpoint"]),
-                   (self.tmp / "cut.pt", ["a whole checkpoint", "take another one"]),
-                   (self.tmp / "evil.pt", ["a whole checkpoint", "take another one"]),
-                   (out / "samples.png", ["a whole checkpoint"]),
+                   (self.tmp / "empty.pt", ["a complete checkpoint"]),
+                   (self.tmp / "cut.pt", ["a complete checkpoint", "give another one"]),
+                   (self.tmp / "evil.pt", ["a complete checkpoint", "give another one"]),
+                   (out / "samples.png", ["a complete checkpoint"]),
                    (self.tmp / "list.pt", ["something else"]),
                    (runs[other] / "last.pt", [f"a checkpoint of {other[:-3]}, not of"])]
             uses = {"--init": [*brief, "--out", self.tmp / "new"], "--eval": ["--root", "."]}
@@ -6592,7 +6594,7 @@ class BadData(Case):
                                           "--lr", "1e-30", "--out", self.tmp / f"four {name}",
                                           "--init", out / "last.pt")
             self.assertEqual((status, error), (0, ""))
-            anew = re.search(r"start anew: (.*)", text)[1].split(", ")
+            anew = re.search(r"not loaded: (.*)", text)[1].split(", ")
             new = saved(self.tmp / f"four {name}/last.pt")["model"]
             for key, value in good["model"].items():        # all the rest is as it was
                 if key not in anew and value.is_floating_point() and "running" not in key:
@@ -6684,7 +6686,7 @@ class AsFoundFiles(Case):
         self.assertEqual((status, error.count("\n")), (1, 1), error)
         self.assertIn("z.heic", error)
         self.assertIn("16 segmented, 1 failed", text)
-        self.assertRegex(text, r"left out, as no pictures: .*notes.txt")
+        self.assertRegex(text, r"skipped, not images: .*notes.txt")
         for name in [*pairs, "one"]:
             self.assertTrue((self.tmp / f"to/{name}.png").exists(), name)
 
@@ -6809,7 +6811,7 @@ class AsFoundFiles(Case):
             shutil.copytree(self.tmp / "here", self.tmp / "there", dirs_exist_ok=True)
             status, _, error = outcome(script, *argv, self.tmp / "there", "--resume")
             self.assertEqual((status, error.count("\n")), (2, 1))
-            self.assertIn("was begun with --palette", error)
+            self.assertIn("was started with --palette", error)
             status, _, error = outcome(script, *argv, self.tmp / "there", *palette, "--resume")
             self.assertEqual((status, error), (0, ""))
 
@@ -6830,7 +6832,7 @@ class AsFoundFiles(Case):
 
     def test_devices(self):
         for script, brief in BRIEF.items():
-            for device, words in ("cuda:1", "torch finds none here"), ("gpu", "cuda:1, mps, cpu"):
+            for device, words in ("cuda:1", "torch does not find one"), ("gpu", "cuda:1, mps, cpu"):
                 status, _, error = outcome(script, *brief, "--device", device, "--out",
                                            self.tmp / "x")
                 self.assertEqual((status, error.count("\n")), (2, 1))
@@ -7143,7 +7145,7 @@ class Broken(Case):
             with mock.patch.object(module, "train_step", train_step):
                 status, text, error = outcome(name, *argv)
             self.assertEqual((status, error), (130, ""))
-            self.assertIn("stopped after step 5: the same command with --resume goes on", text)
+            self.assertIn("stopped after step 5: continue with the same command and --resume", text)
             self.assertEqual(saved(out / "last.pt")["step"], 5)
             self.refused(name, [*argv, "--resume", "--max-steps", 5], "--max-steps",
                          "at step 5 already", "give more")
@@ -7163,7 +7165,8 @@ class Broken(Case):
         with mock.patch.object(s4mim, "write_metrics", interrupted):
             status, text, error = outcome("s4mim.py", *argv)
         self.assertEqual((status, error), (130, ""))
-        self.assertIn("stopped after the baseline: the same command with --resume goes on", text)
+        self.assertIn("stopped after the baseline: continue with the same command and --resume",
+                      text)
         self.assertEqual([p.name for p in (self.tmp / "out").iterdir()], ["suponly"])
         status, text, error = outcome("s4mim.py", *argv, "--resume")
         self.assertEqual((status, error), (0, ""))
@@ -7220,8 +7223,8 @@ class Broken(Case):
                 self.assertEqual((status, error.count("\n")), (2, 1), error)
                 self.assertIn(f"step {bad}: " + {
                     "loss": "the loss is nan, after the batch ",
-                    "weights": "weights that are not finite are left, after"}[what], error)
-                self.assertIn(f"{out} is as it was saved before", error)
+                    "weights": "some weights are not finite, after"}[what], error)
+                self.assertIn(f"{out} has the last state saved before", error)
                 # the loaders drew the batches of steps 5, 6, .. in turn: four pictures each
                 streams = {dataset for dataset, _ in sampled}
                 batch = [path for d in streams for path in
@@ -7298,7 +7301,7 @@ class Broken(Case):
             for part in "images", "masks":
                 (self.root / f"train/{part}/p000.png").rename(self.root / f"train/{part}/q.png")
             self.refused(name, [*argv, "--out", out, "--resume"], self.root,
-                         "other training pictures", out)
+                         "other training images", out)
             for part in "images", "masks":
                 (self.root / f"train/{part}/q.png").rename(self.root / f"train/{part}/p000.png")
             self.refused(name, ["--eval", out / "last.pt", "--out", out], out, "already holds",
