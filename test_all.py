@@ -1993,8 +1993,8 @@ TINY = dict(size=32, patch=8, enc_blocks=2, dec_blocks=2, enc_dim=32, dec_dim=16
 TINY_FLAGS = ("--size 32 --crop 32 --patch 8 --eval-every 1 --enc-blocks 1 --dec-blocks 1 "
               "--enc-dim 32 --dec-dim 32 --heads 2 --batch-size 128 --epochs 3 --save-every 0 "
               "--drop-path 0.1").split()
-MASKSUP = ("--model unet --width 4 --size 32 --batch-size 128 --epochs 3 --eval-every 1 "
-           "--bank 16 --save-every 0").split()
+MASKSUP = ("--data shapes --model unet --width 4 --size 32 --batch-size 128 --epochs 3 "
+           "--eval-every 1 --bank 16 --save-every 0").split()
 S4MIM = ("--data shapes --labeled 8 --width 4 --size 32 --batch-size 8 --baseline none "
          "--save-every 0").split()
 
@@ -4202,6 +4202,7 @@ class MaskSupRuns(Case):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
                                      masks, holes)
             inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
+            holed = []
             for i in range(len(items)):
                 image, label, _ = items[i]
                 x = image[None].float() / 127.5 - 1
@@ -4213,6 +4214,7 @@ class MaskSupRuns(Case):
                         seen = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
                         q = f(seen)[0].double().softmax(0).numpy()
                         far.append(((p - q) ** 2).sum(0).mean() / 2)
+                        holed.append(q.argmax(0))
                 answer, truth = p.argmax(0), label.numpy()
                 for c in range(2):
                     inter[c] += ((answer == c) & (truth == c)).sum()
@@ -4226,6 +4228,9 @@ class MaskSupRuns(Case):
             self.assertAlmostEqual(found["miou"], 100 * (inter / union).mean(), places=3)
             if holes is not None:
                 self.assertAlmostEqual(found["tasksim"], np.mean(far), places=5)
+                truths = np.stack([items[i][1].numpy() for i in range(len(items))])
+                self.assertAlmostEqual(found["miou_holes"],
+                                       naive_iou(np.stack(holed), truths, 2).mean(), places=3)
             self.assertAlmostEqual(found["dice"], 100 * (2 * inter / both).mean(), places=3)
             self.assertEqual(list(found["classes"]), ["class 0", "class 1"])
             for c in range(2):
