@@ -13,7 +13,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
         L_mimse   the classes                                                          Eq. 13
     loss = (L_s + L_u + L_mimpi + L_mimfea + L_mimse) / (the sum of their weights)     Eq. 14
 
-Lines 183 to 559 are the method, the rest is plumbing: networks, data, training loop, other commands.
+Lines 181 to 552 are the method, the rest is plumbing: networks, data, training loop, other commands.
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
@@ -26,55 +26,55 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
     python s4mim.py --predict IMAGES --ckpt out/s4mim-voc/best.pt --to DIR
     torchrun --nproc_per_node=4 s4mim.py --data cityscapes  # several GPUs
 
-The paper's experiments. N is a number of labelled images; LIST is UniMatch's list of them, such as
-splits/pascal/92/labeled.txt in its repository. FILE has the ImageNet weights of the deep stem. The
-paper's backbone, in all tables, is --stem deep --pretrained FILE.
+The paper's experiments. LIST is UniMatch's list of labelled images, such as
+splits/pascal/92/labeled.txt in its repository; the paper's backbone, in all tables, is --stem deep
+--pretrained FILE with the ImageNet weights of that stem.
 
-    Table I       --data voc --labeled LIST                 SupOnly: --method suponly
-    Table II      --data voc --setup aug --labeled LIST     --size 513 too; SupOnly as above
-    Table III     --data cityscapes --labeled LIST          SupOnly as above
-    Tables I-III  the other methods: not here, they have code of their own
-    Table IV      --method fixmatch | --no-fea --no-se | --no-se | --no-pi --no-fea | --no-fea
-    Table V       --method fixmatch | --method mim | --no-fea --no-se
-    Table VI      --no-dic --no-conf | --no-dic | --no-conf
-    Table VII     --method fixmatch | --no-pi --no-fea --semantic mse | --no-pi --no-fea
-    Table VIII    --stride 8; CorrMatch: not here, it has code of its own
-    Fig. 1-3      diagrams: train_step() is Fig. 2, class_heads() and Prototypes are Fig. 3
-    Fig. 4        (a) --ratio 0.3, 0.35, .. 0.5             (b) --patch 4, 6, 8 or 10
-    Fig. 5        not here: t-SNE is in none of the libraries that are used
-    Fig. 6, 7     --predict IMAGES --ckpt CHECKPOINT --to DIR, DIR/overlay
+    Table I     --data voc --labeled LIST; SupOnly: --method suponly
+    Table II    --data voc --setup aug --labeled LIST --size 321 or 513; SupOnly as above
+    Table III   --data cityscapes --labeled LIST; SupOnly as above
+                (the other methods of Tables I-III: not here, they have code of their own)
+    Table IV    --method fixmatch | --no-fea --no-se | --no-se | --no-pi --no-fea | --no-fea
+    Table V     --method fixmatch | --method mim | --no-fea --no-se
+    Table VI    --no-dic --no-conf | --no-dic | --no-conf
+    Table VII   --method fixmatch | --no-pi --no-fea --semantic mse | --no-pi --no-fea
+    Table VIII  --stride 8; CorrMatch: not here, it has code of its own
+    Fig. 1-3    not here, they are diagrams: of train_step() (2), class_heads() and Prototypes (3)
+    Fig. 4      (a) --ratio 0.3, 0.35, .. 0.5; (b) --patch 4, 6, 8 or 10
+    Fig. 5      not here: t-SNE is in none of the libraries used
+    Fig. 6, 7   --predict IMAGES --ckpt CHECKPOINT --to DIR: the images are in DIR/overlay
 
 Departures from the paper:
-- Stem: the default is the standard one, with torchvision's weights (BSD licence; trained on
-  ImageNet, which has terms of its own). We know of no public address with a checksum for the
-  weights of the paper's deep stem. Table VIII's "standard backbone" is a stride of 8 instead of 16
-  (ASPP 12, 24, 36), which CorrMatch has and UniMatch has not; the weights are the same.
-- CutMix takes its box from another image of the same batch. (UniMatch's released code pairs an
-  image with itself.)
+- Stem: the default is the standard one with torchvision's weights (BSD licence; trained on
+  ImageNet, which has terms of its own): we know of no public address with a checksum for weights of
+  the paper's deep stem. Table VIII's "standard backbone" is a stride of 8 instead of 16 (ASPP 12,
+  24, 36), as in CorrMatch but not in UniMatch; the weights are the same.
+- CutMix takes its box from another image of the batch. UniMatch's released code pairs an image with
+  itself.
 - BatchNorm: each pass is normalised by its own batch, but only the pass of x_l and x_w moves the
-  running averages that predictions use. In UniMatch p_fp is in one batch with these two, and all
-  passes move the averages. In Phase II the masked streams and the whole x_w are one batch of PiD,
+  running averages, which predictions use. In UniMatch p_fp shares a batch with these two, and all
+  passes move the averages. In Phase II PiD has the masked streams and the whole x_w in one batch,
   so that r_fp and its target x_fp are comparable.
-- Crops below 321: blur and removed patches are as large a share of the side as the paper's (sigma
-  up to 2, 6 pixels) are of 321; patches have at least 2 pixels. --patch sets another side.
+- Crops below 321: the blur (sigma up to 2) and the patches (6 pixels) are scaled down with the
+  side, patches to at least 2 pixels. --patch N sets another side.
 - Means: Eq. 1, 2, 11 and 13 average over the valid pixels of a batch, not over images first. Eq. 2
   divides by all valid pixels, not by the confident ones, as UniMatch does.
 - Losses that are switched off leave the divisor of Eq. 14, too: 2 for fixmatch, 1 for suponly.
 - Void and padding are left out of all losses but the reconstruction; the paper says so of the
-  features. On unlabelled crops there is only padding: no ground truth is used.
-- Labels, masks and confidence at the features: see at_features().
-- suponly has 8 labelled images a step and the method's number of steps. UniMatch's has 16, for 80
-  epochs of the labelled images, which is 400 steps with 92.
+  features. Unlabelled crops have only padding: no ground truth is used.
+- Labels, masks and confidence at the features are those of the pixel below: see at_features().
+- suponly has 8 labelled images a step, for as many steps as the method. UniMatch's has 16 a step
+  and 80 epochs of the labelled images, which is 400 steps with 92.
 - metrics.json is of the last epoch; UniMatch reports the best on the validation set.
 - Windows (--window slide) end at the border of the image; UniMatch's last ones are smaller.
-- bf16 is the default with CUDA; its gradients are coarser. --amp off is float32.
+- bf16 is the default with CUDA, and its gradients are coarser; --amp off is float32.
 - --burn-in N starts with N steps on labels alone. The paper, which starts from ImageNet's weights
   and trains for long, has none, and neither have its recipes here.
-The paper leaves open, and here: each image pair has one mask m for its three streams; removed
-pixels have the mean colour; Phase II's streams share one pass of E; x_fp is made of Phase I's
-features, as the weights have not changed since; prototypes move before they are used; PiD's rate
-is E's first rate times --pixel-lr; OHEM keeps at least 100,000 pixels a labelled crop of each
-process (UniMatch: 200,000 of the two crops of a GPU).
+- Left open by the paper, and here: each place in the batch has one mask m for its three streams;
+  removed pixels have the mean colour; these streams share one pass of E; x_fp is made of Phase I's
+  features, as the weights have not changed since; prototypes move before they are used; PiD's rate
+  is E's first, times --pixel-lr; OHEM keeps at least 100,000 pixels a labelled crop of each process
+  (UniMatch: 200,000 of the two crops of a GPU).
 """
 import json
 import math
@@ -160,23 +160,21 @@ class Config:
     to: str = ""                   # --predict: new folder for the predictions
 
 
+SMALL = dict(backbone="resnet18", width=16, pretrained="none", lr=0.05, decoder_lr=1.0,
+             pixel_lr=1.0)         # a narrow network, from random weights
 RECIPES = {                        # what differs from the defaults above, the paper's for voc
-    # two minutes on a CPU core: a narrow network from random weights, so pseudo-labels wait for
-    # step 100. PiD's rate is low because at E's its loss may diverge, and lambda_mp a tenth of the
-    # paper's because L_mimpi is the largest loss here (README.md, Results)
-    "materials": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
-                      scale=1.25, epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=0.1, burn_in=100,
-                      lambda_mp=0.03, eval_every=2),
-    "shapes": dict(labeled="32", backbone="resnet18", width=16, pretrained="none", size=65,
-                   epochs=12, lr=0.05, decoder_lr=1.0, pixel_lr=1.0, baseline="suponly",
-                   eval_every=2),
+    # two minutes on a CPU core. Pseudo-labels wait for step 100. PiD's rate is low because at E's
+    # its loss may diverge, and lambda_mp a tenth of the paper's because L_mimpi is the largest
+    # loss here (README.md, Results)
+    "materials": dict(SMALL, labeled="32", size=65, scale=1.25, epochs=12, pixel_lr=0.1,
+                      burn_in=100, lambda_mp=0.03, eval_every=2),
+    "shapes": dict(SMALL, labeled="32", size=65, epochs=12, baseline="suponly", eval_every=2),
     "voc": dict(labeled="1/16"),   # 92
     "camvid": dict(labeled="1/8"), "nyuv2": {}, "glas": {}, "polyp": {},
     "cityscapes": dict(labeled="1/16", size=801, epochs=240, lr=0.005, decoder_lr=1.0,
                        pixel_lr=1.0, psi=0.0, ohem=True, window="slide"),
     # for a folder of your own, on a laptop: about a quarter of an hour
-    "small": dict(backbone="resnet18", width=16, pretrained="none", size=97, zoom=0.0, scale=1.25,
-                  epochs=0, lr=0.05, decoder_lr=1.0, pixel_lr=1.0),
+    "small": dict(SMALL, size=97, zoom=0.0, scale=1.25, epochs=0),
 }
 
 
@@ -451,34 +449,29 @@ def averages_kept(model):
         norm.track_running_stats = True
 
 
-def labeled_loss(p_l, y_l, cfg, machine):
-    y_l = hard_pixels(p_l, y_l) if cfg.ohem else y_l
-    return supervised(p_l, y_l, process_mean((y_l != 255).sum(), machine))              # Eq. 1
-
-
 def phase_one(model, v, cfg, machine):
     """Phase I, FixMatch with UniPerb, on Views v. PiD is not used.
 
     Returns L_s, L_u without lambda_u, the share of pixels that are confident, and Seen, None for
     suponly.
     """
-    B, size = len(v.x_l), v.x_l.shape[2:]
-    if v.x_w is None:                                       # suponly
-        with machine.autocast():
-            p_l = model(v.x_l)
-        L_s = labeled_loss(p_l, v.y_l, cfg, machine)
-        return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
+    B, size, suponly = len(v.x_l), v.x_l.shape[2:], v.x_w is None
     with machine.autocast():
-        c = model.E(torch.cat([v.x_l, v.x_w]))
-        p_l, p_w = model.SeD(*c, size).chunk(2)
-        c_fp = perturb((x[B:] for x in c), v.drop)
-        with averages_kept(model):
-            p_s, p_fp = model(v.x_s), model.SeD(*c_fp, size)
+        c = model.E(v.x_l if suponly else torch.cat([v.x_l, v.x_w]))
+        p = model.SeD(*c, size)
+        if not suponly:
+            c_fp = perturb((x[B:] for x in c), v.drop)
+            with averages_kept(model):
+                p_s, p_fp = model(v.x_s), model.SeD(*c_fp, size)
+    p_l, p_w = p.split([B, len(p) - B])
+    y_l = hard_pixels(p_l, v.y_l) if cfg.ohem else v.y_l
+    L_s = supervised(p_l, y_l, process_mean((y_l != 255).sum(), machine))               # Eq. 1
+    if suponly:
+        return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
 
     conf_w, y_w = p_w.detach().softmax(1).max(1)
     conf_w_mixed, y_w_mixed = (mix(t, v.partner, v.box) for t in (conf_w, y_w))
     n_s, n_w = (process_mean((~void).sum(), machine) for void in (v.void_s, v.void_w))
-    L_s = labeled_loss(p_l, v.y_l, cfg, machine)
     L_u = (consistency(p_s, y_w_mixed, conf_w_mixed, v.void_s, cfg.psi, n_s)
            + consistency(p_fp, y_w, conf_w, v.void_w, cfg.psi, n_w))                    # Eq. 2
     confident = masked_mean((conf_w >= cfg.psi).float(), ~v.void_w, n_w)
