@@ -2394,6 +2394,94 @@ class Metrics(MethodCase):
             self.assertLess(abs(common.miou(matrix) - expected), 1.0)
 
 
+class Drawing(Case):
+    PALETTES = {"binary": ((0, 0, 0), (255, 255, 255)), "almost equal": ((0, 0, 0), (1, 1, 1)),
+                "greys": tuple((i, i, i) for i in range(30)),
+                "dark": ((0, 0, 0), (9, 0, 0), (8, 0, 0)), "VOC": data.distinct_colors(21),
+                "all": tuple((i, 255 - i, 0) for i in range(255))}
+
+    def test_vivid_colours_are_bright_and_differ(self):
+        for name, palette in self.PALETTES.items():
+            colors = common.vivid(palette)
+            self.assertEqual((colors.shape, colors.dtype), ((len(palette), 3), np.uint8), name)
+            others = [tuple(map(int, color)) for color in colors[1:]]
+            self.assertEqual(len({*others, (60, 60, 60), (200, 200, 200), (255, 0, 255)}),
+                             len(others) + 3, name)
+            if len(others) < 30:
+                self.assertGreater(min(max(c) - min(c) for c in others), 100, name)
+                apart = [math.dist(a, b) for a, b in itertools.combinations(
+                    [*others, (60, 60, 60), (200, 200, 200), (255, 255, 255)], 2)]
+                self.assertGreater(min(apart), 50, name)
+        self.assertEqual(common.vivid(((0, 0, 0), (0, 100, 0)))[1].tolist(), [0, 255, 0])
+
+    def test_an_overlay_against_a_loop_over_pixels(self):
+        image, label = self.noise(40, 200, 3), np.zeros((40, 200), np.uint8)
+        label[5:20, 8:30], label[12:30, 20:44], label[:9, 40:] = 1, 2, 255
+        for name in "binary", "dark":                   # above 191 pixels the line has two
+            palette = (*self.PALETTES[name], (2, 2, 2))[:3]
+            shown, colors = common.overlay(image, label, palette), common.vivid(palette)
+            for y, x in np.ndindex(label.shape):
+                c = label[y, x]
+                around = [label[v, u] for d in (1, 2) for v, u in (
+                    (y - d, x), (y + d, x), (y, x - d), (y, x + d)) if 0 <= v < 40 and 0 <= u < 200]
+                if c in (0, 255):
+                    expected = image[y, x]
+                elif any(other != c for other in around):
+                    expected = colors[c]
+                else:
+                    expected = 0.55 * image[y, x] + 0.45 * colors[c]
+                np.testing.assert_allclose(shown[y, x], expected, atol=0.51)
+
+    def test_an_outline_is_inside_the_mask(self):
+        image, mask = self.noise(9, 9, 3), np.zeros((9, 9), bool)
+        mask[2:7, 2:7] = True
+        shown = common.outline(image, mask)
+        mask[3:6, 3:6] = False
+        self.assertTrue((shown[mask] == (255, 0, 255)).all())
+        np.testing.assert_array_equal(shown[~mask], image[~mask])
+
+    def test_ticks_are_round_and_cover_the_values(self):
+        for low, high, expected in (
+                (0, 100, [0, 20, 40, 60, 80, 100]), (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+                (3.1, 4.9, [3, 3.5, 4, 4.5, 5]), (0, 15, [0, 2.5, 5, 7.5, 10, 12.5, 15]),
+                (-1, 14, [-5, 0, 5, 10, 15]),
+                (0.0021, 0.0029, [0.002, 0.0022, 0.0024, 0.0026, 0.0028, 0.003])):
+            np.testing.assert_allclose(common.round_ticks(low, high), expected)
+        for low, high in self.rng.normal(0, 1, (50, 2)) * 10 ** self.rng.uniform(-6, 6, (50, 1)):
+            low, high = sorted((low, high))
+            ticks = common.round_ticks(low, high)
+            step = ticks[1] - ticks[0]
+            digits = step / 10 ** math.floor(math.log10(step) + 1e-9)
+            self.assertTrue(np.isclose(digits, (1, 2, 2.5, 5)).any(), ticks)
+            self.assertTrue(ticks[0] <= low + 1e-9 * abs(low) and len(ticks) <= 7, ticks)
+            self.assertGreaterEqual(ticks[-1] + 1e-9 * abs(high), high)
+
+    def test_a_sheet_has_a_legend_of_its_classes(self):
+        info, path = data.info("shapes", "data", None), self.tmp / "sheet.png"
+        blank = np.full((20, 20, 3), 255, np.uint8)
+        common.draw_sheet(path, [[blank]], ["name"], info)
+        shown = {tuple(color) for color in np.array(Image.open(path)).reshape(-1, 3).tolist()}
+        self.assertLessEqual({*map(tuple, common.vivid(info.colors).tolist()), (200, 200, 200)},
+                             shown)
+        many = dataclasses.replace(info, classes=tuple(map(str, range(30))),
+                                   colors=self.PALETTES["greys"])
+        entries = common.legend(many, "void", 300)
+        self.assertEqual([name for _, _, name, _ in entries],
+                         [*map(str, range(20)), "and 10 more", "void"])
+        for x, line, name, _ in entries:
+            self.assertLessEqual(x + common.font(15).getlength(name) + 28, 300)
+        self.assertEqual(len({(x, line) for x, line, *_ in entries}), 22)
+
+    def test_percent_spans_ten_points_and_baselines_are_dashed(self):
+        path = self.tmp / "panel.png"
+        for name, whole in ("miou", True), ("pa_miou_nearest", False):
+            common.draw_panels(path, [([0, 300], {name: [93.0, 94.0]}, "step", "%")])
+            shown = np.array(Image.open(path)) == common.LINES[0]
+            ys, xs = shown[70:360].all(-1).nonzero()        # below the names, above the axis
+            self.assertLess(np.ptp(ys), 0.12 * 310)         # 1 of 10 points, and a line's width
+            self.assertEqual(len({*xs}) > 0.9 * np.ptp(xs), whole, name)
+
+
 class CommandLine(MethodCase):
     def parse(self, *argv):
         return common.parse(lmae.Config, lmae.RECIPES, "", list(argv))
@@ -4069,20 +4157,21 @@ class MaskSupRuns(Case):
         state = saved(base / "last.pt")             # which is to answer all kinds of classes
         state["model"]["head.weight"] = torch.randn(6, 4, 1, 1) * torch.tensor(100.0)
         common.save_checkpoint(base / "last.pt", state)
-        with mock.patch("common.draw_curves", wraps=common.draw_curves) as drawn:
+        with mock.patch("common.draw_panels", wraps=common.draw_panels) as drawn:
             done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
                           "0.7,0.3,0.3", "--out", self.tmp / "eval")
         self.assertEqual(done.returncode, 0, done.stderr)
         rows = list(csv.DictReader((base / "log.csv").read_text().splitlines()))
         curves = {(name, int(row["step"])): row for name in ("run", "base") for row in
                   csv.DictReader((self.tmp / f"{name}/log.csv").read_text().splitlines())}
-        self.assertEqual([point["step"] for point in drawn.call_args.args[0]], [1, 4, 8])
-        for point in drawn.call_args.args[0]:
-            for name in "run", "base":
-                row = curves.get((name, point["step"]), {})
-                for key in "miou", "val_loss_tasksim":
-                    np.testing.assert_allclose(point[f"{key} of {name}-last"],
-                                               float(row.get(key, "nan")), rtol=1e-5)
+        panels, names = drawn.call_args_list[0].args[1], {"run": "masksup low", "base": "base"}
+        for (steps, lines, *_), key in zip(panels, ("val_loss_tasksim", "miou"), strict=True):
+            self.assertEqual((steps, list(lines)), ([1, 4, 8], list(names.values())))
+            for run, name in names.items():
+                np.testing.assert_allclose(lines[name], [
+                    float(curves.get((run, step), {}).get(key, "nan")) for step in steps],
+                    rtol=1e-5)
+        self.assertEqual(list(drawn.call_args.args[1][0][1]), list(names.values()))
         self.assertEqual((float(rows[0]["loss_context"]), float(rows[0]["loss_tasksim"])), (0, 0))
         self.assertEqual(rows[0]["loss"], rows[0]["loss_seg"])
         again = json.loads((self.tmp / "eval/run-last/metrics.json").read_text())
@@ -4096,7 +4185,7 @@ class MaskSupRuns(Case):
         one, two = (np.array(Image.open(self.tmp / f"eval/{name}-last/samples.png"))
                     for name in ("run", "base"))
         both = np.array(Image.open(self.tmp / "eval/samples.png"))
-        tiles = [[picture[4 + 164 * i:164 + 164 * i, -980:] for i in range(n)]
+        tiles = [[picture[26 + 164 * i:186 + 164 * i, -980:] for i in range(n)]
                  for picture, n in ((one, 5), (two, 5), (both, 7))]
         for i, expected in enumerate((tiles[0][0], tiles[0][1], tiles[0][2], tiles[1][2],
                                       tiles[0][3], tiles[0][4], tiles[1][4])):
@@ -4119,6 +4208,14 @@ class MaskSupRuns(Case):
                 masksup.main()
         done = inside("masksup.py", "--size", 50)
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+
+    def test_runs_of_an_evaluation_are_named_by_their_method(self):
+        names = masksup.run_names({
+            "out/a/best.pt": masksup.Config(method="base"), "out/b/best.pt": masksup.Config(),
+            "out/c/last.pt": masksup.Config(coverage="low"),
+            "out/d/last.pt": masksup.Config(coverage="low")})
+        self.assertEqual(list(names.values()), ["base", "masksup high", "masksup low (c-last)",
+                                                "masksup low (d-last)"])
 
     def test_paper_iou_is_said_of_the_papers_sets_alone(self):
         scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
@@ -4253,7 +4350,8 @@ class MaskSupPredict(Case):
                 self.assertGreater((index == np.argmax(planes, 0)).mean(), 0.97, name)
                 odds = np.exp(planes - np.max(planes, 0))
                 self.assertLess(abs(confidence / 255 - 1 / odds.sum(0)).mean(), 0.02, name)
-            np.testing.assert_allclose(overlay, 0.45 * twin + 0.55 * colors[index], atol=1)
+            np.testing.assert_array_equal(overlay[index == 0], twin[index == 0])
+            np.testing.assert_array_equal(overlay, common.overlay(twin, index, colors))
         self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
         self.assertEqual(self.predict(folder).returncode, 2)                 # --to is not empty
 
@@ -5345,20 +5443,21 @@ class S4mimPhases(S4mimCase):
 
     def test_step_png_shows_what_a_step_sees_and_moves_nothing(self):
         root = self.folder(n=12, classes=self.C, size=(40, 50))
-        common_rows = ["x_w", "y_w", "x_s", "y_w mixed"]
-        for method, rows in (("fixmatch", common_rows), ("mim", [*common_rows, "x_s * m", "r"]),
-                             ("s4mim", [*common_rows, "x_s * m", "p of that", "r",
-                                        "Head_c(fea_c)"])):
+        plain = ["weak view", "pseudo-label", "strong view", "mixed pseudo-label"]
+        masked = [*plain, "masked strong view"]
+        for method, rows in (("fixmatch", plain), ("mim", [*masked, "painted by PiD"]),
+                             ("s4mim", [*masked, "prediction from masked", "painted by PiD",
+                                        "painted by one head"])):
             cfg = tiny(method=method, data=str(root), labeled="6", psi=0.3)
             labeled, unlabeled, _ = s4mim.datasets(cfg)
             model = small(len(labeled.info.classes), method=method)
             before = copy.deepcopy(model.state_dict())
             views, real = [], s4mim.make_views
-            with mock.patch("common.sheet") as sheet, mock.patch(
+            with mock.patch("common.draw_sheet") as sheet, mock.patch(
                     "s4mim.make_views", lambda *args: views.append(real(*args)) or views[0]):
                 s4mim.draw_step(model, labeled, unlabeled, cfg, common.Machine(cfg),
                                 labeled.info, "step.png")
-            (tiles, _, titles), (v,) = sheet.call_args.args, views
+            (_, tiles, titles, *_), (v,) = sheet.call_args.args, views
             self.assertEqual(titles, rows)
             for name, t in model.state_dict().items():
                 self.assertTrue(t.equal(before[name]), name)
@@ -6140,7 +6239,8 @@ class S4mimPredict(S4mimCase):
                 self.assertEqual(index.getpalette()[:9], colors.ravel().tolist())
                 index, overlay = np.array(index), np.array(overlay)
             self.assertGreater((index == self.answer(twin).numpy()).mean(), 0.999, name)
-            np.testing.assert_allclose(overlay, 0.45 * twin + 0.55 * colors[index], atol=1)
+            np.testing.assert_array_equal(overlay[index == 0], twin[index == 0])
+            np.testing.assert_array_equal(overlay, common.overlay(twin, index, colors))
             seen |= set(index.flat)
         self.assertEqual(seen, {0, 1, 2})
         self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
@@ -6238,7 +6338,7 @@ def somebody_else():
     "".encode("utf-8-sig")
     Image.init()
     for module in (*SCRIPTS.values(), data):    # nor to read the sources, in a folder of root's
-        common.reasons(module.Config)
+        common.help_texts(module.Config)
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -7102,7 +7202,7 @@ class Broken(Case):
             said = run.stdout.read()
         state = saved(out / "last.pt")
         self.assertIn(f"stopped after step {state['step']}: the same command", said)
-        self.assertEqual(state["step"] % common.LOOK, 1)
+        self.assertEqual(state["step"] % common.CHECK_EVERY, 1)
         status, _, error = outcome("masksup.py", *argv, "--resume", "--max-steps",
                                    state["step"] + 1)
         self.assertEqual((status, error), (0, ""))
