@@ -13,7 +13,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
         L_mimse   the classes                                                          Eq. 13
     loss = (L_s + L_u + L_mimpi + L_mimfea + L_mimse) / (the sum of their weights)     Eq. 14
 
-Lines 181 to 552 are the method, the rest is plumbing: networks, data, training loop, other commands.
+Lines 182 to 554 are the method, the rest is plumbing: networks, data, training loop, other commands.
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
@@ -34,9 +34,10 @@ splits/pascal/92/labeled.txt in its repository; the paper's backbone, in all tab
     Table II    --data voc --setup aug --labeled LIST --size 321 or 513; SupOnly as above
     Table III   --data cityscapes --labeled LIST; SupOnly as above
                 (the other methods of Tables I-III: not here, they have code of their own)
-    Table IV    --method fixmatch | --no-fea --no-se | --no-se | --no-pi --no-fea | --no-fea
+    Table IV    --method fixmatch | --no-fea --no-se | --no-se | --no-pi --no-fea | --no-fea |
+                (no flag)
     Table V     --method fixmatch | --method mim | --no-fea --no-se
-    Table VI    --no-dic --no-conf | --no-dic | --no-conf
+    Table VI    --no-dic --no-conf | --no-dic | --no-conf | (no flag)
     Table VII   --method fixmatch | --no-pi --no-fea --semantic mse | --no-pi --no-fea
     Table VIII  --stride 8; CorrMatch: not here, it has code of its own
     Fig. 1-3    not here, they are diagrams: of train_step() (2), class_heads() and Prototypes (3)
@@ -62,7 +63,7 @@ Departures from the paper:
 - Losses that are switched off leave the divisor of Eq. 14, too: 2 for fixmatch, 1 for suponly.
 - Void and padding are left out of all losses but the reconstruction; the paper says so of the
   features. Unlabelled crops have only padding: no ground truth is used.
-- Labels, masks and confidence at the features are those of the pixel below: see at_features().
+- Labels, masks and confidence at the features are those of one pixel: see at_features().
 - suponly has 8 labelled images a step, for as many steps as the method. UniMatch's has 16 a step
   and 80 epochs of the labelled images, which is 400 steps with 92.
 - metrics.json is of the last epoch; UniMatch reports the best on the validation set.
@@ -334,7 +335,8 @@ def mix(x, partner, box):
 # ------------------------------------------------------------------------------------------ loss
 # To paste this section elsewhere: math, torch, torch.nn.functional as F; nothing more.
 # n, in all losses: the number of pixels to divide by. None: the valid pixels of this batch. With
-# several processes it is the mean of theirs: the mean gradient is then that of the whole batch.
+# several processes it is the mean of their numbers: the mean of their gradients is then that of the
+# whole batch.
 
 def masked_mean(values, valid, n=None, streams=1):
     """The mean over the valid pixels; of several streams the sum of their means. 0 without any.
@@ -960,28 +962,28 @@ def write_metrics(model, loader, cfg, machine, info, out, state):
 
 
 def shown(x):
-    """Normalised pictures (B, 3, H, W) -> a list of uint8 (H, W, 3)."""
+    """Normalised images (B, 3, H, W) -> a list of uint8 (H, W, 3)."""
     x = ((x.float().cpu() * STD + MEAN) * 255).round().clamp(0, 255)
     return list(x.to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
-def painted(labels, info):
+def colored(labels, info):
     """Classes (B, H, W) -> a list of uint8 (H, W, 3)."""
     return list(common.colorize(labels.cpu(), info.colors))
 
 
 @torch.no_grad()
-def draw_samples(model, pictures, cfg, machine, info, scores, path, n=6):
+def draw_samples(model, images, cfg, machine, info, scores, path, n=6):
     """samples.png: n images, their ground truth and prediction."""
     model.eval()
     rows = []
-    for i in range(0, len(pictures), max(1, len(pictures) // n))[:n]:
-        image, label, _ = pictures[i]
+    for i in range(0, len(images), max(1, len(images) // n))[:n]:
+        image, label, _ = images[i]
         x = normalize(to_unit(image[None], machine.device))
         p = probabilities(model, x, cfg, machine).argmax(1)
         step = max(1, max(x.shape[2:]) // 320)
-        rows.append([picture[::step, ::step] for picture in (
-            *shown(x), *painted(label[None], info), *painted(p, info))])
+        rows.append([tile[::step, ::step] for tile in (
+            *shown(x), *colored(label[None], info), *colored(p, info))])
     common.draw_sheet(path, list(zip(*rows)), ["image", "ground truth", "prediction"], info,
                       f"{cfg.method}: mIoU {scores['miou']:.2f}")
 
@@ -990,24 +992,24 @@ def draw_samples(model, pictures, cfg, machine, info, scores, path, n=6):
 def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     """step.png: n unlabelled images in one step. Grey in pseudo-labels is left out of L_u. The last
     row shows the output of one head, that of the largest object. All processes have to call this,
-    because the two phases sum over them."""
+    because the two phases average over them."""
     model.train()
-    batches = [next(iter(data.train_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1,
-                                           endless=True))) for pictures in (labeled, unlabeled)]
+    batches = [next(iter(data.train_loader(images, n, seed=common.seed_of(cfg.seed), stop=1,
+                                           endless=True))) for images in (labeled, unlabeled)]
     seeds = [common.seed_of(cfg.seed, 0, j) for j in range(n)]
     v = make_views(*batches, cfg, model.E.channels, seeds, machine.device)
     s, C = slice(n, 2 * n), len(info.classes)
     with averages_kept(model), machine.autocast():
         *_, seen = phase_one(model, v, cfg, machine)
         y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
-        rows = {"weak view": shown(v.x_w), "pseudo-label": painted(y_w, info),
-                "strong view": shown(v.x_s), "mixed pseudo-label": painted(y_w_mixed, info)}
+        rows = {"weak view": shown(v.x_w), "pseudo-label": colored(y_w, info),
+                "strong view": shown(v.x_s), "mixed pseudo-label": colored(y_w_mixed, info)}
         if masked(cfg):
             spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
             _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
             rows["masked strong view"] = shown(v.x_s * v.m)
             if p_m is not None:
-                rows["prediction from masked"] = painted(p_m[s].argmax(1), info)
+                rows["prediction from masked"] = colored(p_m[s].argmax(1), info)
             if r is not None:
                 rows["painted by PiD"] = shown(r[s])
             if r is not None and cfg.method != "mim":
