@@ -5888,11 +5888,11 @@ class S4mimRuns(S4mimCase):
         for name in "samples", "step", "curves":
             with Image.open(out / f"{name}.png") as picture:
                 sizes[name] = picture.size
-        # tiles of 160 and 4 between them; 3 rows of pictures, and 8 of what a step sees
-        self.assertEqual((sizes["samples"][1], sizes["step"][1]), (4 + 3 * 164, 4 + 8 * 164))
-        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
-        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 120)
-        self.assertEqual(sizes["curves"], (960, 340))
+        # tiles of 160 and 4 between them; 3 rows of images, and 8 of a step; a title and a legend
+        self.assertEqual((sizes["samples"][1] - 3 * 164, sizes["step"][1] - 8 * 164), (56, 56))
+        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 240)
+        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 240)
+        self.assertEqual(sizes["curves"], (1120, 420))
 
         text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
                     self.tmp / "eval")
