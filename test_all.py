@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unittest
 import warnings
 import zipfile
@@ -4796,10 +4798,10 @@ class S4mimHeads(S4mimCase):
         label = torch.from_numpy(self.rng.integers(0, C, (2, *size)))
         near = torch.tensor([[[label[b, 4 * y, 4 * x] for x in range(10)]
                               for y in range(8)] for b in range(2)])
-        torch.testing.assert_close(pid.paint(fea, near, size).detach(),
+        torch.testing.assert_close(pid.heads(fea, near, size).detach(),
                                    stretched(self.plain(fea, near, heads), size))
         every = sum(F.conv2d(fea, head, padding=1) for head in heads)                   # Eq. 4
-        torch.testing.assert_close(pid.paint(fea, near, size, classwise=False).detach(),
+        torch.testing.assert_close(pid.heads(fea, near, size, classwise=False).detach(),
                                    stretched(every, size))
 
 
@@ -4969,8 +4971,7 @@ class S4mimLoss(S4mimCase):
                     for b, y, x in self.pixels(3) if y_l[b, y, x] != 255]
             self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), np.mean(each), places=5)
             # few pixels are all among the 100,000 hardest of a crop
-            self.assertAlmostEqual(s4mim.supervised(p_l, y_l, ohem=True).item(), np.mean(each),
-                                   places=5)
+            self.assertTrue(torch.equal(s4mim.hard_pixels(p_l, y_l), y_l))
 
     def test_hard_examples_by_sorting(self):
         """OHEM: the pixels below a probability of 0.7, or the 100,000 hardest a crop if these are
@@ -4985,9 +4986,9 @@ class S4mimLoss(S4mimCase):
             kept = {"0.7": p[p < 0.7], "200000": p[:200_000], "all": p}[rule]
             if rule != "all":
                 self.assertEqual((p < 0.7).sum() > 200_000, rule == "0.7")
-            self.assertAlmostEqual(
-                s4mim.supervised(p_l, torch.from_numpy(y_l), ohem=True).item(),
-                -np.log(kept).mean(), delta=2e-5 * -np.log(kept).mean())
+            hard = s4mim.hard_pixels(p_l, torch.from_numpy(y_l))
+            self.assertAlmostEqual(s4mim.supervised(p_l, hard).item(), -np.log(kept).mean(),
+                                   delta=2e-5 * -np.log(kept).mean())
 
     def test_equation_2_against_a_loop(self):
         p, void = self.logits(3, 4), self.where(3)
@@ -5057,7 +5058,8 @@ class S4mimLoss(S4mimCase):
                     removed[:B][label[:B] == 1] = True                  # not in sight this time
                     removed[0, 1, 1], void[0, 1, 1], label[0, 1, 1] = False, False, 2
                 leaf = fea.clone().requires_grad_()
-                prototypes.update(leaf[:B], label[:B], conf[:B], ~(removed | void)[:B])
+                prototypes.update(prototypes.sums(leaf[:B], label[:B], conf[:B],
+                                                  ~(removed | void)[:B]))
                 found = prototypes(leaf, label, conf, removed & ~void)
                 found.backward()
 
@@ -5098,7 +5100,7 @@ class S4mimLoss(S4mimCase):
         fea = torch.tensor([[3.0, 0, 4]]).view(1, 3, 1, 1)
         one, label = torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long()
         for n in 1, 2:
-            prototypes.update(fea, label, one, one.bool())
+            prototypes.update(prototypes.sums(fea, label, one, one.bool()))
             share = 1 - 0.99 ** n
             torch.testing.assert_close(prototypes.v, torch.tensor([[3, 0, 4], [0, 0, 0]]) * share)
         away = torch.tensor([[0.0, 1, 0]]).view(1, 3, 1, 1)
@@ -5112,7 +5114,8 @@ class S4mimLoss(S4mimCase):
         y, conf = torch.zeros(N, 5, 5).long(), torch.rand(N, 5, 5)
         prototypes = s4mim.Prototypes(C, C)
         for loss in (lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255)),
-                     lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255), True),
+                     lambda p: s4mim.supervised(p, s4mim.hard_pixels(p, torch.full((N, 5, 5),
+                                                                                   255))),
                      lambda p: s4mim.consistency(p, y, conf, everything),
                      lambda p: s4mim.consistency(p, y, conf, ~everything, 1.1),
                      lambda p: s4mim.semantic_loss(p, p.detach().argmax(1), everything),
@@ -5122,52 +5125,168 @@ class S4mimLoss(S4mimCase):
             found = loss(p)
             found.backward()
             self.assertEqual((found.item(), p.grad.abs().max().item()), (0, 0))
-        prototypes.update(torch.randn(N, C, 5, 5), y, conf, ~everything)
+        prototypes.update(prototypes.sums(torch.randn(N, C, 5, 5), y, conf, ~everything))
         self.assertFalse(prototypes.v.any())
-        prototypes.update(torch.randn(N, C, 5, 5), y, conf, everything)
+        prototypes.update(prototypes.sums(torch.randn(N, C, 5, 5), y, conf, everything))
         dark = torch.zeros(N, C, 5, 5, requires_grad=True)              # after a ReLU, it happens
         found = prototypes(dark, y, conf, everything)
         found.backward()
         self.assertAlmostEqual(found.item(), 0.1, places=6)
         self.assertTrue(dark.grad.isfinite().all())
 
-    def test_the_losses_of_two_processes_are_those_of_the_whole_batch(self):
+    def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
+        """And its gradient, if each divides by the mean of their numbers of pixels."""
         B, C, D = 4, 4, 5
         fea, label, conf, removed, void = self.batch(range(C), B, D)
-        void[0], void[B] = True, True                                   # the halves weigh unevenly
+        void[0], void[B] = True, True                           # the halves have unlike numbers
         p_m, p = self.logits(3 * B, C, 4), self.logits(3 * B, C, 4)
-        r, x = (torch.from_numpy(self.rng.standard_normal((3 * B, 3, 4, 4))) for _ in range(2))
-        y_l = torch.where(void, 255, label)
+        x = torch.from_numpy(self.rng.standard_normal((3 * B, 3, 4, 4)))
+        r, y_l = torch.randn_like(x), torch.where(void, 255, label)
+        prototypes = s4mim.Prototypes(C, D)
+        prototypes.update(prototypes.sums(fea[:B], label[:B], conf[:B], ~(removed | void)[:B]))
+        one_stream = lambda at: (~void[at]).sum()
+        streams = lambda at: (~void[at]).reshape(3, -1).sum(1)
+        weights = lambda at: prototypes.weights(label[at], conf[at],
+                                                (removed & ~void)[at]).sum((0, 2, 3))
+        every = list(range(3 * B))
+        halves = every[::2], every[1::2]                        # of each stream
+        sums = [prototypes.sums(fea[at[:B // 2]], label[at[:B // 2]], conf[at[:B // 2]],
+                                ~(removed | void)[at[:B // 2]]) for at in halves]
+        other = s4mim.Prototypes(C, D)
+        other.update(sum(sums) / 2)
+        torch.testing.assert_close(other.v, prototypes.v)
+        for count, leaf, f in (
+                (one_stream, p, lambda at, n: s4mim.supervised(p[at], y_l[at], n)),
+                (one_stream, p, lambda at, n: s4mim.consistency(p[at], label[at], conf[at],
+                                                                void[at], 0.5, n)),
+                (one_stream, r, lambda at, n: s4mim.pixel_loss(r[at], x[at])),
+                (streams, p_m, lambda at, n: s4mim.semantic_loss(p_m[at], p[at].argmax(1),
+                                                                 void[at], n)),
+                (streams, p_m, lambda at, n: s4mim.semantic_loss(p_m[at], p[at].softmax(1).detach(),
+                                                                 void[at], n)),
+                (weights, fea, lambda at, n: prototypes(fea[at], label[at], conf[at],
+                                                        (removed & ~void)[at], n))):
+            leaf.requires_grad_()
+            whole = f(every, None)
+            n = sum(count(at) for at in halves) / 2
+            mean = sum(f(at, n) for at in halves) / 2
+            self.assertNotAlmostEqual(f(halves[0], n).item(), whole.item(), places=4)
+            self.assertAlmostEqual(mean.item(), whole.item(), places=5)
+            torch.testing.assert_close(*(torch.autograd.grad(t, leaf)[0] for t in (mean, whole)),
+                                       rtol=1e-4, atol=1e-7)
 
-        def features(at, add):
-            prototypes = s4mim.Prototypes(C, D)
-            mine = at[:len(at) // 3]
-            prototypes.update(fea[mine], label[mine], conf[mine], ~(removed | void)[mine], add)
-            return prototypes(fea[at], label[at], conf[at], (removed & ~void)[at], add)
 
-        for f in (lambda at, add: s4mim.supervised(p[at], y_l[at], add=add),
-                  lambda at, add: s4mim.consistency(p[at], label[at], conf[at], void[at], 0.5,
-                                                    add),
-                  lambda at, add: s4mim.pixel_loss(r[at], x[at], add),
-                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at].argmax(1), void[at], add),
-                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at].softmax(1), void[at], add),
-                  features):
-            whole = f(list(range(3 * B)), lambda s: s)
-            barrier, sent = threading.Barrier(2, timeout=60), [None, None]
+class PasteS4mim(S4mimCase):
+    """Sections of s4mim.py, cut out by their header lines, run alone."""
 
-            def one(rank):
-                def add(sums):
-                    sent[rank] = sums
-                    barrier.wait()
-                    total = sent[0] + sent[1]
-                    barrier.wait()
-                    return total
-                # rank r has every second picture of each stream
-                return f(list(range(rank, 3 * B, 2)), add).item()
+    def paste(self, name, **given):
+        """The functions and classes of a section, which is given these modules and no others."""
+        header, sections = re.compile(r"# -+ (.*)"), {}
+        for line in (MAIN / "s4mim.py").read_text("utf-8").splitlines():
+            if found := header.fullmatch(line):
+                sections[found[1]] = []
+            elif sections:
+                sections[next(reversed(sections))].append(line)
+        exec("\n".join(sections[name]), given)
+        return types.SimpleNamespace(**given)
 
-            with ThreadPoolExecutor(2) as pool:
-                for found in pool.map(one, range(2)):
-                    self.assertAlmostEqual(found, whole.item(), places=5)
+    def test_the_map_at_the_top_is_right(self):
+        lines = (MAIN / "s4mim.py").read_text("utf-8").splitlines()
+        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
+                                         s4mim.__doc__).groups())
+        self.assertRegex(lines[first - 1], "^# -+ model$")
+        source, start = inspect.getsourcelines(s4mim.train_step)
+        self.assertEqual(last, start + len(source) - 1)
+        method = "\n".join(lines[first - 1:last])
+        for name in ("class_heads", "Heads", "Prototypes", "patch_mask", "supervised",
+                     "consistency", "pixel_loss", "semantic_loss", "phase_one", "phase_two"):
+            self.assertRegex(method, rf"(?m)^(def|class) {name}\b")
+
+    def test_the_model_against_loops(self):
+        model = self.paste("model", torch=torch, nn=torch.nn, F=F)
+        B, C, D, H, W = 2, 3, 4, 3, 5
+        fea = torch.from_numpy(self.rng.standard_normal((B, D, H, W))).float()
+        label = torch.from_numpy(self.rng.integers(0, C, (B, H, W)))
+        label[0, 0, 0], label[1, 2, 2] = 255, -1
+        heads = model.Heads(D, C)
+        weight, expected = heads.weight.detach().view(C, 3, D, 3, 3), np.zeros((B, 3, H, W))
+        for b, i, j, di, dj in itertools.product(range(B), range(H), range(W), (-1, 0, 1),
+                                                 (-1, 0, 1)):
+            y, x = i + di, j + dj                               # where (i, j) adds to
+            if 0 <= y < H and 0 <= x < W and 0 <= label[b, i, j] < C:
+                tap = weight[label[b, i, j], :, :, 1 - di, 1 - dj]
+                expected[b, :, y, x] += (tap @ fea[b, :, i, j]).numpy()
+        np.testing.assert_allclose(heads(fea, label, (H, W)).detach(), expected, atol=1e-5)
+
+        prototypes = model.Prototypes(C, D, alpha=0.9)
+        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (B, H, W))).float()
+        removed = torch.from_numpy(self.rng.random((B, H, W)) < 0.5)
+        v, terms = np.zeros((C, D)), []
+        prototypes.update(prototypes.sums(fea, label, conf, ~removed))
+        z, k = fea.movedim(1, 3).numpy(), conf.numpy()
+        for c in range(C):
+            at = (label == c).numpy() & ~removed.numpy()
+            v[c] = 0.1 * sum(k[p] * z[p] for p in zip(*at.nonzero())) / k[at].sum()
+        np.testing.assert_allclose(prototypes.v, v, rtol=1e-5)
+        for c in range(C):
+            at = [*zip(*((label == c).numpy() & removed.numpy()).nonzero())]
+            cos = [z[p] @ v[c] / np.linalg.norm(z[p]) / np.linalg.norm(v[c]) for p in at]
+            weights = [k[p] for p in at]
+            terms.append(np.average([(1 - x) / 10 for x in cos], weights=weights))
+        self.assertAlmostEqual(prototypes(fea, label, conf, removed).item(), np.mean(terms),
+                               places=6)
+
+    def test_void_labels_are_left_out_of_the_prototypes(self):
+        prototypes = self.paste("model", torch=torch, nn=torch.nn, F=F).Prototypes(2, 3)
+        fea = torch.tensor([[1.0, 0, 0], [0, 1, 0], [5, 5, 5]]).T.reshape(1, 3, 1, 3)
+        one, everywhere = torch.ones(1, 1, 3), torch.ones(1, 1, 3).bool()
+        for void in 255, 2, -1:
+            label = torch.tensor([[[0, 1, void]]])
+            prototypes.v.zero_()
+            prototypes.update(prototypes.sums(fea, label, one, everywhere))
+            torch.testing.assert_close(prototypes.v, 0.01 * torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+            leaf = fea.clone().requires_grad_()
+            found = prototypes(leaf, label, one, everywhere)
+            found.backward()
+            self.assertLess(found.item(), 1e-6)                 # both lie on their prototypes
+            self.assertEqual(leaf.grad[..., 2].abs().max().item(), 0)
+
+    def test_masking_against_loops(self):
+        masking = self.paste("masking", torch=torch)
+        noise = masking.noise_of([3, 4], 16)
+        m = masking.patch_mask(noise, 14, patch=4, ratio=0.4)
+        for b in range(2):
+            removed = set(np.argsort(noise[b].numpy())[:6].tolist())    # int(0.4 * 16)
+            for y, x in itertools.product(range(14), repeat=2):
+                self.assertEqual(m[b, 0, y, x].item(), y // 4 * 4 + x // 4 not in removed)
+        self.assertEqual(masking.perturb([torch.ones(1, 2, 1, 1)], [torch.tensor([[0.4, 0.6]])])[0]
+                         .flatten().tolist(), [0, 2])
+        x, box = torch.arange(8).view(2, 2, 2), torch.eye(2).bool().expand(2, 2, 2)
+        self.assertEqual(masking.mix(x, torch.tensor([1, 0]), box).tolist(),
+                         [[[4, 1], [2, 7]], [[0, 5], [6, 3]]])
+
+    def test_losses_against_loops(self):
+        loss = self.paste("loss", math=math, torch=torch, F=F)
+        N, C, S = 3, 4, 5
+        p, target = (torch.from_numpy(self.rng.standard_normal((N, C, S, S))) for _ in range(2))
+        y = torch.from_numpy(self.rng.integers(0, C, (N, S, S)))
+        void = torch.from_numpy(self.rng.random((N, S, S)) < 0.3)
+        conf = torch.from_numpy(self.rng.random((N, S, S)))
+        ce = np.array([[[-log_softmax(p[b, :, i, j])[y[b, i, j]] for j in range(S)]
+                        for i in range(S)] for b in range(N)])
+        valid = ~void.numpy()
+        kept = ce * (conf.numpy() >= 0.5)
+        squares = np.square(p.numpy() - target.numpy())
+        for found, expected in (
+                (loss.supervised(p, torch.where(void, 255, y)), ce[valid].mean()),
+                (loss.supervised(p, loss.hard_pixels(p, torch.where(void, 255, y))),
+                 ce[valid].mean()),                             # fewer than 100,000 a crop
+                (loss.consistency(p, y, conf, void, 0.5), kept[valid].mean()),
+                (loss.consistency(p, y, conf, void, 0.5, n=torch.tensor(7)), kept[valid].sum() / 7),
+                (loss.pixel_loss(p[:, :3], target[:, :3]),
+                 sum(squares[b, :3].mean() for b in range(N))),
+                (loss.semantic_loss(p, y, void), sum(ce[b][valid[b]].mean() for b in range(N)))):
+            self.assertAlmostEqual(found.item(), expected, places=5)
 
 
 def average(values, where):
@@ -5594,7 +5713,7 @@ class S4mimTraining(S4mimCase):
                       decoder_lr=1, pixel_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
             cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
-            s4mim.settle(cfg)
+            s4mim.fill_in(cfg)
             for key, value in expected.items():
                 self.assertEqual(getattr(cfg, key), value, (name, key))
             s4mim.check(cfg)
@@ -5603,7 +5722,7 @@ class S4mimTraining(S4mimCase):
         for size, side in (32, 2), (97, 2), (161, 3), (257, 5), (321, 6), (513, 6), (801, 6):
             for given, expected in (0, side), (4, 4):
                 cfg = tiny(size=size, patch=given)
-                s4mim.settle(cfg)
+                s4mim.fill_in(cfg)
                 self.assertEqual(cfg.patch, expected, size)
 
     def test_voc_without_sbds_list_says_what_is_missing(self):
@@ -5618,9 +5737,9 @@ class S4mimTraining(S4mimCase):
                     s4mim.datasets(cfg)
         lines = [t for t in text.getvalue().splitlines() if "instead of the paper's" in t]
         self.assertEqual(lines, [
-            "voc: 1463 unlabelled pictures instead of the paper's 10581, 182 steps an epoch "
+            "voc: 1463 unlabelled images instead of the paper's 10581, 182 steps an epoch "
             "instead of 1322: get SBD's list of 10582 names, ImageSets/Segmentation/train_aug.txt; "
-            "its pictures are in JPEGImages"])
+            "its images are in JPEGImages"])
 
     def test_rates(self):
         cfg = tiny(lr=0.1, decoder_lr=5.0, pixel_lr=2.0)
@@ -5875,11 +5994,11 @@ class S4mimRuns(S4mimCase):
         for name in "samples", "step", "curves":
             with Image.open(out / f"{name}.png") as picture:
                 sizes[name] = picture.size
-        # tiles of 160 and 4 between them; 3 rows of pictures, and 8 of what a step sees
-        self.assertEqual((sizes["samples"][1], sizes["step"][1]), (4 + 3 * 164, 4 + 8 * 164))
-        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
-        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 120)
-        self.assertEqual(sizes["curves"], (960, 340))
+        # tiles of 160 and 4 between them; 3 rows of images, and 8 of a step; a title and a legend
+        self.assertEqual((sizes["samples"][1] - 3 * 164, sizes["step"][1] - 8 * 164), (56, 56))
+        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 240)
+        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 240)
+        self.assertEqual(sizes["curves"], (1120, 420))
 
         text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
                     self.tmp / "eval")
@@ -6014,7 +6133,7 @@ class S4mimRuns(S4mimCase):
             text = here(*flags, "--labeled", labeled, "--max-steps", 3, "--out", out)
             self.assertIn(f"{labeled} labelled", text)
             # where all are labelled, none is unlabelled
-            self.assertIn(f"and {2 - int(labeled)} unlabelled pictures", text)
+            self.assertIn(f"and {2 - int(labeled)} unlabelled images", text)
             end = saved(out / "last.pt")
             self.assertEqual(end["step"], 3)
             self.assertTrue(all(t.isfinite().all() for t in end["model"].values()))
@@ -6024,7 +6143,7 @@ class S4mimRuns(S4mimCase):
             save(root / f"images/new{i}.png", self.noise(50, 36, 3))
         text = here(*flags, "--labeled", "2/2", "--max-steps", 1, "--out", self.tmp / "more")
         self.assertIn("2 labelled", text)
-        self.assertIn("and 5 unlabelled pictures", text)
+        self.assertIn("and 5 unlabelled images", text)
 
     def test_every_method_starts_from_a_checkpoint_of_its_kind(self):
         _, flags = self.own(10)
@@ -6112,7 +6231,7 @@ class S4mimRuns(S4mimCase):
                     48, "--width", 4, "--backbone", "resnet18", "--pretrained", "none",
                     "--batch-size", 4, "--max-steps", 2, "--device", "cpu", "--out", out)
         self.assertIn("2 labelled", text)
-        self.assertIn("and 2 unlabelled pictures, 2 val pictures", text)
+        self.assertIn("and 2 unlabelled images, 2 val images", text)
         end = saved(out / "last.pt")
         self.assertEqual((end["config"]["window"], end["config"]["ohem"]), ("slide", True))
         self.assertEqual(len(end["scores"]["class_iou"]), 19)
