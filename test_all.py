@@ -2407,8 +2407,7 @@ class LmaeModel(Case):
         image, label, *_ = self.batch(6)
         image = ((image + 1) * 127).byte()
         for supplement in "none", "image", "nearest":
-            cfg = lmae.Config(**{**TINY, "supplement": supplement, "mask_strategy": "random",
-                                 "punch": 0.9})
+            cfg = lmae.Config(**{**TINY, "supplement": supplement})
             torch.manual_seed(0)
             model = lmae.build(cfg, 6).eval()
             args = image, range(3), cfg, machine, info
@@ -2419,9 +2418,9 @@ class LmaeModel(Case):
             table = lmae.background_table(info)
             noise = lmae.draw(range(40), 16, True)
             label40 = torch.from_numpy(self.rng.integers(0, 6, (40, 32, 32), dtype=np.uint8))
-            keep, removed, shown = lmae.damage(label40, cfg, table, noise)
-            again = lmae.damage(torch.where(shown == 255, (label40 + 1) % 6, label40), cfg, table,
-                                noise)
+            damage = lambda label: lmae.damage(label, 8, 0.5, "random", 0.9, table, noise)
+            keep, removed, shown = damage(label40)
+            again = damage(torch.where(shown == 255, (label40 + 1) % 6, label40))
             for a, b in zip((keep, removed, shown), again):
                 self.assertTrue(torch.equal(a, b))
 
@@ -2535,7 +2534,6 @@ class LmaeMasking(Case):
     def test_punched_labels(self):
         """Half of the samples; in square cells of each side from a quarter of a patch to four
         patches; shares evenly from 0 to the most; and the emptiest patches are those removed."""
-        cfg = lmae.Config(**{**TINY, "size": 64, "punch": 0.8, "mask_strategy": "random"})
         noise = lmae.draw(range(600), 64, True)
         self.assertTrue(torch.equal(noise[:, :65], lmae.draw(range(600), 64)))
         holes, punched = lmae.punch(8, 0.8, noise, 64)
@@ -2550,7 +2548,7 @@ class LmaeMasking(Case):
                     cell = holes[b, y:y + sides[b], x:x + sides[b]]
                     self.assertTrue(cell.all() or not cell.any())
         label = torch.zeros(600, 64, 64, dtype=torch.uint8)
-        keep, removed, shown = lmae.damage(label, cfg, lmae.background_table(
+        keep, removed, shown = lmae.damage(label, 8, 0.5, "random", 0.8, lmae.background_table(
             data.info("shapes")), noise)
         self.assertTrue(torch.equal(shown[punched] == 255, holes[punched]))
         empty = (shown == 255).view(600, 8, 8, 8, 8).sum((2, 4)).flatten(1)
@@ -2660,6 +2658,80 @@ class LmaeLoss(Case):
         loss = lmae.loss_fn(logits, torch.full((1, 8, 8), 255), torch.ones(4), 4)
         loss.backward()
         self.assertEqual((loss.item(), logits.grad.abs().max().item()), (0, 0))
+
+
+class PasteLmae(Case):
+    """Model, Masking and Loss of lmae.py, cut out by their header lines, run without the rest."""
+
+    def setUp(self):
+        super().setUp()
+        self.lines = (MAIN / "lmae.py").read_text("utf-8").split("\n")
+        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
+                       if line.startswith("# ---")}
+        self.pasted = {"math": math, "torch": torch, "nn": torch.nn, "F": F}
+        for name in "model", "masking", "loss":
+            exec("\n".join(self.section(name)), self.pasted)
+
+    def section(self, name):
+        end = min(i for i in [*self.starts.values(), len(self.lines)] if i > self.starts[name])
+        return self.lines[self.starts[name]:end]
+
+    def names(self, *names):
+        return [self.pasted[name] for name in names]
+
+    def test_each_section_says_what_to_take_along(self):
+        for name in "model", "masking", "loss":
+            self.assertTrue(self.section(name)[1].startswith("# To paste: import "), name)
+            self.assertNotRegex("\n".join(self.section(name)), r"\b(common|data|cfg|machine)\.")
+
+    def test_the_docstring_says_where_the_method_is(self):
+        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
+                                         lmae.__doc__).groups())
+        self.assertEqual(first - 1, self.starts["model"])
+        after = list(self.starts).index("one training step") + 1
+        self.assertEqual(last, list(self.starts.values())[after] - 2)
+        self.assertEqual(self.lines[last - 1].strip(), "return loss / machine.world")
+
+    def test_what_is_pasted_against_naive_loops(self):
+        LMAE, ClassWeights, draw, damage, mask_of, loss_fn = self.names(
+            "LMAE", "ClassWeights", "draw", "damage", "mask_of", "loss_fn")
+        label = torch.from_numpy(self.rng.integers(0, 3, (4, 16, 16), dtype=np.uint8))
+        label[0, :3] = 255
+        background = torch.arange(256) == 0
+        keep, removed, shown = damage(label, 4, 0.4, "random", 0, background, draw(range(4), 16))
+        self.assertEqual((removed.shape, keep.shape), ((4, 6), (4, 10)))        # int(16 * 0.4)
+        self.assertEqual(mask_of(removed, 16, 4).float().mean().item(), 6 / 16)
+        for b in range(4):
+            for y in range(16):
+                for x in range(16):
+                    hidden = y // 4 * 4 + x // 4 in removed[b]
+                    self.assertEqual(shown[b, y, x], 255 if hidden else label[b, y, x])
+
+        model = LMAE(3, 16, 4, 1, 1, 16, 16, 2)
+        weights = ClassWeights(torch.tensor([0.6, 0.3, 0.1]))
+        image = torch.from_numpy(self.rng.uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32))
+        logits, w = model(image, shown, keep, removed), weights().tolist()
+        numerator, denominator = [0.0] * 4, [0.0] * 4       # of each sample
+        for b, y, x in np.ndindex(4, 16, 16):
+            if (c := int(label[b, y, x])) != 255:
+                z = logits[b, y // 4 * 4 + x // 4, y % 4 * 4 + x % 4].double()
+                numerator[b] -= w[c] * (z[c] - z.exp().sum().log()).item()
+                denominator[b] += w[c]
+        whole = loss_fn(logits, label, weights(), 4)
+        self.assertAlmostEqual(whole.item(), sum(numerator) / sum(denominator), places=5)
+
+        # two halves, divided by the mean of their denominators: the loss of the whole
+        learned = list(weights.parameters())
+        expected, parts = torch.autograd.grad(whole, learned, retain_graph=True), []
+        for half in slice(0, 1), slice(1, 4):
+            counts = torch.tensor([(label == c).sum().item() for c in range(3)])
+            mean = (counts * weights()).sum() / 2
+            loss = loss_fn(logits[half], label[half], weights(), 4, mean)
+            self.assertAlmostEqual(loss.item(), sum(numerator[half]) / sum(denominator) * 2,
+                                   places=5)
+            parts.append(torch.autograd.grad(loss, learned, retain_graph=True))
+        for a, b, mean in zip(*parts, expected):
+            torch.testing.assert_close((a + b) / 2, mean)
 
 
 class LmaeRuns(Case):
@@ -2861,7 +2933,7 @@ class LmaeRuns(Case):
         done = inside("lmae.py", *TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2,
                       "--max-steps", 1, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("6 training and 3 validation pictures", done.stdout)
+        self.assertIn("6 training and 3 validation images", done.stdout)
         metrics = json.loads((out / "metrics.json").read_text())
         inside("lmae.py", *root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
         again = json.loads((self.tmp / "eval/metrics.json").read_text())
@@ -2973,7 +3045,7 @@ class LmaeComplete(Case):
         self.assertEqual(done.returncode, 1)
         lines = done.stderr.strip().splitlines()
         self.assertEqual(len(lines), 4, lines)          # a picture without a label is no fault
-        for name, word in (("unknown", "3..7"), ("alone", "no picture called alone"),
+        for name, word in (("unknown", "3..7"), ("alone", "no image called alone"),
                            ("other", "30x32"), ("text", "not a whole picture")):
             self.assertTrue(any(name in line and word in line for line in lines), (name, lines))
         self.assertIn("4 failed", done.stdout)
