@@ -771,14 +771,13 @@ def write_metrics(out, state, cfg, strategy):
     objects = [iou for c, iou in enumerate(scores["pa_class_iou"])
                if c not in state["info"]["background"] and not math.isnan(iou)]
     objects = sum(objects) / max(1, len(objects))       # Table 1; Tables 3 and 5 have all classes
-    metrics = {**{name: scores[name] for name in SCORES}, "class_iou": scores["class_iou"],
-               "pa_class_iou": scores["pa_class_iou"], "pa_miou_objects": objects,
-               "epoch": state["history"][-1]["epoch"],
-               "steps": state["step"], "seconds": state["seconds"],
-               "params": sum(p.numel() for p in state["model"].values()),
-               "mask_ratio": cfg.mask_ratio, "mask_strategy": strategy,
-               "beta": weights["log_beta"].exp().item(), "gamma": weights["gamma"].item()}
-    common.write_json(Path(out) / "metrics.json", metrics)
+    common.write_json(Path(out) / "metrics.json", {
+        **{name: scores[name] for name in (*SCORES, "class_iou", "pa_class_iou")},
+        "pa_miou_objects": objects, "epoch": state["history"][-1]["epoch"],
+        "steps": state["step"], "seconds": state["seconds"],
+        "params": sum(p.numel() for p in state["model"].values()),
+        "mask_ratio": cfg.mask_ratio, "mask_strategy": strategy,
+        "beta": weights["log_beta"].exp().item(), "gamma": weights["gamma"].item()})
     of_objects = f", of the objects alone {objects:.2f}" if cfg.data == "voc" else ""
     print(f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f}"
           f"{of_objects}), mIoU {scores['miou']:.2f}, with the kept labels "
@@ -1005,23 +1004,19 @@ def repair(models, image, label, missing, broken, machine):
     index, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.float32)
     share, square, passes, ratios = missing.mean().item(), (cfg.size, cfg.size), 0, set()
     total = torch.zeros(model.classes, side, xs[-1] + side, device=machine.device)
-
-    def cut(array, y, x, fill):
-        part = array[y:y + side, x:x + side]
-        pad = (0, side - part.shape[0]), (0, side - part.shape[1]), (0, 0)
-        return np.pad(part, pad[:part.ndim], constant_values=fill)
-
+    pad = (0, ys[-1] + side - H), (0, xs[-1] + side - W)        # of an image smaller than a window
+    image, label = np.pad(image, (*pad, (0, 0))), np.pad(label, pad, constant_values=common.VOID)
+    missing = np.pad(missing, pad)
     for y, next_y in zip(ys, [*ys[1:], ys[-1] + side]):
         for x in xs:
-            hole = cut(missing, y, x, False)
-            if not hole.any():
+            at = np.s_[y:y + side, x:x + side]
+            if not missing[at].any():
                 continue
-            small = np.array(Image.fromarray(cut(image, y, x, 0)).resize(square, Image.BILINEAR))
-            marks = cut(label, y, x, common.VOID)
-            marks = np.array(Image.fromarray(marks).resize(square, Image.NEAREST))
-            hole = F.adaptive_max_pool2d(torch.from_numpy(hole)[None].float(), square)[0]
-            answer, n, ratio = rebuild(models, small, marks, hole.bool().numpy(), broken, share,
-                                       machine)
+            hole = F.adaptive_max_pool2d(torch.from_numpy(missing[at])[None].float(), square)[0]
+            answer, n, ratio = rebuild(
+                models, np.array(Image.fromarray(image[at]).resize(square, Image.BILINEAR)),
+                np.array(Image.fromarray(label[at]).resize(square, Image.NEAREST)),
+                hole.bool().numpy(), broken, share, machine)
             predicted = (answer.sum(0) > 0).float()[None, None]     # bilinear would leak out of it
             predicted = F.interpolate(predicted, (side, side))[0]
             answer = F.interpolate(answer[None], (side, side), mode="bilinear")[0]
@@ -1065,13 +1060,11 @@ def tree(paths):
     Raises UserError for a path that does not exist or has no images, and for two of one name."""
     found = {}
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: neither a file nor a folder of this name")
-        files = [path] if path.is_file() else data.tree(path)
+        files = data.tree(path) if path.is_dir() else [path] if path.exists() else []
         if not files:
-            raise UserError(f"{path}: no images in it")
+            raise UserError(f"{path}: no such file, or no images in this folder")
         for file in files:
-            name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("")
+            name = file.relative_to(path if path.is_dir() else path.parent).with_suffix("")
             if (other := found.setdefault(name.as_posix(), file)) != file:
                 raise UserError(f"{file} and {other} share a name: remove or rename one")
     return found
@@ -1392,15 +1385,12 @@ def segmentation_miou(network, classes, train_pair, val_pair, cfg, machine, batc
     """Train FCN or UNet on (n, 3, S, S) and (n, S, S) uint8, cfg.augment_epochs; mIoU on val."""
     torch.manual_seed(cfg.seed)
     net, device, n = network(classes).to(machine.device).train(), machine.device, len(train_pair[0])
-    per_epoch = data.steps_per_epoch(n, batch)
-    steps, generator = cfg.augment_epochs * per_epoch, torch.Generator().manual_seed(cfg.seed)
-    optimizer = torch.optim.Adam(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    scaler = machine.scaler()
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(n, generator=generator)
-        ids = order[step % per_epoch * batch:][:batch]
+    generator, per_epoch = torch.Generator().manual_seed(cfg.seed), data.steps_per_epoch(n, batch)
+    batches = [ids for _ in range(cfg.augment_epochs)
+               for ids in torch.randperm(n, generator=generator).split(batch)[:per_epoch]]
+    optimizer, scaler = torch.optim.Adam(net.parameters()), machine.scaler()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=len(batches))
+    for step, ids in enumerate(batches):
         image, label = to_input(train_pair[0][ids], device), train_pair[1][ids].to(device).long()
         if step % 2:
             image, label = image.flip(-1), label.flip(-1)
