@@ -10,7 +10,7 @@
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 177 to 523 are the method, the rest is plumbing.
+Lines 174 to 520 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -50,25 +50,22 @@ text (here they do what their names and the rest of the text say); Table 4's col
 swapped; Table 9's last row is "layer", its columns are swapped; the text on Fig. 6 says "with IPS"
 for "without"; Cityscapes' row for m = 0.5 averages 89.0, not 86.4.
 
-Paper item | command (the rows of other methods in Tables 1 to 3 are quoted: not here)
-Fig. 1     | python lmae.py --data voc                     # OUT/samples.png
-Fig. 2, 3  | drawings of the network and of IPS: class LMAE
-Fig. 4     | python lmae.py --complete LABELS --images IMAGES --ckpt A.pt B.pt --to DIR
-           |   --broken background                         # A, B: trained at several --mask-ratio
-Fig. 5     | as Table 4, whose experiment it draws
-Fig. 6, 7  | python lmae.py --data voc --mask-ratio R, also with --supplement none; then
-           |   --eval A.pt B.pt --ratios 0.3 0.5 0.7       # ratios.png; samples.png of each
-Fig. 8     | python lmae.py --eval A.pt --ratios 0.5       # worst.png
-Table 1    | python lmae.py --data voc --mask-ratio 0.5    # or 0.6; pa_class_iou in metrics.json
-Table 2    | python lmae.py --data cityscapes --mask-ratio 0.5             # or 0.6
-Table 3    | python lmae.py --data voc --mask-ratio 0.8    # or 0.7, 0.5
-Table 4    | python lmae.py --augment --ckpt out/lmae-voc/best.pt
-Table 5    | python lmae.py --data voc --enc-blocks 12 --dec-blocks 8 --enc-dim 1024 --dec-dim 512
-           |   # and so on; --bench 0 only counts parameters and multiply-adds
-Table 6    | python lmae.py --data voc --mask-strategy random      # or label, background, mixed
-Table 7    | not here: BUS-M2AE's masking is another method; L-MAE's rows are those of Table 6
-Table 8    | python lmae.py --data voc --bench 20
-Table 9    | python lmae.py --data voc --mask-strategy random --fuse direct      # or insert, layer
+Paper item | python lmae.py ..  (the rows of other methods in Tables 1 to 3 are quoted: not here)
+Fig. 1     | --data voc                                    # OUT/samples.png
+Fig. 2, 3  | not here: drawings of the network and of IPS, which are class LMAE
+Fig. 4     | --complete LABELS --images IMAGES --ckpt A.pt B.pt --to DIR --broken background
+Fig. 5     | not here: a drawing of the experiment of Table 4
+Fig. 6, 7  | --eval A.pt B.pt --ratios 0.3 0.5 0.7         # A, B: with --supplement image, none
+Fig. 8     | --eval A.pt --ratios 0.5                      # worst.png
+Table 1    | --data voc --mask-ratio 0.5                   # or 0.6; pa_class_iou in metrics.json
+Table 2    | --data cityscapes --mask-ratio 0.5            # or 0.6
+Table 3    | --data voc --mask-ratio 0.8                   # or 0.7, 0.5
+Table 4    | --augment --ckpt out/lmae-voc/best.pt
+Table 5    | --data voc --enc-blocks 12 --dec-blocks 8 --enc-dim 1024 --dec-dim 512    # and so on
+Table 6    | --data voc --mask-strategy random             # or label, background, mixed
+Table 7    | not here: BUS-M2AE masks by another method; L-MAE's rows are "mixed" of Table 6
+Table 8    | --data voc --bench 20                         # and for Table 5 --bench 0 only counts
+Table 9    | --data voc --mask-strategy random --fuse direct     # or insert, layer
 """
 import json
 import math
@@ -523,7 +520,7 @@ def train_step(net, weights, optimizer, scaler, machine, cfg, background, image,
     return loss / machine.world
 
 
-# ----------------------------------------------------------------------------------- data, model
+# ------------------------------------------------------------------------------------------ data
 
 def dataset(cfg, split, train=False, whole=False):
     return data.Dataset(cfg.data, cfg.root, split, size=cfg.size, crop=cfg.crop, train=train,
@@ -825,7 +822,11 @@ def evaluate_only(cfg, origin):
     With --ratios also ratios.png, PA-mIoU against the mask ratio (Fig. 6), and ratios.json; and
     worst.png, the images with the lowest PA-mIoU (Fig. 8)."""
     strategy = cfg.mask_strategy if origin.get("mask_strategy") == "flag" else "random"
-    asked, ratios, lines = cfg, sorted(float(r) for r in cfg.ratios), {}
+    asked, lines = cfg, {}
+    try:
+        ratios = sorted(map(float, cfg.ratios))
+    except ValueError:
+        raise UserError(f"--ratios {' '.join(cfg.ratios)}: expected numbers, as 0.3 0.5") from None
     first = cfg if origin.get("mask_ratio") == "flag" else load(cfg.eval[0])[0]
     folder = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.eval[0]).parent
               / f"eval-{first.mask_ratio:g}-{strategy}")
@@ -989,8 +990,7 @@ def rebuild(models, image, label, missing, broken, share, machine):
             label = torch.where(answered[:, None] & missing, guess, label)
             known = known | answered[:, None]
         todo, passes = todo & ~answered, passes + 1
-    answer = answer.view(n, n, p, p, -1).permute(4, 0, 2, 1, 3).reshape(-1, n * p, n * p)
-    return answer, passes, cfg.mask_ratio
+    return unpatchify(answer.permute(2, 0, 1), p), passes, cfg.mask_ratio
 
 
 @torch.no_grad()
