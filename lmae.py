@@ -92,7 +92,7 @@ class Config:
     data: str = "shapes"           # a dataset that data.py lists, or your own folder
     root: str = "data"             # folder of the datasets
     out: str = ""                  # run folder; empty: out/lmae-DATA
-    model: Literal["auto", "small", "base", "paper"] = "auto"  # of a folder small, else paper
+    model: Literal["auto", "small", "base", "paper"] = "auto"  # auto: small for folders, else paper
     # down to mask_ratio: the paper's values for VOC
     epochs: int = 400              # 0: as many as make 3000 steps
     batch_size: int = 24           # images a step, over all processes
@@ -811,6 +811,7 @@ def draw_samples(model, val_set, cfg, machine, info, scores, path, strategy="ran
         ["image", "masked label", "ground truth", "prediction", "nearest fill"], info,
         f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f})")
 
+
 # ------------------------------------------------------------------------------ --eval, --bench
 
 def load(path):
@@ -889,18 +890,18 @@ def bench(cfg):
     N, L, S, B, device = len(info.classes), patches(cfg), cfg.size, cfg.batch_size, machine.device
     M = int(L * cfg.mask_ratio)
 
+    with torch.device("meta"):               # shapes without numbers: counting takes no memory
+        counted, ids = build(cfg, N), torch.empty(1, L, dtype=torch.int64)
+        inputs = torch.empty(1, 3, S, S), torch.empty(1, S, S)
+
     def gmacs(M):
         """Multiply-adds (1e9) of one image with M patches removed."""
-        with torch.device("meta"):           # shapes without numbers: counting takes no memory
-            ids = torch.empty(1, L, dtype=torch.int64)
-            return common.macs(build(cfg, N), torch.empty(1, 3, S, S), torch.empty(1, S, S),
-                               ids[:, M:], ids[:, :M])
+        return common.macs(counted, *inputs, ids[:, M:], ids[:, :M])
 
     def blocks(n, dim, tokens):
         return n * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim) / 1e9
 
-    with torch.device("meta"):
-        result = {"params": parameters(build(cfg, N)), "gmacs": round(gmacs(M), 3)}
+    result = {"params": parameters(counted), "gmacs": round(gmacs(M), 3)}
     print(f"G operations: stack fuse {S * S * N / 1e9:.4f} (Eq. 13), masking "
           f"{(S * S + L * math.log2(L)) / 1e9:.4f} (Eq. 14), encoder "
           f"{blocks(cfg.enc_blocks, cfg.enc_dim, L - M):.2f} (Eq. 15), decoder "
