@@ -10,7 +10,7 @@
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 174 to 520 are the method, the rest is plumbing.
+Lines 174 to 521 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -172,7 +172,7 @@ RECIPES["materials"] = RECIPES["shapes"]
 
 
 # ----------------------------------------------------------------------------------------- model
-# To paste: import math, torch, torch.nn as nn, torch.nn.functional as F. Nothing else is needed.
+# To paste this section: import math, torch, torch.nn as nn, torch.nn.functional as F.
 
 class LMAE(nn.Module):
     """Encoder on the kept patches of image and label, decoder on all patches, N classes a pixel.
@@ -341,7 +341,7 @@ def nearest_label(label):
 
 
 # --------------------------------------------------------------------------------------- masking
-# To paste: import torch; patchify() and unpatchify() of the model, which need math.
+# To paste this section: import torch. Take along patchify(), unpatchify() of the model.
 
 def draw(seeds, L, punched=False):
     """The random numbers of masks: (B, L + 1) in [0, 1), each row from its own seed, so that the
@@ -423,7 +423,8 @@ def damage(label, patch, ratio, strategy, max_share, background, noise):
 
 
 # ------------------------------------------------------------------------------------------ loss
-# To paste: import torch, torch.nn as nn, torch.nn.functional as F; patchify() of the model.
+# To paste this section: import torch, torch.nn as nn, torch.nn.functional as F. Take along
+# patchify() of the model.
 
 class ClassWeights(nn.Module):
     """w_i = 1 - 1 / (1 + beta exp(-(x_i - E x) / (V + xi))^gamma)                         Eq. 10
@@ -487,7 +488,7 @@ def loss_fn(logits, label, weights, patch, denominator=None):
     return numerator / (own if denominator is None else denominator).clamp(min=1e-12)
 
 
-# ----------------------------------------------------------------------------- one training step
+# --------------------------------------------------------------------------------- training step
 
 def to_input(image, device):
     """uint8 (B, 3, S, S) -> float in [-1, 1] on the device."""
@@ -1309,7 +1310,7 @@ def complete(cfg, origin):
     print(f"{len(items)} labels, {len(done)} of them done, in windows of {trained.crop} pixels "
           f"resized to {trained.size}, with mask ratio "
           + ", ".join(f"{c.mask_ratio:g}" for c, _ in models))
-    for item in common.Progress([item for item in items if item.stem not in done]):
+    for item in common.progress([item for item in items if item.stem not in done]):
         try:
             rows, matrices = (repair_file if what == "complete" else suspect_file)(
                 item, truths.get(item.stem), models, info, cfg, machine)

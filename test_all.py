@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -2357,7 +2358,7 @@ class Metrics(MethodCase):
                         right, wrong = (t == a).sum(), (t != a).sum()
                         into.append(100 * right / (right + 2 * wrong))
             for void, right in (True, expected), (False, without):
-                found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
+                found = masksup.image_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
                                             void)
                 np.testing.assert_allclose(found, right, rtol=1e-5)
 
@@ -2478,6 +2479,8 @@ class Drawing(Case):
             ys, xs = shown[70:360].all(-1).nonzero()        # below the names, above the axis
             self.assertLess(np.ptp(ys), 0.12 * 310)         # 1 of 10 points, and a line's width
             self.assertEqual(len({*xs}) > 0.9 * np.ptp(xs), whole, name)
+        for values in ([1e15, 1e15], [0.0, 0.0], [math.nan, 2.0], [math.nan, math.nan]):
+            common.draw_panels(path, [([0, 3], {"loss": values}, "step", "loss")])
 
 
 class CommandLine(MethodCase):
@@ -2519,8 +2522,8 @@ class CommandLine(MethodCase):
             run.stdout.close()                                          # as `| head` does
             self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
         (self.tmp / "x.png").unlink(missing_ok=True)
-        for more, line in (([], "standard output: No space left on device; mend that and run this "
-                                "again"),
+        for more, line in (([], "standard output: No space left on device; fix this and run the "
+                                "command again"),
                            (["--data", "camvit"], "--data camvit: neither a dataset (shapes, "
                             "materials, voc, cityscapes, camvid, nyuv2, glas, polyp) nor a folder, "
                             "here or in data (did you mean camvid?)")):
@@ -2612,7 +2615,7 @@ class Checkpoints(Case):
         torch.save({"method": "masksup", "model": {}}, self.tmp / "other.pt")
         torch.save({"method": "lmae", "model": {}, "x": Evil()}, self.tmp / "evil.pt")
         torch.save({"method": "lmae"}, self.tmp / "bare.pt")
-        for name, word in (("cut.pt", "whole"), ("other.pt", "masksup"), ("evil.pt", "whole"),
+        for name, word in (("cut.pt", "complete"), ("other.pt", "masksup"), ("evil.pt", "complete"),
                            ("bare.pt", "something else"), ("none.pt", "no checkpoint")):
             with self.fails(name, word):
                 common.load_checkpoint(self.tmp / name, "lmae")
@@ -2946,75 +2949,75 @@ class LmaeLoss(MethodCase):
 
 
 class PasteLmae(MethodCase):
-    """Model, Masking and Loss of lmae.py, cut out by their header lines, run without the rest."""
+    """Model, masking and loss of lmae.py, cut out by their header lines, run without the rest."""
 
     def setUp(self):
         super().setUp()
         self.lines = (MAIN / "lmae.py").read_text("utf-8").split("\n")
         self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
                        if line.startswith("# ---")}
-        self.pasted = {"math": math, "torch": torch, "nn": torch.nn, "F": F}
-        for name in "model", "masking", "loss":
-            exec("\n".join(self.section(name)), self.pasted)
 
-    def section(self, name):
-        end = min(i for i in [*self.starts.values(), len(self.lines)] if i > self.starts[name])
-        return self.lines[self.starts[name]:end]
-
-    def names(self, *names):
-        return [self.pasted[name] for name in names]
-
-    def test_each_section_says_what_to_take_along(self):
-        for name in "model", "masking", "loss":
-            self.assertTrue(self.section(name)[1].startswith("# To paste: import "), name)
-            self.assertNotRegex("\n".join(self.section(name)), r"\b(common|data|cfg|machine)\.")
+    def pasted(self, name):
+        """The names of a section, run after what its first comment says to take along alone."""
+        end = min(i for i in self.starts.values() if i > self.starts[name])
+        code = "\n".join(self.lines[self.starts[name] + 1:end])
+        comment = " ".join(re.match("(# .*\n)+", code)[0].replace("#", "").split())
+        imports, helpers = re.fullmatch(r"To paste this section: (import [\w., ]*?)\."
+                                        r"(?: Take along (.*) of the model\.)?", comment).groups()
+        for module in re.findall(r"[\w.]+(?: as)?", imports.removeprefix("import ")):
+            self.assertIn(module.split(".")[0].split()[0], ("torch", "math", "nn", "F"))
+        names = {}
+        exec(imports, names)
+        model = self.pasted("model") if helpers else {}
+        names |= {helper: model[helper] for helper in re.findall(r"(\w+)\(\)", helpers or "")}
+        exec(code, names)
+        return names
 
     def test_the_docstring_says_where_the_method_is(self):
         first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
                                          lmae.__doc__).groups())
-        self.assertEqual(first - 1, self.starts["model"])
-        after = list(self.starts).index("one training step") + 1
-        self.assertEqual(last, list(self.starts.values())[after] - 2)
-        self.assertEqual(self.lines[last - 1].strip(), "return loss / machine.world")
+        self.assertEqual(list(self.starts)[:6], ["config", "model", "masking", "loss",
+                                                 "training step", "data"])
+        self.assertEqual(first, self.starts["model"] + 1)
+        source, start = inspect.getsourcelines(lmae.train_step)
+        self.assertEqual(last, start + len(source) - 1)
 
-    def test_what_is_pasted_against_naive_loops(self):
-        LMAE, ClassWeights, draw, damage, mask_of, loss_fn = self.names(
-            "LMAE", "ClassWeights", "draw", "damage", "mask_of", "loss_fn")
-        label = self.classes(3, 4, 16, 16)
+    def test_the_sections_against_loops_over_pixels(self):
+        model, masking, loss = map(self.pasted, ("model", "masking", "loss"))
+        label, background = self.classes(3, 4, 16, 16), torch.arange(256) == 0
         label[0, :3] = 255
-        background = torch.arange(256) == 0
-        keep, removed, shown = damage(label, 4, 0.4, "random", 0, background, draw(range(4), 16))
+        keep, removed, shown = masking["damage"](label, 4, 0.4, "random", 0, background,
+                                                 masking["draw"](range(4), 16))
         self.assertEqual((removed.shape, keep.shape), ((4, 6), (4, 10)))        # int(16 * 0.4)
-        self.assertEqual(mask_of(removed, 16, 4).float().mean().item(), 6 / 16)
-        for b in range(4):
-            for y in range(16):
-                for x in range(16):
-                    hidden = y // 4 * 4 + x // 4 in removed[b]
-                    self.assertEqual(shown[b, y, x], 255 if hidden else label[b, y, x])
+        m = masking["mask_of"](removed, 16, 4)
+        self.assertEqual(m.float().mean().item(), 6 / 16)
+        for b, y, x in np.ndindex(4, 16, 16):
+            self.assertEqual(m[b, y, x], y // 4 * 4 + x // 4 in removed[b])
+            self.assertEqual(shown[b, y, x], 255 if m[b, y, x] else label[b, y, x])
 
-        model = LMAE(3, 16, 4, 1, 1, 16, 16, 2)
-        weights = ClassWeights(torch.tensor([0.6, 0.3, 0.1]))
-        logits, w = model(self.uniform(4, 3, 16, 16).float(), shown, keep, removed), weights().tolist()
-        numerator, denominator = [0.0] * 4, [0.0] * 4       # of each sample
+        net = model["LMAE"](3, 16, 4, 1, 1, 16, 16, 2)
+        weights = loss["ClassWeights"](torch.tensor([0.6, 0.3, 0.1]))
+        logits = net(self.uniform(4, 3, 16, 16).float(), shown, keep, removed)
+        w, numerator, denominator = weights().tolist(), [0.0] * 4, [0.0] * 4    # of each sample
         for b, y, x in np.ndindex(4, 16, 16):
             if (c := int(label[b, y, x])) != 255:
                 z = logits[b, y // 4 * 4 + x // 4, y % 4 * 4 + x % 4].double()
                 numerator[b] -= w[c] * (z[c] - z.exp().sum().log()).item()
                 denominator[b] += w[c]
-        whole = loss_fn(logits, label, weights(), 4)
+        whole = loss["loss_fn"](logits, label, weights(), 4)
         self.assertAlmostEqual(whole.item(), sum(numerator) / sum(denominator), places=5)
 
-        # two halves, divided by the mean of their denominators: the loss of the whole
+        # two parts, divided by the mean of their denominators: mean loss and gradient of the whole
         learned = list(weights.parameters())
-        expected, parts = torch.autograd.grad(whole, learned, retain_graph=True), []
-        for half in slice(0, 1), slice(1, 4):
-            counts = torch.tensor([(label == c).sum().item() for c in range(3)])
-            mean = (counts * weights()).sum() / 2
-            loss = loss_fn(logits[half], label[half], weights(), 4, mean)
-            self.assertAlmostEqual(loss.item(), sum(numerator[half]) / sum(denominator) * 2,
+        expected, gradients = torch.autograd.grad(whole, learned, retain_graph=True), []
+        counts = torch.tensor([(label == c).sum().item() for c in range(3)])
+        for part in slice(0, 1), slice(1, 4):
+            one = loss["loss_fn"](logits[part], label[part], weights(), 4,
+                                  (counts * weights()).sum() / 2)
+            self.assertAlmostEqual(one.item(), 2 * sum(numerator[part]) / sum(denominator),
                                    places=5)
-            parts.append(torch.autograd.grad(loss, learned, retain_graph=True))
-        for a, b, mean in zip(*parts, expected):
+            gradients.append(torch.autograd.grad(one, learned, retain_graph=True))
+        for a, b, mean in zip(*gradients, expected):
             torch.testing.assert_close((a + b) / 2, mean)
 
 
@@ -3814,7 +3817,7 @@ class MaskSupPretrained(Pretrained, MethodCase):
 
     def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
         _, after, text = self.load(self.write(self.release()), size=96)
-        self.assertIn("fresh at this size: blocks.0.m.attention_biases", text)
+        self.assertIn("zero at this size: blocks.0.m.attention_biases", text)
         self.assertEqual(after["levit.blocks.0.m.attention_biases"].abs().max(), 0)
 
     def test_imagenet_is_the_recipe_of_glas_and_polyp_for_levit_alone(self):
@@ -4007,16 +4010,16 @@ class MaskSupMasking(Case):
         for remove, kept in (("dark", [0, 1, 1]), ("bright", [1, 0, 0])):
             cfg = masksup.Config(masks=str(self.tmp / "m"), size=16, masks_remove=remove)
             with contextlib.redirect_stdout(io.StringIO()) as text:
-                bank = masksup.mask_source(cfg)
+                bank = masksup.training_masks(cfg)
             self.assertEqual(bank.float().mean((1, 2)).tolist(), kept)
             for words in f"removes what is {remove}", "dark are 33.3 %", "bright 66.7 %":
                 self.assertIn(words, text.getvalue())
         (self.tmp / "empty").mkdir()
         save(self.tmp / "ones/a.png", self.noise(20, 30) % 2)           # 0 and 1 are both dark
-        for name, word in (("gone", "no such folder"), ("empty", "no pictures"),
+        for name, word in (("gone", "no such folder"), ("empty", "no image in it"),
                            ("ones", "255 where it is kept")):
             with self.fails(name, word):
-                masksup.mask_source(masksup.Config(masks=str(self.tmp / name)))
+                masksup.training_masks(masksup.Config(masks=str(self.tmp / name)))
 
 
 class MaskSupLoss(Case):
@@ -4093,27 +4096,55 @@ class MaskSupLoss(Case):
                         self.assertIsNotNone(g, (name, term))
                         self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, term, N))
 
-    def test_the_loss_of_two_processes_is_that_of_the_whole_batch(self):
-        for N in 2, 5:
-            M_p, M_pm = self.pair(N)
-            label = torch.from_numpy(self.rng.integers(0, N, (2, 6, 6), dtype=np.uint8))
-            label[0, :4] = 255                              # the halves weigh differently
-            whole, _ = masksup.loss_fn(M_p, M_pm, label)
-            halves = [(M_p[i:i + 1], M_pm[i:i + 1], label[i:i + 1]) for i in (0, 1)]
-            seen = [[], []]
-            for half, sums in zip(halves, seen):            # what each process would send
-                masksup.loss_fn(*half, add=lambda s: sums.append(s) or s)
-            for half in halves:
-                totals = iter([a + b for a, b in zip(*seen)])
-                loss, _ = masksup.loss_fn(*half, add=lambda s: next(totals))
-                self.assertAlmostEqual(loss.item(), whole.item(), places=5)
+    def stepped(self, cfg, image, label, holes, world=1, sums=lambda values: None):
+        """The losses and gradients of a train_step of one process of `world`, where `sums` stands
+        for the sum over the processes."""
+        f = torch.nn.Conv2d(3, 5, 1)
+        with torch.no_grad():
+            f.weight.copy_(torch.linspace(-1, 1, 15).view(5, 3, 1, 1))
+            f.bias.zero_()
+        machine, optimizer = common.Machine(cfg), torch.optim.SGD(f.parameters(), 0.0)
+        machine.world = world
+        with mock.patch("common.all_reduce", sums):
+            losses = masksup.train_step(masksup.MaskSup(f), optimizer, machine.scaler(), machine,
+                                        cfg, image, label, holes)
+        return losses, torch.cat([p.grad.flatten() for p in f.parameters()])
 
-    def test_painting_loss_against_a_loop(self):
-        painted, image = (torch.from_numpy(self.rng.standard_normal((2, 3, 4, 4))) for _ in "ab")
+    def test_the_step_of_two_processes_is_that_of_the_whole_batch(self):
+        cfg = masksup.Config(device="cpu", alpha2=0.5, alpha3=3.0)
+        image = torch.from_numpy(self.noise(5, 3, 6, 6))
+        label = torch.from_numpy(self.rng.integers(0, 5, (5, 6, 6), dtype=np.uint8))
+        label[0, :4] = 255                              # the parts weigh differently
+        holes = torch.from_numpy(self.rng.random((5, 1, 6, 6)) < 0.5)
+        losses, gradient = self.stepped(cfg, image, label, holes)
+        parts = [(image[i], label[i], holes[i]) for i in (slice(3), slice(3, 5))]
+        totals = []                                     # of the first message, then of the second
+        for message in range(2):
+            sent = []
+            for part in parts:
+                mine = []
+
+                def sums(values):
+                    mine.append(values.clone())
+                    if len(mine) <= len(totals):
+                        values.copy_(totals[len(mine) - 1])
+
+                self.stepped(cfg, *part, 2, sums)
+                self.assertEqual(len(mine), 2)
+                sent.append(mine[message])
+            totals.append(sum(sent))
+        found = [self.stepped(cfg, *part, 2, lambda values: values.copy_(
+            totals[values.numel() == 4])) for part in parts]
+        for seen, _ in found:
+            torch.testing.assert_close(seen, losses)
+        torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient)   # as DDP does
+
+    def test_reconstruction_loss_against_a_loop(self):
+        output, image = (torch.from_numpy(self.rng.standard_normal((2, 3, 4, 4))) for _ in "ab")
         holes = torch.from_numpy(self.rng.random((2, 1, 4, 4)) < 0.3)
-        errors = [(painted[b, c, y, x] - image[b, c, y, x]).item() ** 2 for b in range(2)
+        errors = [(output[b, c, y, x] - image[b, c, y, x]).item() ** 2 for b in range(2)
                   for c in range(3) for y in range(4) for x in range(4) if not holes[b, 0, y, x]]
-        self.assertAlmostEqual(masksup.painting_loss(painted, image, holes).item(),
+        self.assertAlmostEqual(masksup.reconstruction_loss(output, image, holes).item(),
                                np.mean(errors), places=5)
 
     def test_base_computes_neither_further_term(self):
@@ -4134,6 +4165,77 @@ class MaskSupLoss(Case):
                     None if method == "base" else torch.ones(2, 1, 32, 32))
             self.assertEqual((len(calls), similarity.call_count), (passes, similarities))
             self.assertEqual([t > 0 for t in terms[1:3].tolist()], [True, method != "base"])
+
+
+class PasteMaskSup(Case):
+    """What the sections of the method are without the rest of the file."""
+
+    def setUp(self):
+        super().setUp()
+        self.text = (MAIN / "masksup.py").read_text()
+        _, *parts = re.split(r"^# -{9,} (.+)\n", self.text, flags=re.M)
+        self.sections = dict(zip(parts[::2], parts[1::2]))
+
+    def pasted(self, name):
+        """The names of a section, run after nothing but the imports that its first line lists."""
+        first, _, code = self.sections[name].partition("\n")
+        imports = first.removeprefix("# To paste this section: ").rstrip(".")
+        self.assertRegex(imports, "^import ")
+        for module in re.findall(r"(?:import|from) ([a-zA-Z]+)", imports):
+            self.assertIn(module, ("torch", "numpy", "PIL", "Image"))
+        names = {}
+        exec(f"{imports}\n{code}", names)
+        return names
+
+    def test_masking_alone(self):
+        masking = self.pasted("masking")
+        bank = masking["mask_bank"](7, 32, 0.2, 0.4, seed=0)
+        removed = 1 - bank.float().mean((1, 2))
+        self.assertTrue(((removed >= 0.2) & (removed <= 0.4)).all())
+        rng = np.random.default_rng(5)
+        self.assertTrue(0.5 <= 1 - masking["draw_mask"](rng, 32, 0.5, 0.75).mean() <= 0.75)
+        noise = masking["noise_of"]([4, 9])
+        noise[0] = torch.tensor([0.5, 0.25, 0.125, 0.9, 0.9, 0.9])      # mask 3, shifted by 8, 4
+        holes = masking["pick"](bank, noise)
+        np.testing.assert_array_equal(holes[0, 0], np.roll(bank[3].numpy(), (-8, -4), (0, 1)))
+        noise[0] = torch.tensor([0.5, 0.0, 0.0, 0.1, 0.9, 0.1])         # transposed, its x flipped
+        np.testing.assert_array_equal(masking["pick"](bank, noise)[0, 0], bank[3].numpy().T[::-1])
+
+    def test_model_and_loss_against_a_loop_over_pixels(self):
+        N, f = 3, torch.nn.Conv2d(3, 3, 1)
+        net, loss = self.pasted("model: MaskSup")["MaskSup"](f), self.pasted("loss")
+        image = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32))
+        holes = torch.from_numpy(self.rng.random((2, 1, 4, 5)) < 0.5)
+        label = torch.from_numpy(self.rng.integers(0, N, (2, 4, 5), dtype=np.uint8))
+        label[1, :2] = 255
+        W, b = f.weight.detach()[:, :, 0, 0].double().numpy(), f.bias.detach().double().numpy()
+        seg = context = similar = 0.0
+        for i, y, x in np.ndindex(2, 4, 5):
+            p = np.exp(W @ image[i, :, y, x].numpy() + b)
+            q = p if holes[i, 0, y, x] else np.exp(b)           # f sees 0 where it is removed
+            p, q = p / p.sum(), q / q.sum()
+            similar += ((p - q) ** 2).sum() / 2
+            if (c := int(label[i, y, x])) != 255:
+                seg, context = seg - np.log(p[c]), context - np.log(q[c])
+        M_p, M_pm = net(image, holes)
+        total, terms = loss["loss_fn"](M_p, M_pm, label)
+        np.testing.assert_allclose(terms, [seg / 30, context / 30, similar / 40], rtol=1e-4)
+        self.assertAlmostEqual(total.item(), terms.sum().item(), places=5)
+        _, terms = loss["loss_fn"](M_p, M_pm, label, (2, 1, 1), torch.tensor(60), torch.tensor(10))
+        np.testing.assert_allclose(terms, [seg / 60, context / 60, similar / 10], rtol=1e-4)
+        total, _ = loss["loss_fn"](net(image)[0], None, label, (2, 1, 1))
+        self.assertAlmostEqual(total.item(), 2 * seg / 30, places=4)
+
+    def test_the_map_in_the_docstring_is_right(self):
+        first, last = map(int, re.search(r"lines (\d+) to (\d+) are the method",
+                                         " ".join(self.text.split('"""')[1].split())).groups())
+        lines = self.text.splitlines()
+        self.assertRegex(lines[first - 1], "^# -+ model: MaskSup$")
+        names = list(self.sections)
+        self.assertEqual(names[1:6], ["model: MaskSup", "masking", "loss", "training step",
+                                      "networks: U-Net and U-Net++"])
+        end = next(i for i, line in enumerate(lines) if line.endswith(f"- {names[5]}"))
+        self.assertEqual((lines[last - 1] != "", lines[last:end]), (True, ["", ""]))
 
 
 class MaskSupRuns(Case):
@@ -4171,7 +4273,7 @@ class MaskSupRuns(Case):
         bank, far = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0), []
         for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
-                                     items.info, masks, holes)
+                                     masks, holes)
             inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
             for i in range(len(items)):
                 image, label, _ = items[i]
@@ -4291,7 +4393,7 @@ class MaskSupRuns(Case):
         scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
         for name, line in (("camvid", "mIoU 12.30"), ("glas", "mIoU 12.30, paper_iou 45.60"),
                            ("nyuv2", "mIoU 12.30, paper_iou 45.60, without void 78.90")):
-            self.assertEqual(masksup.said(scores, masksup.Config(data=name)), line)
+            self.assertEqual(masksup.score_line(scores, masksup.Config(data=name)), line)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
@@ -5870,12 +5972,12 @@ class S4mimRuns(S4mimCase):
                 (["--predict", self.tmp], ["--ckpt"]), (["--to", "x"], ["--predict"]),
                 (["--eval", out / "last.pt", "--out", out], ["already holds a run, or"]),
                 (["--eval", out / "last.pt", out / "last.pt"], ["run-last", "rename"]),
-                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "settled"]),
-                (["--eval", out / "last.pt", "--size", 64], ["--size", "settled"]),
-                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "settled"]),
-                (["--eval", out / "log.csv"], ["log.csv", "a whole checkpoint"]),
+                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "fixed by"]),
+                (["--eval", out / "last.pt", "--size", 64], ["--size", "fixed by"]),
+                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "fixed by"]),
+                (["--eval", out / "log.csv"], ["log.csv", "a complete checkpoint"]),
                 (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
-                  "--size", 64], ["--size", "settled"])):
+                  "--size", 64], ["--size", "fixed by"])):
             with self.subTest(argv), self.fails(*words):
                 here(*argv)
         self.assertFalse((self.tmp / "to").exists())
@@ -6219,7 +6321,7 @@ class S4mimPredict(S4mimCase):
         whole, slid = (np.array(Image.open(self.tmp / to / "a.png")) for to in ("to", "slid"))
         np.testing.assert_array_equal(whole, self.answer(image))
         self.assertGreater((whole != slid).sum(), 0)
-        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no picture"]),
+        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no image"]),
                                     (path, "no.pt", ["no.pt"])):
             with self.fails(*words):
                 here("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / "new")
@@ -6546,10 +6648,10 @@ class BadData(Case):
             torch.save({**good, "config": {**good["config"], "old": 1}}, self.tmp / "old.pt")
             (self.tmp / "cut.pt").write_bytes((out / "last.pt").read_bytes()[:-5000])
             bad = [(self.tmp / "gone.pt", ["no checkpoint", "train first"]),
-                   (self.tmp / "empty.pt", ["a whole checkpoint"]),
-                   (self.tmp / "cut.pt", ["a whole checkpoint", "take another one"]),
-                   (self.tmp / "evil.pt", ["a whole checkpoint", "take another one"]),
-                   (out / "samples.png", ["a whole checkpoint"]),
+                   (self.tmp / "empty.pt", ["a complete checkpoint"]),
+                   (self.tmp / "cut.pt", ["a complete checkpoint", "give another one"]),
+                   (self.tmp / "evil.pt", ["a complete checkpoint", "give another one"]),
+                   (out / "samples.png", ["a complete checkpoint"]),
                    (self.tmp / "list.pt", ["something else"]),
                    (runs[other] / "last.pt", [f"a checkpoint of {other[:-3]}, not of"])]
             uses = {"--init": [*brief, "--out", self.tmp / "new"], "--eval": ["--root", "."]}
@@ -6565,7 +6667,7 @@ class BadData(Case):
                                           "--lr", "1e-30", "--out", self.tmp / f"four {name}",
                                           "--init", out / "last.pt")
             self.assertEqual((status, error), (0, ""))
-            anew = re.search(r"start anew: (.*)", text)[1].split(", ")
+            anew = re.search(r"not loaded: (.*)", text)[1].split(", ")
             new = saved(self.tmp / f"four {name}/last.pt")["model"]
             for key, value in good["model"].items():        # all the rest is as it was
                 if key not in anew and value.is_floating_point() and "running" not in key:
@@ -6657,7 +6759,7 @@ class AsFoundFiles(Case):
         self.assertEqual((status, error.count("\n")), (1, 1), error)
         self.assertIn("z.heic", error)
         self.assertIn("16 segmented, 1 failed", text)
-        self.assertRegex(text, r"left out, as no pictures: .*notes.txt")
+        self.assertRegex(text, r"skipped, not images: .*notes.txt")
         for name in [*pairs, "one"]:
             self.assertTrue((self.tmp / f"to/{name}.png").exists(), name)
 
@@ -6782,7 +6884,7 @@ class AsFoundFiles(Case):
             shutil.copytree(self.tmp / "here", self.tmp / "there", dirs_exist_ok=True)
             status, _, error = outcome(script, *argv, self.tmp / "there", "--resume")
             self.assertEqual((status, error.count("\n")), (2, 1))
-            self.assertIn("was begun with --palette", error)
+            self.assertIn("was started with --palette", error)
             status, _, error = outcome(script, *argv, self.tmp / "there", *palette, "--resume")
             self.assertEqual((status, error), (0, ""))
 
@@ -6803,7 +6905,7 @@ class AsFoundFiles(Case):
 
     def test_devices(self):
         for script, brief in BRIEF.items():
-            for device, words in ("cuda:1", "torch finds none here"), ("gpu", "cuda:1, mps, cpu"):
+            for device, words in ("cuda:1", "torch does not find one"), ("gpu", "cuda:1, mps, cpu"):
                 status, _, error = outcome(script, *brief, "--device", device, "--out",
                                            self.tmp / "x")
                 self.assertEqual((status, error.count("\n")), (2, 1))
@@ -7116,7 +7218,7 @@ class Broken(Case):
             with mock.patch.object(module, "train_step", train_step):
                 status, text, error = outcome(name, *argv)
             self.assertEqual((status, error), (130, ""))
-            self.assertIn("stopped after step 5: the same command with --resume goes on", text)
+            self.assertIn("stopped after step 5: continue with the same command and --resume", text)
             self.assertEqual(saved(out / "last.pt")["step"], 5)
             self.refused(name, [*argv, "--resume", "--max-steps", 5], "--max-steps",
                          "at step 5 already", "give more")
@@ -7136,7 +7238,8 @@ class Broken(Case):
         with mock.patch.object(s4mim, "write_metrics", interrupted):
             status, text, error = outcome("s4mim.py", *argv)
         self.assertEqual((status, error), (130, ""))
-        self.assertIn("stopped after the baseline: the same command with --resume goes on", text)
+        self.assertIn("stopped after the baseline: continue with the same command and --resume",
+                      text)
         self.assertEqual([p.name for p in (self.tmp / "out").iterdir()], ["suponly"])
         status, text, error = outcome("s4mim.py", *argv, "--resume")
         self.assertEqual((status, error), (0, ""))
@@ -7193,8 +7296,8 @@ class Broken(Case):
                 self.assertEqual((status, error.count("\n")), (2, 1), error)
                 self.assertIn(f"step {bad}: " + {
                     "loss": "the loss is nan, after the batch ",
-                    "weights": "weights that are not finite are left, after"}[what], error)
-                self.assertIn(f"{out} is as it was saved before", error)
+                    "weights": "some weights are not finite, after"}[what], error)
+                self.assertIn(f"{out} has the last state saved before", error)
                 # the loaders drew the batches of steps 5, 6, .. in turn: four pictures each
                 streams = {dataset for dataset, _ in sampled}
                 batch = [path for d in streams for path in
@@ -7271,7 +7374,7 @@ class Broken(Case):
             for part in "images", "masks":
                 (self.root / f"train/{part}/p000.png").rename(self.root / f"train/{part}/q.png")
             self.refused(name, [*argv, "--out", out, "--resume"], self.root,
-                         "other training pictures", out)
+                         "other training images", out)
             for part in "images", "masks":
                 (self.root / f"train/{part}/q.png").rename(self.root / f"train/{part}/p000.png")
             self.refused(name, ["--eval", out / "last.pt", "--out", out], out, "already holds",
