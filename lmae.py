@@ -940,7 +940,7 @@ def patch_span(cfg):
 def windows(length, side, step):
     """The starts of windows of `side` pixels that cover `length` and overlap by half: about evenly
     spaced, on multiples of `step` (the span of a patch), so that damage in such cells covers whole
-    patches. The last one ends where the image ends: there was no padding in training."""
+    patches. The last one ends where the image ends, so that it needs no padding."""
     rest = max(0, length - side)
     n = math.ceil(rest / max(step, side // 2 // step * step))
     return [math.ceil(rest * i / n / step) * step for i in range(n)] + [rest]
