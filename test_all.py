@@ -2726,14 +2726,14 @@ class LmaeModel(MethodCase):
         image = ((image + 1) * 127).byte()
         many, noise = self.classes(6, 40, 32, 32), lmae.draw(range(40), 16, True)
         for supplement in "none", "image", "nearest":
-            cfg = lmae.Config(**{**TINY, "supplement": supplement, "mask_strategy": "random",
-                                 "punch": 0.9})
+            cfg = lmae.Config(**{**TINY, "supplement": supplement})
             torch.manual_seed(0)
             model = lmae.build(cfg, 6).eval()
             answer = lambda label: lmae.predict(model, image, label, range(3), cfg, machine, info)
             logits, _, m = answer(label)
             same_bits(answer(torch.where(m, (label + 1) % 6, label))[0], logits)
-            damage = lambda label: lmae.damage(label, cfg, lmae.background_table(info), noise)
+            damage = lambda label: lmae.damage(
+                label, 8, 0.5, "random", 0.9, lmae.background_table(info), noise)
             *_, shown = damaged = damage(many)
             same_bits(damage(torch.where(shown == 255, (many + 1) % 6, many)), damaged)
 
@@ -2832,7 +2832,6 @@ class LmaeMasking(MethodCase):
     def test_punched_labels(self):
         """Half of the samples; in square cells of each side from a quarter of a patch to four
         patches; shares evenly from 0 to the most; and the emptiest patches are those removed."""
-        cfg = lmae.Config(**{**TINY, "size": 64, "punch": 0.8, "mask_strategy": "random"})
         noise = lmae.draw(range(600), 64, True)
         same_bits(noise[:, :65], lmae.draw(range(600), 64))
         holes, punched = lmae.punch(8, 0.8, noise, 64)
@@ -2846,7 +2845,7 @@ class LmaeMasking(MethodCase):
             for y, x in itertools.product(range(0, 64, side), repeat=2):
                 self.assertEqual(len(holes[b, y:y + side, x:x + side].unique()), 1)
         label = torch.zeros(600, 64, 64, dtype=torch.uint8)
-        keep, removed, shown = lmae.damage(label, cfg, lmae.background_table(
+        keep, removed, shown = lmae.damage(label, 8, 0.5, "random", 0.8, lmae.background_table(
             data.info("shapes")), noise)
         same_bits(shown[punched] == 255, holes[punched])
         empty = (shown == 255).view(600, 8, 8, 8, 8).sum((2, 4)).flatten(1)
@@ -2948,6 +2947,79 @@ class LmaeLoss(MethodCase):
         self.assertGreater(w[0] * share[0] / (w @ share), 0.97)
         fixed = lmae.ClassWeights(torch.from_numpy(share).float(), lmae.Config().class_weights)
         self.assertEqual([q.requires_grad for q in fixed.parameters()], [False, False])
+
+
+class PasteLmae(MethodCase):
+    """Model, masking and loss of lmae.py, cut out by their header lines, run without the rest."""
+
+    def setUp(self):
+        super().setUp()
+        self.lines = (MAIN / "lmae.py").read_text("utf-8").split("\n")
+        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
+                       if line.startswith("# ---")}
+
+    def pasted(self, name):
+        """The names of a section, run after what its first comment says to take along alone."""
+        end = min(i for i in self.starts.values() if i > self.starts[name])
+        code = "\n".join(self.lines[self.starts[name] + 1:end])
+        comment = " ".join(re.match("(# .*\n)+", code)[0].replace("#", "").split())
+        imports, helpers = re.fullmatch(r"To paste this section: (import [\w., ]*?)\."
+                                        r"(?: Take along (.*) of the model\.)?", comment).groups()
+        for module in re.findall(r"[\w.]+(?: as)?", imports.removeprefix("import ")):
+            self.assertIn(module.split(".")[0].split()[0], ("torch", "math", "nn", "F"))
+        names = {}
+        exec(imports, names)
+        model = self.pasted("model") if helpers else {}
+        names |= {helper: model[helper] for helper in re.findall(r"(\w+)\(\)", helpers or "")}
+        exec(code, names)
+        return names
+
+    def test_the_docstring_says_where_the_method_is(self):
+        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
+                                         lmae.__doc__).groups())
+        self.assertEqual(list(self.starts)[:6], ["config", "model", "masking", "loss",
+                                                 "training step", "data"])
+        self.assertEqual(first, self.starts["model"] + 1)
+        source, start = inspect.getsourcelines(lmae.train_step)
+        self.assertEqual(last, start + len(source) - 1)
+
+    def test_the_sections_against_loops_over_pixels(self):
+        model, masking, loss = map(self.pasted, ("model", "masking", "loss"))
+        label, background = self.classes(3, 4, 16, 16), torch.arange(256) == 0
+        label[0, :3] = 255
+        keep, removed, shown = masking["damage"](label, 4, 0.4, "random", 0, background,
+                                                 masking["draw"](range(4), 16))
+        self.assertEqual((removed.shape, keep.shape), ((4, 6), (4, 10)))        # int(16 * 0.4)
+        m = masking["mask_of"](removed, 16, 4)
+        self.assertEqual(m.float().mean().item(), 6 / 16)
+        for b, y, x in np.ndindex(4, 16, 16):
+            self.assertEqual(m[b, y, x], y // 4 * 4 + x // 4 in removed[b])
+            self.assertEqual(shown[b, y, x], 255 if m[b, y, x] else label[b, y, x])
+
+        net = model["LMAE"](3, 16, 4, 1, 1, 16, 16, 2)
+        weights = loss["ClassWeights"](torch.tensor([0.6, 0.3, 0.1]))
+        logits = net(self.uniform(4, 3, 16, 16).float(), shown, keep, removed)
+        w, numerator, denominator = weights().tolist(), [0.0] * 4, [0.0] * 4    # of each sample
+        for b, y, x in np.ndindex(4, 16, 16):
+            if (c := int(label[b, y, x])) != 255:
+                z = logits[b, y // 4 * 4 + x // 4, y % 4 * 4 + x % 4].double()
+                numerator[b] -= w[c] * (z[c] - z.exp().sum().log()).item()
+                denominator[b] += w[c]
+        whole = loss["loss_fn"](logits, label, weights(), 4)
+        self.assertAlmostEqual(whole.item(), sum(numerator) / sum(denominator), places=5)
+
+        # two parts, divided by the mean of their denominators: mean loss and gradient of the whole
+        learned = list(weights.parameters())
+        expected, gradients = torch.autograd.grad(whole, learned, retain_graph=True), []
+        counts = torch.tensor([(label == c).sum().item() for c in range(3)])
+        for part in slice(0, 1), slice(1, 4):
+            one = loss["loss_fn"](logits[part], label[part], weights(), 4,
+                                  (counts * weights()).sum() / 2)
+            self.assertAlmostEqual(one.item(), 2 * sum(numerator[part]) / sum(denominator),
+                                   places=5)
+            gradients.append(torch.autograd.grad(one, learned, retain_graph=True))
+        for a, b, mean in zip(*gradients, expected):
+            torch.testing.assert_close((a + b) / 2, mean)
 
 
 class LmaeRuns(Runs, MethodCase):
@@ -3113,7 +3185,7 @@ class LmaeRuns(Runs, MethodCase):
         out, root = self.tmp / "run", ["--root", self.tmp]
         text = self.runs(*TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2, "--max-steps", 1,
                          "--out", out)
-        self.assertIn("6 training and 3 validation pictures", text)
+        self.assertIn("6 training and 3 validation images", text)
         self.runs(*root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
         again = scores(self.tmp / "eval")
         self.assertEqual((again["pa_class_iou"], len(again["class_iou"])),
@@ -3226,7 +3298,7 @@ class LmaeComplete(MethodCase):
         status, text, error = outcome("lmae.py", *self.flags())
         lines = error.splitlines()
         self.assertEqual((status, len(lines)), (1, 4), lines)   # an image alone is no fault
-        for name, word in (("unknown", "3..7"), ("alone", "no picture called alone"),
+        for name, word in (("unknown", "3..7"), ("alone", "no image called alone"),
                            ("other", "30x32"), ("text", "not a whole picture")):
             self.assertTrue(any(name in line and word in line for line in lines), (name, lines))
         self.assertIn("4 failed", text)
