@@ -5870,11 +5870,13 @@ class S4mimRuns(S4mimCase):
         for name in "samples", "step", "curves":
             with Image.open(out / f"{name}.png") as picture:
                 sizes[name] = picture.size
-        # tiles of 160 and 4 between them; 3 rows of pictures, and 8 of what a step sees
-        self.assertEqual((sizes["samples"][1], sizes["step"][1]), (4 + 3 * 164, 4 + 8 * 164))
+        # tiles of 160 with 4 between them: 3 rows in samples.png, 8 in step.png; a line for the
+        # title and one for the legend have 22 each, with 8 between the legend and the tiles
+        self.assertEqual((sizes["samples"][1], sizes["step"][1]),
+                         (22 + 4 + 3 * 164 + 8 + 22, 22 + 4 + 8 * 164 + 8 + 22))
         self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
-        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 120)
-        self.assertEqual(sizes["curves"], (960, 340))
+        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 200)
+        self.assertEqual(sizes["curves"], (1120, 420))
 
         text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
                     self.tmp / "eval")
