@@ -1307,6 +1307,9 @@ def complete(cfg, origin):
         raise UserError(f"--{what} works in one process: python in place of torchrun")
     work = jobs(labels, cfg.images, cfg.truth, first.data)
     kept, rows = begin(what, cfg, labels)
+    common.draw_sheet(Path(cfg.to) / "overlay/legend.png", [], [], info,
+                      "Class 0 and void are left as the image is. Outlined in magenta: "
+                      + ("changed" if what == "complete" else "in doubt"))
     models = [(c, model.to(machine.device)) for c, _, model, _ in family]
     for path, (*_, s) in zip(cfg.ckpt, family):
         if line := warning(s["scores"]):

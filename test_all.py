@@ -2269,8 +2269,9 @@ class Predicts:
                 self.assertEqual(answer.getpalette()[:9], colors.ravel().tolist())
             answer, confidence = pixels(to / f"{name}.png"), pixels(to / f"confidence/{name}.png")
             self.assertEqual((confidence.shape, confidence.dtype), (answer.shape, np.uint8))
-            np.testing.assert_allclose(pixels(to / f"overlay/{name}.png"),
-                                       0.45 * image + 0.55 * colors[answer], atol=1)
+            overlay = pixels(to / f"overlay/{name}.png")
+            np.testing.assert_array_equal(overlay[answer == 0], image[answer == 0])
+            np.testing.assert_array_equal(overlay, common.overlay(image, answer, colors))
             number = flooded(answer)
             for c, row in enumerate(r for r in areas if r["file"] == name):
                 at = answer == c
@@ -2308,7 +2309,9 @@ class Predicts:
         self.runs(*self.predict(path))
         self.assertTrue((self.tmp / "to/a.png").exists())
         self.assertTrue((self.tmp / "to/overlay/a.png").exists())
-        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no picture"])
+        legend = {*map(tuple, pixels(self.tmp / "to/overlay/legend.png").reshape(-1, 3).tolist())}
+        self.assertLessEqual({*map(tuple, common.vivid(self.colors).tolist())}, legend)
+        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no image"])
         self.refuses(*self.predict(path, ckpt="no.pt", to="new"), words=["no.pt"])
         self.assertFalse((self.tmp / "new").exists())
 
