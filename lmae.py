@@ -1304,6 +1304,9 @@ def complete(cfg, origin):
     items = labels_and_images(labels, cfg.images, trained.data)
     truths = tree(cfg.truth) if cfg.truth else {}
     path, finished = finished_files(what, cfg, labels)
+    common.draw_sheet(Path(cfg.to) / "overlay/legend.png", [], [], info,
+                      "Class 0 and void are left as the image is. Outlined in magenta: "
+                      + ("changed" if what == "complete" else "in doubt"))
     for _, model in models:
         model.to(machine.device)
     done, failed = {line["name"] for line in finished}, 0

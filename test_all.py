@@ -2271,8 +2271,9 @@ class Predicts:
                 self.assertEqual(answer.getpalette()[:9], colors.ravel().tolist())
             answer, confidence = pixels(to / f"{name}.png"), pixels(to / f"confidence/{name}.png")
             self.assertEqual((confidence.shape, confidence.dtype), (answer.shape, np.uint8))
-            np.testing.assert_allclose(pixels(to / f"overlay/{name}.png"),
-                                       0.45 * image + 0.55 * colors[answer], atol=1)
+            overlay = pixels(to / f"overlay/{name}.png")
+            np.testing.assert_array_equal(overlay[answer == 0], image[answer == 0])
+            np.testing.assert_array_equal(overlay, common.overlay(image, answer, colors))
             number = flooded(answer)
             for c, row in enumerate(r for r in areas if r["file"] == name):
                 at = answer == c
@@ -2310,7 +2311,9 @@ class Predicts:
         self.runs(*self.predict(path))
         self.assertTrue((self.tmp / "to/a.png").exists())
         self.assertTrue((self.tmp / "to/overlay/a.png").exists())
-        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no picture"])
+        legend = {*map(tuple, pixels(self.tmp / "to/overlay/legend.png").reshape(-1, 3).tolist())}
+        self.assertLessEqual({*map(tuple, common.vivid(self.colors).tolist())}, legend)
+        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no image"])
         self.refuses(*self.predict(path, ckpt="no.pt", to="new"), words=["no.pt"])
         self.assertFalse((self.tmp / "new").exists())
 
@@ -6066,10 +6069,12 @@ class S4mimRuns(S4mimCase):
         for name in "samples", "step", "curves":
             with Image.open(out / f"{name}.png") as picture:
                 sizes[name] = picture.size
-        # tiles of 160 and 4 between them; 3 rows of images, and 8 of a step; a title and a legend
-        self.assertEqual((sizes["samples"][1] - 3 * 164, sizes["step"][1] - 8 * 164), (56, 56))
-        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 240)
-        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 240)
+        # tiles of 160 with 4 between them: 3 rows in samples.png, 8 in step.png; a line for the
+        # title and one for the legend have 22 each, with 8 between the legend and the tiles
+        self.assertEqual((sizes["samples"][1], sizes["step"][1]),
+                         (22 + 4 + 3 * 164 + 8 + 22, 22 + 4 + 8 * 164 + 8 + 22))
+        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
+        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 200)
         self.assertEqual(sizes["curves"], (1120, 420))
 
         text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
