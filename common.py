@@ -964,7 +964,8 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
         raise UserError("--predict works in one process: python in place of torchrun")
     empty_folder(to)
     for source in map(Path, paths):
-        inside = data.tree(source) if source.is_dir() else [source] if source.exists() else []
+        inside = (data.images_below(source) if source.is_dir() else
+                  [source] if source.exists() else [])
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))
                   for path in inside]
         if not inside:

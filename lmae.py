@@ -1051,7 +1051,7 @@ def tree(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: neither a file nor a folder of this name")
-        files = [path] if path.is_file() else data.tree(path)
+        files = [path] if path.is_file() else data.images_below(path)
         if not files:
             raise UserError(f"{path}: no pictures in it")
         for file in files:
@@ -1135,7 +1135,7 @@ def opened(job, info, images):
         raise UserError(f"{job.label}: no picture called {job.name} in {' '.join(images)}; skipped")
     mask = Mask(job.label, info)
     image = data.read_image(job.image, mask.label.shape)
-    data.same_size(data.Item(job.name, job.image, job.label), image.shape, mask.label.shape)
+    data.check_sizes(data.Item(job.name, job.image, job.label), image.shape, mask.label.shape)
     return mask, image
 
 
@@ -1175,7 +1175,7 @@ def repair_file(job, models, info, cfg, machine):
     matrices = torch.zeros(2, N, N, dtype=torch.int64)
     if job.truth:
         truth = data.read_label(job.truth, info)
-        data.same_size(data.Item(job.name, job.label, job.truth), label.shape, truth.shape)
+        data.check_sizes(data.Item(job.name, job.label, job.truth), label.shape, truth.shape)
         hidden = torch.from_numpy(answered)
         truth = torch.from_numpy(truth).masked_fill(~hidden, common.VOID)
         near = nearest_fill(torch.from_numpy(label)[None], hidden[None])[0]

@@ -549,7 +549,7 @@ def mask_source(cfg):
     if not Path(cfg.masks).is_dir():
         raise UserError(f"--masks {cfg.masks}: no such folder")
     found = [np.asarray(Image.fromarray(data.read_image(path)).convert("L").resize(
-        (cfg.size, cfg.size), Image.BILINEAR)) >= 128 for path in data.pictures(Path(cfg.masks))]
+        (cfg.size, cfg.size), Image.BILINEAR)) >= 128 for path in data.images_in(Path(cfg.masks))]
     bank = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, dtype=torch.bool)
     if bank.all() or not bank.any():
         raise UserError(f"--masks {cfg.masks}: no pictures in it that remove a part: give masks "
@@ -593,7 +593,7 @@ def our_name(name, model):
     return name
 
 
-def load_pretrained(f, cfg, whole=False):
+def read_weights(f, cfg, whole=False):
     """--pretrained: copy the weights of LeViT's release into the encoder, or those of MaskSup's
     release into all of f, and say what was not copied. whole: accept the second alone.
 
@@ -605,7 +605,7 @@ def load_pretrained(f, cfg, whole=False):
     Raises UserError if they are those of another network.
     """
     url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
-    read = data.published(cfg.pretrained, url, "model")
+    read = data.read_weights(cfg.pretrained, url, "model")
     theirs = {our_name(k.removeprefix("module."), cfg.model): read[k] for k in sorted(read)
               if torch.is_tensor(read[k])}
     mine, whole = f.state_dict(), whole or "head.weight" in theirs
@@ -739,7 +739,7 @@ def train(cfg):
     machine = common.Machine(cfg)
     out, device = Path(cfg.out), machine.device
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
-    beside = {split: dataset(cfg, split) for split in data.splits_beside(cfg.data)}
+    beside = {split: dataset(cfg, split) for split in data.further_splits(cfg.data)}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.settle_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
@@ -748,7 +748,7 @@ def train(cfg):
     torch.manual_seed(common.seed_of(cfg.seed))
     f = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
     if cfg.pretrained != "none" and not common.resuming(cfg):
-        load_pretrained(f, cfg)
+        read_weights(f, cfg)
     if cfg.init and not common.resuming(cfg):
         common.load_weights(f, cfg.init, "masksup", len(info.classes))
     optimizer, scaler = make_optimizer(f, cfg, machine.fused), machine.scaler()
@@ -942,7 +942,7 @@ def evaluate_only(cfg, origin):
         else:
             check(cfg)
             here, info = cfg, data.info(cfg.data, cfg.root, cfg.palette or None)
-            f = load_pretrained(build(here, len(info.classes)).eval(), here, whole=True)
+            f = read_weights(build(here, len(info.classes)).eval(), here, whole=True)
             state = {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
         here = replace(here, seed=cfg.seed)                        # of the holes, one for all
         val_set = dataset(here, data.eval_split(here.data))
@@ -961,7 +961,7 @@ def evaluate_only(cfg, origin):
             bank = mask_bank(64, here.size, max(0, share - 0.01), share + 0.01,
                              common.seed_of(cfg.seed, round(1000 * share)))
             curve[share] = score(val_set, bank.to(machine.device))
-        more = {split: score(dataset(here, split)) for split in data.splits_beside(here.data)}
+        more = {split: score(dataset(here, split)) for split in data.further_splits(here.data)}
         if shares:
             more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}

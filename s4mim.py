@@ -581,7 +581,7 @@ def load_encoder(E, cfg):
     if cfg.pretrained == "imagenet" and cfg.stem == "deep":
         raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
                         "leave --stem deep out, or give a file with --pretrained")
-    theirs = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in data.published(
+    theirs = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in data.read_weights(
         cfg.pretrained, RELEASE[cfg.backbone], "state_dict").items()}
     mine = E.state_dict()
     fits = {k: v for k, v in theirs.items()
@@ -875,7 +875,7 @@ def write_metrics(model, loader, cfg, machine, info, out, state):
     """OUT/samples.png, and OUT/metrics.json of a checkpoint's state, with the scores of the splits
     beside that of the loader; these scores on the screen."""
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
-            for split in data.splits_beside(cfg.data)}
+            for split in data.further_splits(cfg.data)}
     if not machine.main:
         return
     draw_samples(model, loader.dataset, cfg, machine, info, out / "samples.png")
@@ -1067,7 +1067,7 @@ def settle(cfg):
     if not cfg.zoom:
         cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
     # as large a share of a small crop as the paper's 6 pixels are of 321, but at least 2 pixels
-    cfg.patch = cfg.patch or max(2, round(6 * data.of_321(cfg.size)))
+    cfg.patch = cfg.patch or max(2, round(6 * data.share_of_321(cfg.size)))
 
 
 def main():
