@@ -5,13 +5,11 @@
     python data.py --data my/folder --palette colors.txt
 
 Run as a script, it checks a dataset before training: it prints counts, sizes, the share of each
-class, the score of the best answer that is one class everywhere, every guess, and all problems
-with their files and what to do (exit status 1 if there are any), and it writes a contact sheet of
-images and labels, out/check-NAME.png. README.md lists what is read, and the licences.
+class, the score of the best constant answer, every guess, and all problems with their files and
+what to do (exit status 1 if there are any), and writes a contact sheet, out/check-NAME.png.
 
 The first section is how a folder becomes batches; each further section can be read alone. An image
-without a mask is unlabelled: supervised training leaves it out, semi-supervised training
-(labeled_split) learns from it too.
+without a mask is unlabelled: only semi-supervised training (labeled_split) learns from it.
 """
 import contextlib
 import functools
@@ -63,8 +61,7 @@ class Info:
 
 
 class Item(NamedTuple):
-    """An image and its mask. Without a mask it is unlabelled; a mask without an image is an error.
-    """
+    """An image and its mask; None for a missing mask (it is unlabelled) or image (an error)."""
     stem: str                   # the path below images/ and masks/, without the suffix
     image: Path | None
     mask: Path | None
@@ -77,8 +74,8 @@ TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 
 
 def pair(images, masks, key):
-    """Items of image and mask files whose key is equal, sorted by it. A file without a partner gets
-    None instead; of several files with one key, every pair is an Item."""
+    """Items of image and mask files with the same key, sorted by it; a missing partner is None. Of
+    several files with one key every pair is an Item."""
     found = {}
     for side, paths in enumerate((images, masks)):
         for path in paths:
@@ -88,8 +85,8 @@ def pair(images, masks, key):
 
 
 def one_of(folder, names):
-    """The folder in `folder` with one of these names, in any case; if there is none, the path with
-    the first name. Raises UserError if there are two."""
+    """The subfolder with one of these names, in any case, or the path that it should have. Raises
+    UserError if there are two."""
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir()] if folder.is_dir() else []
     found = [p for p in inside if p.name.lower() in [name.lower() for name in names]]
     if len(found) > 1 and "SegmentationClassPNG" not in {p.name for p in found}:
@@ -98,9 +95,8 @@ def one_of(folder, names):
 
 
 def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
-    """Items of the folders images/part and masks/part, by the path below them without the suffix.
-    images, masks: names that the two folders may have. If nothing is paired, the names are compared
-    without what all masks, or all images, have in common."""
+    """Items of two folders, given by their possible names, or of `part` in them: paired by the path
+    below, without the suffix, and if that pairs nothing without_common_words()."""
     sides = [one_of(folder, (names,) if isinstance(names, str) else names) / part
              for names in (images, masks)]
     files = [images_below(side) for side in sides]
@@ -112,9 +108,8 @@ def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
 
 
 def own_folder(folder, split, protocol):
-    """Items of a user's folder: train/ and val/ with images/ and masks/ inside, or the other way
-    round. Without val/, the validation set is a fifth of the images with a mask, drawn by name; it
-    has at least one image if there are two."""
+    """Items of train/ or val/ with images/ and masks/ inside, or the other way round. Without val/
+    a fifth of the images with masks, drawn by name, is the validation set: at least 1 of 2."""
     images = one_of(folder, IMAGES)
     inside = one_of(images, TRAIN).is_dir()                 # images/train/, not train/images/
     base = images if inside else folder
@@ -145,17 +140,16 @@ def own_folder(folder, split, protocol):
 class Dataset(torch.utils.data.Dataset):
     """A split as (image uint8 (3, S, S), label uint8 (S, S) of 0..C-1 and 255, index), S = size.
 
-    dataset[epoch, index], or dataset[index] for epoch 0. All random numbers depend on (seed, epoch,
+    dataset[epoch, index], or dataset[index] for epoch 0: all random numbers depend on (seed, epoch,
     index) alone, and not on the workers, on the order, or on resuming.
-    train: the scale is drawn from the range `scale`, the crop is taken at a random place, and half
-    the images are mirrored if `flip`. Otherwise the crop is central, without scaling or mirroring.
+    train: the scale is drawn from the range `scale`, the crop is at a random place, and half the
+    images are mirrored if `flip`. Otherwise the crop is central, without scaling or mirroring.
     whole (not for training): images at their own size, (3, H, W) and (H, W).
-    items: use these Items instead of the split's, see labeled_split. The mask of an unlabelled one
-    is not read: its label is 0 in the image and 255 in the padding.
+    items: take these Items instead of the split's, see labeled_split. An unlabelled one has label 0
+    in the image and 255 in the padding, and no mask is read.
 
-    A split of at most in_memory GB is decoded here, so that every file is read before training
-    starts; of a larger one only the sizes are compared here. Raises UserError for any fault in the
-    files.
+    A split of at most in_memory GB is decoded here: every file is read before training starts. Of a
+    larger one only the sizes are compared here. Raises UserError for any fault in the files.
     """
 
     def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
@@ -179,8 +173,7 @@ class Dataset(torch.utils.data.Dataset):
             if self.starts[-1] <= in_memory * 2**30:
                 counts = self.decode(pool)
         if counts is not None and not counts[:VOID].any():
-            raise UserError(f"{name}: no pixel in the split {split} is labelled, all are void "
-                            "(255): label some")
+            raise UserError(f"{name}: all pixels in the split {split} are void (255): label some")
         # a few chosen images may well show no object; but 0 and 255 alone in several are a sign
         if items is not None and counts is not None and not (counts[VOID] and len(items) > 1):
             counts = None
@@ -199,8 +192,8 @@ class Dataset(torch.utils.data.Dataset):
         return shape
 
     def decode(self, pool):
-        """Read all Items into self.pixels, one flat tensor: workers share a tensor, but would copy
-        a list of arrays. Returns the number of pixels of each label, (256,)."""
+        """Read all Items into self.pixels, one flat tensor: workers share it, but would copy a list
+        of arrays. Returns the number of pixels of each label, (256,)."""
         self.pixels = torch.empty(int(self.starts[-1]), dtype=torch.uint8)
 
         def fill(i):
@@ -249,10 +242,9 @@ def steps_per_epoch(n, batch):
 class Steps(torch.utils.data.Sampler):
     """The batches of steps start..stop-1, lists of (epoch, index), for process `rank` of `world`.
 
-    The order of an epoch depends on (seed, epoch) alone: a resumed run sees the batches of an
-    unbroken one. A smaller last batch of an epoch is dropped; endless: the epochs follow each other
-    without a gap, no image is dropped, and every batch is full. Each process has every world-th
-    image of a batch, from position rank on.
+    The order in an epoch depends on (seed, epoch) alone: a resumed run sees the batches of an
+    unbroken one. A smaller last batch is dropped; endless: epochs follow without a gap, and every
+    batch is full. Each process has every world-th image of a batch, from position rank on.
     """
 
     def __init__(self, n, batch, seed, start, stop, rank, world, endless=False):
@@ -279,8 +271,7 @@ class Steps(torch.utils.data.Sampler):
 
 
 def ignore_ctrl_c(worker):
-    """A terminal sends Ctrl-C to the workers too; the main process needs them to finish its step.
-    """
+    """Ctrl-C reaches the workers too, but the main process needs them to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -293,8 +284,7 @@ def loader(dataset, batches, workers, **kwargs):
 
 def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1,
                  endless=False):
-    """The batches of steps start..stop-1, batch_size for each process: one loop is a whole run.
-    endless: see Steps."""
+    """The batches of steps start..stop-1, of batch_size per process. endless: see Steps."""
     steps = Steps(len(dataset), batch_size, seed, start, stop, rank, world, endless)
     return loader(dataset, steps, workers)
 
@@ -326,10 +316,9 @@ def say(line):
 
 @contextlib.contextmanager
 def waiting(what):
-    """Print what takes long, if the block takes more than three seconds (one process)."""
-    timer = threading.Timer(3, print, (f"{what} ..",), {"flush": True})
-    if os.environ.get("RANK", "0") == "0":
-        timer.start()
+    """Say what a block does, if it takes more than three seconds."""
+    timer = threading.Timer(3, say, (f"{what} ..",))
+    timer.start()
     try:
         yield
     finally:
@@ -337,15 +326,14 @@ def waiting(what):
 
 
 def images_in(folder):
-    """The image files of a folder, sorted, without its subfolders. Those of formats that cannot be
-    read are listed too: opening them gives the error."""
+    """The image files of a folder, sorted; also those that opened() will refuse."""
     return [p for p in sorted(Path(folder).iterdir())
             if p.suffix.lower() in READABLE | UNREADABLE and not p.name.startswith(".")]
 
 
 def images_below(folder, top=True):
-    """The image files of a folder and its subfolders, but for hidden ones (.NAME) and the results
-    that --complete and --predict write next to their labels."""
+    """The image files of a folder and its subfolders, but for hidden ones (.NAME) and those that
+    --complete and --predict write next to their labels."""
     real = Path(os.path.realpath(folder))
     subfolders = [p for p in sorted(Path(folder).iterdir())
                   if p.name[0] != "." and p.suffix.lower() not in READABLE and p.is_dir()
@@ -364,8 +352,8 @@ def fingerprint(stem):
 
 
 def without_common_words(folder, images, masks):
-    """Two {file: name}, shortened so that every mask has an image: by a prefix or suffix that all
-    masks share, and maybe by one that all images share. Unchanged if that does not help."""
+    """Two {file: name}: if every mask then has an image, without a prefix or suffix that all masks
+    share, and one that all images share."""
     def common_words(names):        # a suffix starts with no digit: 10_mask does not belong to 1
         end = os.path.commonprefix([name[::-1] for name in names])[::-1]
         start = os.path.commonprefix([name.rpartition("/")[2] for name in names])
@@ -386,8 +374,7 @@ def without_common_words(folder, images, masks):
 
 
 def read_pair(item, info, size):
-    """An Item's image uint8 (H, W, 3) and label uint8 (H, W), all 0 without a mask. A drawn Item
-    is size x size."""
+    """An Item's image uint8 (H, W, 3), and label uint8 (H, W), 0 without a mask. size: if drawn."""
     if item.image == DRAWN:
         image, label = DRAW[info.name](item.stem, size)
         return image, label if item.mask else np.zeros_like(label)
@@ -409,8 +396,8 @@ def check_sizes(item, image, mask):
 
 
 def window(length, crop, size, scale, place):
-    """Along one axis, what a crop shows: from where to where of the unscaled image (floats), and
-    the first and the end of the `size` pixels of the result that this fills (ints)."""
+    """Along one axis: from where to where of the unscaled image a crop reaches (floats), and the
+    first and the end of the `size` pixels that this part fills (ints)."""
     scaled = max(1, round(length * scale))
     start = round(place * (scaled - crop))          # negative if the image is the smaller one
     a, b = max(start, 0), min(start + crop, scaled)
@@ -450,8 +437,7 @@ for order in b"II", b"MM":
 
 @contextlib.contextmanager
 def opened(path):
-    """Image.open() for a with block. Every error in the block becomes a UserError of one line, and
-    so does a file of several pages."""
+    """Image.open() for a with block, for one page; each error becomes one UserError line."""
     try:
         if Path(path).suffix.lower() in UNREADABLE:
             raise UnidentifiedImageError
@@ -470,9 +456,9 @@ def opened(path):
                 Image.DecompressionBombError: f"{reason}: save it smaller, or in parts",
                 UnidentifiedImageError: "not a complete image, or of a kind that Pillow cannot "
                 "read (a camera's raw format? 8 channels of 8 bits?): replace or remove it, or "
-                "save it as 8-bit grey or RGB"}
-        raise UserError(f"{path}: " + what.get(type(error), f"not a complete image "
-                        f"({reason[:90]}): replace or remove it")) from None
+                "save it as 8-bit grey or RGB"}.get(
+                    type(error), f"not a complete image ({reason[:90]}): replace or remove it")
+        raise UserError(f"{path}: {what}") from None
 
 
 def pages(image):
@@ -488,8 +474,8 @@ def pages(image):
 
 
 def turned(image):
-    """Whether EXIF data ask for a rotation or mirroring that is still to be done. Pillow has done
-    that of TIFFs, and looking for EXIF data in a PNG without any would decode all of it."""
+    """Whether EXIF data ask for a rotation or mirroring that is still to be done: Pillow does that
+    of TIFFs, and would decode all of a PNG without EXIF data to look for them."""
     if image.format == "TIFF" or image.format == "PNG" and not {
             "exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
         return False
@@ -507,9 +493,9 @@ def shape_of(path, mask=None):
 def read_image(path, mask=None):
     """An image as uint8 (H, W, 3): grey, indexed, CMYK and alpha become RGB, of 16 bits the high 8.
 
-    It is turned upright by its EXIF data, as viewers and drawing tools do; but if the shape (H, W)
-    of its mask is that of the stored pixels alone, it stays as stored. Raises UserError if the file
-    is no complete image, has 32 or signed bits, or has 16 bits and only small values.
+    EXIF data turn it upright, as in viewers and drawing tools, unless only the pixels as stored
+    have the shape (H, W) of its mask. Raises UserError if it is not a complete image, has 32 or
+    signed bits, or has 16 bits and only small values.
     """
     with opened(path) as image:
         kind = str(image.tile[0].args) if image.tile else ""    # loading forgets it
@@ -537,10 +523,8 @@ def read_image(path, mask=None):
 
 
 def read_ids(path, greys=False):
-    """The ids in a mask, uint8 (H, W). Raises UserError for colours, and for other than 0..255.
-
-    greys: the mask is a grey image in any format, RGB too, and its greys are the ids.
-    """
+    """The ids in a mask, uint8 (H, W); greys: they are the greys of an image in any format. Raises
+    UserError for colours, and for other ids than 0..255."""
     with opened(path) as image:
         mode, scale = image.mode, id_scale(image, path)
         image = ImageOps.exif_transpose(image) if turned(image) else image
@@ -573,8 +557,8 @@ def read_ids(path, greys=False):
 
 
 def id_scale(image, path):
-    """The factor by which Pillow multiplies the ids of an opened file, to fill 8 or 16 bits: those
-    of greys of 2 or 4 bits, and of a PGM with a smaller maximum. UserError if white is 0."""
+    """What Pillow multiplies the ids of an opened file by, to fill 8 or 16 bits (greys of 2 and 4
+    bits, PGM with a smaller maximum). Raises UserError if white is 0."""
     tile = str(image.tile)
     if re.search("L;[1248]?I", tile):
         raise UserError(f"{path}: its ids are stored with white as 0: save it as PNG")
@@ -589,42 +573,37 @@ BINARY = "if it is black and white, give --palette binary"
 
 def read_label(path, info):
     """A mask as uint8 (H, W) of class indices and 255, by its ids, greys or colours, see Info.
-    Raises UserError for ids and colours that have no meaning in this dataset."""
-    if info.palette:
-        return read_colors(path, dict(info.palette))
+    Raises UserError for ids and colours without a meaning in this dataset."""
     if info.threshold is not None:
         return (read_ids(path, info.threshold > 0) > info.threshold).astype(np.uint8)
-    ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
-    table[list(info.ids)] = range(len(info.ids))
-    known[[*info.ids, *info.void, VOID]] = True
-    with open(path, "rb") as file:          # JPEG and lossy WebP, whatever their suffix
-        start = file.read(64)
-    lossy = start[:2] == b"\xff\xd8" or start[8:12] == b"WEBP" and b"VP8 " in start
-    if not known[ids].all() or lossy and ids.any():
-        bad = np.unique(ids[~known[ids]] if not known[ids].all() else ids).tolist()
-        advice = (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
-                  "correct the mask" + f"; {BINARY}" * (len(bad) > 9))
-        raise UserError(f"{path}: {'ids' if len(bad) > 1 else 'id'} {ranges(bad)}, but {info.name} "
-                        f"has classes {ranges(info.ids)} and void {ranges((*info.void, VOID))}: "
-                        f"{advice}")
-    return table[ids]
-
-
-def read_colors(path, meaning):
-    """A colour mask, or a grey one, as uint8 (H, W) of labels. meaning: {(r, g, b): label}."""
+    if not info.palette:
+        ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
+        table[list(info.ids)] = range(len(info.ids))
+        known[[*info.ids, *info.void, VOID]] = True
+        with open(path, "rb") as file:          # JPEG and lossy WebP, whatever their suffix
+            start = file.read(64)
+        lossy = start[:2] == b"\xff\xd8" or start[8:12] == b"WEBP" and b"VP8 " in start
+        if not known[ids].all() or lossy and ids.any():
+            bad = np.unique(ids[~known[ids]] if not known[ids].all() else ids).tolist()
+            advice = (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
+                      "correct the mask" + f"; {BINARY}" * (len(bad) > 9))
+            raise UserError(f"{path}: id{'s' * (len(bad) > 1)} {ranges(bad)}, but {info.name} has "
+                            f"classes {ranges(info.ids)} and void {ranges((*info.void, VOID))}: "
+                            f"{advice}")
+        return table[ids]
     with opened(path) as image:
         image = ImageOps.exif_transpose(image) if turned(image) else image
         codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
-    known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(meaning.items())}
+    known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(info.palette)}
     at = np.searchsorted(list(known), codes).clip(max=len(known) - 1)
     unknown = np.unique(codes[np.array(list(known))[at] != codes]).tolist()
     if unknown:
         strange = [(c >> 16, c >> 8 & 255, c & 255) for c in unknown]
-        grey = all(max(c) - min(c) < 25 for c in [*strange, *meaning]) and len(meaning) == 2
+        grey = all(max(c) - min(c) < 25 for c in [*strange, *dict(info.palette)])
         raise UserError(f"{path}: {len(strange)} of its colours are not in the palette "
                         f"({', '.join('%d %d %d' % c for c in strange[:4])}"
                         f"{', ..' * (len(strange) > 4)}): add them to a palette file, or correct "
-                        "the mask" + f"; {BINARY}" * grey)
+                        "the mask" + f"; {BINARY}" * (grey and len(info.palette) == 2))
     return np.array(list(known.values()), np.uint8)[at]
 
 
@@ -640,8 +619,8 @@ def ranges(ids):
 class Source(NamedTuple):
     """Where a dataset is, and how its files are listed."""
     info: Info
-    splits: tuple
-    items: callable             # (folder, split, protocol) -> list of Items
+    splits: tuple               # the training set, the one that it is scored on, others
+    items: callable = None      # (folder, split, protocol) -> list of Items
     tree: str = ""              # the files that are expected, for the error lines
     markers: tuple = ()         # files and folders that tell that it is this dataset: one is enough
     places: tuple = (".",)      # where it may be, below ROOT/NAME and ROOT
@@ -653,10 +632,7 @@ class Source(NamedTuple):
 
 DRAWN = Path("drawn at run time")       # the files of an Item that is drawn
 COUNTS = {"train": 512, "val": 128}
-
-
-def drawn(folder, split, protocol):
-    return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(COUNTS[split])]
+TRAIN_IDS = "gtFine/*/*/*_gtFine_labelTrainIds.png"     # 0..18 in Cityscapes, where it was prepared
 
 
 def voc(folder, split, protocol):
@@ -689,13 +665,8 @@ def voc(folder, split, protocol):
     return items
 
 
-def train_ids(folder):
-    """The masks with the 19 classes as 0..18, which cityscapesscripts writes if it is run."""
-    return sorted(folder.glob("gtFine/*/*/*_gtFine_labelTrainIds.png"))
-
-
 def cityscapes(folder, split, protocol):
-    kind = "labelTrainIds" if train_ids(folder) else "labelIds"
+    kind = "labelTrainIds" if any(folder.glob(TRAIN_IDS)) else "labelIds"
     return pair(folder.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"),
                 folder.glob(f"gtFine/{split}/*/*_gtFine_{kind}.png"),
                 key=lambda path: re.sub("_leftImg8bit|_gtFine_label.*", "", path.stem))
@@ -741,11 +712,11 @@ SOURCES = {
         Info("shapes", ("background", "disc", "square", "triangle", "ring", "cross"),
              ((40, 40, 48), (230, 85, 60), (70, 130, 220), (80, 180, 90), (235, 180, 50),
               (190, 80, 200)), ids=tuple(range(6))),
-        ("train", "val"), drawn),
+        ("train", "val")),
     "materials": Source(
         Info("materials", ("plain", "fine stripes", "coarse stripes", "dots"),
              ((40, 40, 48), (230, 85, 60), (70, 130, 220), (235, 180, 50)), ids=(0, 1, 2, 3)),
-        ("train", "val"), drawn),
+        ("train", "val")),
     "voc": Source(
         Info("voc", ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car",
                      "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person",
@@ -835,25 +806,18 @@ def source_of(name):
 
 def eval_split(name):
     """The split that training is scored on: "val", or "test" if there is none."""
-    return "val" if "val" in source_of(name).splits else "test"
-
-
-def further_splits(name):
-    """The splits that are neither "train" nor eval_split()."""
-    return [s for s in source_of(name).splits if s not in ("train", eval_split(name))]
-
-
-def home(name, root):
-    """The folder NAME, or ROOT/NAME. Raises UserError if there is none."""
-    for folder in Path(name), Path(root) / name:
-        if folder.is_dir():
-            return folder
-    raise UserError(f"--data {name}: neither a dataset ({', '.join(SOURCES)}) nor a folder, here "
-                    f"or in {root}{nearest_name(name, SOURCES)}")
+    return source_of(name).splits[1]
 
 
 def find(name, root, markers=()):
-    """The folder of a named dataset, or the one there with other markers; None if it is missing."""
+    """The folder of a dataset, or None if a named one is missing. Raises UserError if it is neither
+    named nor a folder. markers: look for these instead of the dataset's own."""
+    if name not in SOURCES:
+        for folder in Path(name), Path(root) / name:
+            if folder.is_dir():
+                return folder
+        raise UserError(f"--data {name}: neither a dataset ({', '.join(SOURCES)}) nor a folder, "
+                        f"here or in {root}{nearest_name(name, SOURCES)}")
     source = SOURCES[name]
     places = [base / p for base in (Path(root) / name, Path(root)) for p in source.places]
     return next((p for p in places for m in markers or source.markers if (p / m).exists()), None)
@@ -863,24 +827,25 @@ def short_side(name, root):
     """The shorter side of training images in pixels: the median of about 50. None if unknown."""
     items = [item for item in list_items(name, root, "train") if item.image]
     sides = []
-    for item in items[::max(1, len(items) // 50)] if name not in DRAW else ():
+    for item in items[::max(1, len(items) // 50)]:
         with contextlib.suppress(UserError), opened(item.image) as image:
             sides.append(min(image.size))
     return sorted(sides)[len(sides) // 2] if sides else None
 
 
 def list_items(name, root, split, protocol="lists"):
-    """All Items of a split, also those without image or mask. Downloads a missing dataset that has
-    a url. Raises UserError with the expected files if the dataset, a folder or a list is missing.
-    """
+    """All Items of a split, complete or not. Downloads a missing dataset that has a url. Raises
+    UserError, with what is expected, if the dataset, a folder or a list is missing."""
     source = source_of(name)
     if split not in source.splits:
         raise UserError(f"{name} has no split {split}, only {', '.join(source.splits)}")
-    folder = home(name, root) if source is OWN else find(name, root)
+    if name in DRAW:
+        return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(COUNTS[split])]
+    folder = find(name, root)
     if folder is None and source.url:
         place = find(name, root, [source.needs]) if source.needs else Path(root) / name
         folder = place and download(name, Path(root), place)
-    if folder is None and source.markers:
+    if folder is None:
         raise UserError(f"{name} is neither in {Path(root) / name} nor in {root}: "
                         f"expected {source.tree}")
     try:
@@ -888,49 +853,43 @@ def list_items(name, root, split, protocol="lists"):
     except OSError as error:            # also: no permission, a loop of links
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         what = "not there" if missing else f"{error.strerror}: fix that"
-        given = source is OWN and folder.resolve()
-        hint = (f" (or do you mean --data {given.name} --root {given.parent}?)"
-                if missing and given and given.name in SOURCES else "")
-        raise UserError(f"{error.filename}: {what}: {folder or name} needs {source.tree}{hint}"
-                        ) from None
+        real = folder.resolve()
+        hint = (f" (or do you mean --data {real.name} --root {real.parent}?)"
+                if missing and source is OWN and real.name in SOURCES else "")
+        raise UserError(f"{error.filename}: {what}: {folder} needs {source.tree}{hint}") from None
 
 
 def info(name, root="data", palette=None):
-    """The Info of a dataset; that of a named one needs no files.
-
-    The classes of a user's folder are those of the palette, or of classes.txt (`void` names an id
-    that is void), or the ids in its masks.
-    """
+    """The Info of a dataset; of a named one it needs no files. The classes of a user's folder are
+    those of the palette, or of classes.txt (`void` is no class), or the ids in its masks."""
     given = load_palette(palette) if palette else None
     if source_of(name) is OWN:
-        folder = home(name, root)
+        folder = find(name, root)
         if given:
             return replace(given, name=folder.resolve().name)
         file = folder / "classes.txt"
-        if file.is_file():
-            names = text_lines(file)
-            if not 2 <= len(set(names) - {"void"}) <= 255 or len(set(names)) < len(names):
-                raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all "
-                                "different")
-        else:
-            names = [f"class {c}" for c in range(largest_id(folder) + 1)]
-        ids = tuple(c for c, name in enumerate(names) if name != "void")
-        return Info(folder.resolve().name, tuple(names[c] for c in ids), distinct_colors(len(ids)),
-                    ids, void=tuple(c for c, name in enumerate(names) if name == "void"))
+        names = text_lines(file) if file.is_file() else [
+            f"class {c}" for c in range(largest_id(folder) + 1)]
+        classes = [name for name in names if name != "void"]
+        if len(set(names)) < len(names) or file.is_file() and not 2 <= len(classes) <= 255:
+            raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
+        void = tuple(c for c, name in enumerate(names) if name == "void")
+        return Info(folder.resolve().name, tuple(classes), distinct_colors(len(classes)),
+                    ids=tuple(c for c in range(len(names)) if c not in void), void=void)
     found = SOURCES[name].info
-    if given and len(given.classes) != len(found.classes):
-        raise UserError(f"--palette {palette}: not the number of classes of {name}, which is "
-                        f"{len(found.classes)}: give the colours of its masks")
     if given:
+        if len(given.classes) != len(found.classes):
+            raise UserError(f"--palette {palette}: {len(given.classes)} classes, but {name} has "
+                            f"{len(found.classes)}: give the colours of its masks")
         return replace(found, palette=given.palette, threshold=given.threshold)
-    if name == "cityscapes" and (folder := find(name, root)) and train_ids(folder):
+    if name == "cityscapes" and (folder := find(name, root)) and any(folder.glob(TRAIN_IDS)):
         return replace(found, ids=tuple(range(19)), void=())
     return found
 
 
 @functools.lru_cache
 def largest_id(folder):
-    """The largest id but 255 in the masks of a folder. Errors are left to those who read next."""
+    """The largest id but 255 in the masks of a folder that can be read."""
     def largest(item):
         with contextlib.suppress(UserError):
             ids = read_ids(item.mask)
@@ -957,8 +916,8 @@ def text_lines(path):
 
 @functools.lru_cache
 def load_palette(palette):
-    """The Info of --palette: voc, cityscapes, binary, or a file of lines `R G B name`, or as CVAT
-    writes them `name:R,G,B:parts:actions`; a colour with the name void is void."""
+    """The Info of --palette: voc, cityscapes, binary, or a file of lines `R G B name` or CVAT's
+    `name:R,G,B:parts:actions`; the name void makes a colour void."""
     if palette == "binary":
         return Info(palette, ("background", "object"), ((0, 0, 0), (255, 255, 255)), (0, 255),
                     threshold=127)
@@ -990,8 +949,7 @@ def load_palette(palette):
 
 
 def listing_faults(name, split, items, masks_needed=True):
-    """A line for each fault in the Items of a split: a stem that is there twice, a mask without an
-    image, no mask at all."""
+    """Lines for faults in the Items of a split: a stem twice, a mask without image, no mask."""
     count = Counter(item.stem for item in items)
     faults = [f"{i.image or i.mask}: {count[i.stem]} files or pairs are called {i.stem} "
               f"({i.mask.name if i.mask else 'no mask'}): rename or remove the others"
@@ -999,27 +957,28 @@ def listing_faults(name, split, items, masks_needed=True):
     faults += [f"{i.mask}: a mask, but no image is called {i.stem}: add or rename one, or remove "
                "the mask" for i in items if not i.image]
     if not items or masks_needed and not any(i.image and i.mask for i in items):
-        what = (f"{items[0].image}: no mask belongs to it, nor to any other image in the split "
-                f"{split}: add masks" if items and items[0].image else
-                f"{name}: no image with a mask in the split {split}: add some")
-        faults.append(f"{what}: {name} needs {source_of(name).tree}")
+        need = f"{name} needs {source_of(name).tree}"
+        if items and items[0].image:
+            faults.append(f"{items[0].image}: no mask belongs to it, nor to any other image in the "
+                          f"split {split}: add masks: {need}")
+        else:
+            faults.append(f"{name}: no image with a mask in the split {split}: add some: {need}")
     return faults
 
 
 def label_fault(name, info, pixels=None):
-    """The line for ids that a user's folder as a whole cannot mean, or None. pixels: the number of
-    each label in it, (256,), if known."""
+    """A line if the ids in a user's folder make no sense as a whole, or None. pixels: the number of
+    each label, (256,), if known."""
     if source_of(name) is not OWN:
         return None
-    if len(info.classes) < 2 or pixels is not None and not pixels[1:VOID].any():
-        found = [i for i in (0, VOID) if pixels is None or pixels[i]]
-        if info.threshold is not None and found:
+    found = [i for i in (0, VOID) if pixels is None or pixels[i]]
+    if found and (len(info.classes) < 2 or pixels is not None and not pixels[1:VOID].any()):
+        if info.threshold is not None:
             return (f"{name}: no grey of the masks is above {info.threshold}: if they hold ids, "
                     "leave --palette binary out")
-        if found == [0, VOID]:
-            return (f"{name}: the masks hold only 0 and 255, and 255 is void, not a class: if that "
-                    "is the object, give --palette binary")
-        return found and f"{name}: the masks hold only {ranges(found)}: label a second class"
+        return f"{name}: the masks hold only " + (
+            "0 and 255, and 255 is void, not a class: if that is the object, give --palette binary"
+            if found == [0, VOID] else f"{ranges(found)}: label a second class")
     if len(info.classes) > 64 and info.classes[1] == "class 1":
         return (f"{name}: the masks hold ids up to {len(info.classes) - 1}: if these are classes, "
                 f"name them in classes.txt; {BINARY}")
@@ -1032,13 +991,12 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     """The Items of the training set as two lists in its order: (labelled, unlabelled).
 
     labeled: "N", a number of images, or "1/16", a share of those with a mask (rounded up): the
-    first ones by a hash of seed and name, so that a draw is the same everywhere and 1/16 is part of
-    1/8. Or a file with a line `image mask`, or only a stem, for each: only the names count.
-    unlabelled: all others, without their masks, so that nothing can read them; if there are none,
-    the labelled ones without their masks, and a line says so.
+    first by a hash of seed and name, so that a draw is the same everywhere and 1/16 is part of 1/8.
+    Or a file with a line `image mask`, or only a stem, for each: only the names count.
+    unlabelled: all others without their masks, which nothing can read then; if there are none, the
+    labelled ones without theirs, and a line says so.
 
-    Raises UserError for a number or share that cannot be, and for a list that is empty or names an
-    image twice, or one that is unknown or has no mask.
+    Raises UserError for a number, share or line that cannot be.
     """
     items = list_items(name, root, "train", protocol)
     for line in listing_faults(name, "train", items):
@@ -1095,12 +1053,12 @@ def listed_items(file, items, name):
 def labeled_hash(items):
     """12 hex digits that tell one draw from another: of the stems of Items, in any order."""
     names = "\n".join(sorted(i.stem for i in items))
-    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{fingerprint(names):016x}"[:12]
 
 
 def labeled_lines(items):
-    """The text of a file that labeled_split reads as these Items: lines `image mask`, paths below
-    the folder that holds both, or only the stem if there are no two files."""
+    """The text of a file that labeled_split reads as these Items: lines `image mask`, or only a
+    stem if there are no two files."""
     def line(item):
         if item.mask is None or item.image == DRAWN:
             return item.stem
@@ -1113,17 +1071,14 @@ def labeled_lines(items):
 # -------------------------------------------------------------------------------------- downloading
 
 def fetch(url, md5, target):
-    """Download url to the file target, through target.part, which a later try continues.
-
-    Raises UserError if that fails, or if the MD5 sum of the file is not md5 ("": unknown).
-    """
+    """Download url to the file target, through target.part, which a later try continues. Raises
+    UserError if that fails, or if the MD5 sum is not md5 ("": unknown)."""
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             if not any(stream(url, part) for _ in range(5)):
-                raise UserError(f"{url}: the connection broke five times: run this again to "
-                                "continue")
+                raise UserError(f"{url}: the connection broke five times: run this again")
             if md5 and md5_of(part) != md5:
                 part.unlink()
                 raise UserError(f"{url}: the MD5 sum of the download is not {md5}: run this again")
@@ -1177,9 +1132,9 @@ def md5_of(path):
 def unpack(archive, folder, complete=None):
     """Unpack a tar or zip into folder, through folder/.unpacking.
 
-    Raises UserError, and leaves nothing behind, if a member is a link or a device or its path leads
-    out of the folder; if a file is in the way; if the archive is broken, by its own check sums; and
-    if it is not complete(folder/.unpacking).
+    Raises UserError, and leaves nothing behind, if a member is a link or device or leads out of the
+    folder, if a file is in the way, and if the archive is broken (by its check sums) or not
+    complete(folder/.unpacking).
     """
     temp = folder / ".unpacking"
     try:
@@ -1213,8 +1168,8 @@ def unpack(archive, folder, complete=None):
 
 
 def download(name, root, place):
-    """Download the archive of a dataset into root and unpack it into place; returns the dataset's
-    folder. The first of several processes does it."""
+    """Download a dataset's archive into root, unpack it into place, and return the dataset's
+    folder; of several processes the first one does it."""
     source = SOURCES[name]
     if os.environ.get("RANK", "0") == "0":
         archive = root / source.url.rsplit("/", 1)[1]
@@ -1228,8 +1183,8 @@ def download(name, root, place):
 
 
 def read_weights(pretrained, url, key):
-    """The weights for --pretrained, {name: tensor}: of a file, or for "imagenet" of url, downloaded
-    and checked. key: the weights may be under this name in it. Raises UserError if it fails."""
+    """{name: tensor} for --pretrained: the weights in a file, or for "imagenet" at url; maybe under
+    the name `key` there. Raises UserError if they cannot be read."""
     try:
         if pretrained == "imagenet":
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
@@ -1289,8 +1244,7 @@ def outline(c, center, radius, angle):
 
 
 def coverage(size, polygons, holes=()):
-    """The share of each pixel that is covered, float32 (size, size, 1): drawn four times as large.
-    """
+    """The covered share of each pixel, float32 (size, size, 1), from a drawing 4 times as large."""
     canvas = Image.new("L", (4 * size, 4 * size))
     draw = ImageDraw.Draw(canvas)
     for ink, group in (255, polygons), (0, holes):
@@ -1357,22 +1311,24 @@ DRAW = {"shapes": draw_shapes, "materials": draw_materials}
 # from noise on the CPU, and is copied to the device in two tensors.
 
 def share_of_321(side):
-    """The factor for lengths that are given for crops of 321 pixels, in crops of another side; at
-    most 1, as papers use the same lengths for crops of 513 and 801."""
+    """The factor for lengths given for crops of 321 pixels; at most 1, as papers use the same
+    lengths in crops of 513 and 801."""
     return min(1.0, side / 321)
 
 
 def strong_view(image, noise):
     """Colours and sharpness changed at random: image float (B, 3, H, W) of 0..1 -> a new one.
 
-    noise: float (B, 12) in [0, 1), on the CPU, a row for each image: [0] colour jitter or not,
-    [1:5] its amounts, [5:9] its order, [9] grey or not, [10] blur or not, [11] its amount. 0.8 of
-    the images get jitter: brightness, contrast and saturation times 0.5..1.5, and hue plus
-    -0.25..0.25 of the circle. Then 0.2 become grey, then 0.5 are blurred with a sigma of 0.1..2
-    pixels times share_of_321(shorter side).
+    noise: float (B, 12) in [0, 1), on the CPU: [0] jitter or not, [1:5] how much, [5:9] its order,
+    [9] grey or not, [10] blur or not, [11] how much. Jitter (0.8 of the images): brightness,
+    contrast and saturation times 0.5..1.5, hue plus -0.25..0.25 of the circle. Then 0.2 become
+    grey, then 0.5 are blurred with a sigma of 0.1..2 pixels times share_of_321(shorter side).
     """
     u = noise.T
     order = noise[:, 5:9].argsort(1).T      # (4, B): the operation that is first, second, ..
+    brightness = lambda x, factor: blend(x, 0, factor)
+    contrast = lambda x, factor: blend(x, grey(x).mean((2, 3), keepdim=True), factor)
+    saturation = lambda x, factor: blend(x, grey(x), factor)
     operations = [*[brightness, contrast, saturation, hue] * 4, saturation, blur]
     due = [(u[0] < 0.8) & (place == k) for place in order for k in range(4)]
     rows = [chosen.nonzero()[:, 0] for chosen in [*due, u[9] < 0.2, u[10] < 0.5]]
@@ -1390,25 +1346,15 @@ def strong_view(image, noise):
     return out
 
 
-# Each takes images (B, 3, H, W) of 0..1 and amounts (B, 1, 1, 1), as in Pillow and torchvision.
+# Of images (B, 3, H, W) of 0..1, with factors (B, 1, 1, 1), as in Pillow and torchvision.
 
 def grey(image):
     r, g, b = image.split(1, 1)
     return 0.299 * r + 0.587 * g + 0.114 * b            # (B, 1, H, W)
 
 
-def brightness(image, factor):
-    return (factor * image).clamp(0, 1)
-
-
-def contrast(image, factor):
-    mean = grey(image).mean((2, 3), keepdim=True)
-    return (mean + factor * (image - mean)).clamp(0, 1)
-
-
-def saturation(image, factor):
-    plain = grey(image)
-    return (plain + factor * (image - plain)).clamp(0, 1)
+def blend(image, other, factor):
+    return (other + factor * (image - other)).clamp(0, 1)
 
 
 def hue(image, shift):
@@ -1438,8 +1384,8 @@ def blur(image, sigma):
 def cutmix_boxes(noise, size, p=0.5):
     """Where pixels of another image go: noise float (B, 5) in [0, 1) -> bool (B, size, size).
 
-    With probability p one box, else none. The noise decides: whether there is a box; its area, 0.02
-    to 0.4 of the image; height / width, 0.3 to 1 / 0.3 if such a box fits; its place, x and y.
+    A box with probability p, or nothing. noise: is there a box; its area, 0.02 to 0.4 of the image;
+    height / width, 0.3 to 1 / 0.3 if such a box fits; its place, x and y.
     """
     there, area, ratio, x, y = noise.T[..., None]                   # each (B, 1)
     area = 0.02 + 0.38 * area
@@ -1457,9 +1403,8 @@ def cutmix_boxes(noise, size, p=0.5):
 
 
 def partners(index):
-    """For each sample of a batch, the position of the next sample (after the last comes the first)
-    that shows another image; its own if there is none. index: which image each sample shows,
-    integers (B,) on the CPU -> long (B,)."""
+    """For each sample the position of the next one (in a circle) that shows another image, or its
+    own if there is none. index: the images shown, integers (B,) on the CPU -> long (B,)."""
     n = torch.arange(len(index))
     following = (n[:, None] + n) % len(index)
     other = (index[following] != index[:, None]).int().argmax(1)    # the first; 0, itself, if none
@@ -1489,8 +1434,8 @@ def collected(problems):
 
 
 def examine(item, info):
-    """Read the files of an Item: (problem lines, (H, W) or None, pixels of each label (256,), hash
-    of the image file or None)."""
+    """(problem lines, (H, W) or None, pixels of each label (256,), image file's hash) of an Item.
+    """
     problems, image, label, digest = [], None, None, None
     if item.image == DRAWN:
         image, label = read_pair(item, info, 96)
@@ -1508,11 +1453,8 @@ def examine(item, info):
 
 
 def check(name, root, palette):
-    """Read every file of a dataset and print what is there.
-
-    Returns (problem lines, {split: the Items without any}, Info). Raises UserError only if there is
-    no split at all; everything else is a problem line, and the check goes on.
-    """
+    """Read every file of a dataset, print what is there, and return (problem lines, {split: Items
+    without problems}, Info). Raises UserError only if there is no split at all."""
     labels, problems, good, pixels, seen = info(name, root, palette), [], {}, {}, {}
     for split in source_of(name).splits:
         items = None
@@ -1567,14 +1509,13 @@ def show(good, labels, path):
     """Write a contact sheet of images and their labels, six spread over each split."""
     rows, titles = [], []
     for split, items in good.items():
-        chosen = items[::max(1, len(items) // 6)][:6]
-        for start in range(0, len(chosen), 3):
-            rows.append([])
-            titles.append(split)
-            for item in chosen[start:start + 3]:
-                image, label = read_pair(item, labels, SHOWN)
-                image, label = geometry(image, label, SHOWN, crop=max(label.shape))
-                rows[-1] += [image, overlay(image, label, labels.colors)]
+        tiles = []
+        for item in items[::max(1, len(items) // 6)][:6]:
+            image, label = read_pair(item, labels, SHOWN)
+            image, label = geometry(image, label, SHOWN, crop=max(label.shape))
+            tiles += [image, overlay(image, label, labels.colors)]
+        rows += [tiles[i:i + 6] for i in range(0, len(tiles), 6)]
+        titles += [split] * (len(rows) - len(titles))
     if rows:
         sheet(rows, path, titles)
         print(f"\nwrote {path}")

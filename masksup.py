@@ -739,7 +739,7 @@ def train(cfg):
     machine = common.Machine(cfg)
     out, device = Path(cfg.out), machine.device
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
-    beside = {split: dataset(cfg, split) for split in data.further_splits(cfg.data)}
+    beside = {split: dataset(cfg, split) for split in data.source_of(cfg.data).splits[2:]}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.settle_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
@@ -961,7 +961,8 @@ def evaluate_only(cfg, origin):
             bank = mask_bank(64, here.size, max(0, share - 0.01), share + 0.01,
                              common.seed_of(cfg.seed, round(1000 * share)))
             curve[share] = score(val_set, bank.to(machine.device))
-        more = {split: score(dataset(here, split)) for split in data.further_splits(here.data)}
+        more = {split: score(dataset(here, split))
+                for split in data.source_of(here.data).splits[2:]}
         if shares:
             more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}

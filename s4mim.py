@@ -875,7 +875,7 @@ def write_metrics(model, loader, cfg, machine, info, out, state):
     """OUT/samples.png, and OUT/metrics.json of a checkpoint's state, with the scores of the splits
     beside that of the loader; these scores on the screen."""
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
-            for split in data.further_splits(cfg.data)}
+            for split in data.source_of(cfg.data).splits[2:]}
     if not machine.main:
         return
     draw_samples(model, loader.dataset, cfg, machine, info, out / "samples.png")
