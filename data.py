@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from common import (VOID, UserError, constant_miou, nearest_name, overlay, parse, run, seed_of,
-                    sheet)
+from common import (VOID, UserError, constant_miou, draw_sheet, nearest_name, overlay, parse, run,
+                    seed_of)
 
 # ------------------------------------------------------------------------- from a folder to batches
 
@@ -1507,7 +1507,7 @@ def show(good, labels, path):
         rows += [tiles[i:i + 6] for i in range(0, len(tiles), 6)]
         titles += [split] * (len(rows) - len(titles))
     if rows:
-        sheet(rows, path, titles)
+        draw_sheet(path, rows, titles, labels, "Class 0 and void are left as the image is")
         print(f"\nwrote {path}")
 
 
