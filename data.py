@@ -1022,19 +1022,21 @@ def listed_items(file, items, name):
             continue
         words = re.split(r"\s", line)       # a name may hold spaces: try the line, then half of it
         image = " ".join(words[:len(words) // 2])
-        names = [name for path in map(Path, (line, image)) for name in (str(path), *(
+        spellings = [text for path in map(Path, (line, image)) for text in (str(path), *(
             "/".join([*path.parts[k:-1], path.stem]) for k in range(len(path.parts))))]
-        item = next((known[name] for name in names if name in known), None)
-        what = (f"`{line[:90]}` is not an image in the training set of {name}"
-                f"{nearest_name(Path(image or line).stem, known)}: correct the line or remove it"
-                if item is None else
-                f"{item.stem} has no mask in {name}: add the mask, or remove the line"
-                if item.mask is None else
-                f"{item.stem} is already in line {found[item.stem]}: remove one of the two"
-                if item.stem in found else None)
-        if what:
-            raise UserError(f"{file}, line {number}: {what}")
-        found[item.stem] = number
+        item = next((known[text] for text in spellings if text in known), None)
+        if item is None:
+            what = (f"`{line[:90]}` is not an image in train of {name}"
+                    f"{nearest_name(Path(image or line).stem, known)}: "
+                    "correct the line or remove it")
+        elif item.mask is None:
+            what = f"{item.stem} has no mask in {name}: add the mask, or remove the line"
+        elif item.stem in found:
+            what = f"{item.stem} is already in line {found[item.stem]}: remove one of the two"
+        else:
+            found[item.stem] = number
+            continue
+        raise UserError(f"{file}, line {number}: {what}")
     if not found:
         raise UserError(f"{file}: no line in it: list an image a line, as `image mask` or a stem")
     return [i for i in items if i.stem in found]
