@@ -1066,7 +1066,7 @@ def tree(paths):
     Raises UserError for a path that does not exist or has no images, and for two of one name."""
     found = {}
     for path in map(Path, paths):
-        files = data.tree(path) if path.is_dir() else [path] if path.exists() else []
+        files = data.images_below(path) if path.is_dir() else [path] if path.exists() else []
         if not files:
             raise UserError(f"{path}: no such file, or no images in this folder")
         for file in files:
@@ -1147,7 +1147,7 @@ def open_pair(item, info, images):
         raise UserError(f"{item.mask}: no image called {item.stem} in {' '.join(images)}; skipped")
     mask = Mask(item.mask, info)
     image = data.read_image(item.image, mask.label.shape)
-    data.same_size(item, image.shape, mask.label.shape)
+    data.check_sizes(item, image.shape, mask.label.shape)
     return mask, image
 
 
@@ -1186,7 +1186,7 @@ def repair_file(item, truth, models, info, cfg, machine):
     matrices = torch.zeros(2, N, N, dtype=torch.int64)
     if truth:
         target = data.read_label(truth, info)
-        data.same_size(data.Item(item.stem, item.mask, truth), label.shape, target.shape)
+        data.check_sizes(data.Item(item.stem, item.mask, truth), label.shape, target.shape)
         hidden = torch.from_numpy(answered)
         target = torch.from_numpy(target).masked_fill(~hidden, common.VOID)
         near = nearest_fill(torch.from_numpy(label)[None], hidden[None])[0]

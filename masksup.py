@@ -626,7 +626,7 @@ def load_pretrained(f, cfg, whole=False):
     (0, z). Raises UserError if the weights are those of another network.
     """
     url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
-    read = data.published(cfg.pretrained, url, "model")
+    read = data.read_weights(cfg.pretrained, url, "model")
     released = {our_name(k.removeprefix("module."), cfg.model): read[k] for k in sorted(read)
                 if torch.is_tensor(read[k])}
     weights = f.state_dict()
@@ -793,7 +793,7 @@ def training_masks(cfg):
     if not Path(cfg.masks).is_dir():
         raise UserError(f"--masks {cfg.masks}: no such folder")
     images = [Image.fromarray(data.read_image(path)).convert("L")
-              for path in data.pictures(Path(cfg.masks))]
+              for path in data.images_in(Path(cfg.masks))]
     bright = torch.tensor(np.array([image.resize((cfg.size, cfg.size), Image.BILINEAR)
                                     for image in images])) >= 128
     if bright.all() or not bright.any():
@@ -831,7 +831,7 @@ def train(cfg):
     machine = common.Machine(cfg)
     device, split = machine.device, data.eval_split(cfg.data)
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, split)
-    other_sets = {name: dataset(cfg, name) for name in data.splits_beside(cfg.data)}
+    other_sets = {name: dataset(cfg, name) for name in data.source_of(cfg.data).splits[2:]}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
@@ -1033,7 +1033,7 @@ def evaluate_only(cfg, origin):
             low, high = max(0, share - 0.01), share + 0.01
             curve[share] = score(val_set, masks(low, high, round(1000 * share)))
         extra = {split: score(dataset(run_cfg, split))
-                 for split in data.splits_beside(run_cfg.data)}
+                 for split in data.source_of(run_cfg.data).splits[2:]}
         if shares:
             extra["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                 for share, scores in curve.items()}

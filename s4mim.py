@@ -13,7 +13,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
         L_mimse   the classes                                                          Eq. 13
     loss = (L_s + L_u + L_mimpi + L_mimfea + L_mimse) / (the sum of their weights)     Eq. 14
 
-Lines 182 to 554 are the method, the rest is plumbing: networks, data, training loop, other commands.
+Lines 182 to 554 are the method; the rest is networks, data, training loop and other commands.
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
@@ -717,7 +717,7 @@ def load_encoder(E, cfg):
     if cfg.pretrained == "imagenet" and cfg.stem == "deep":
         raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
                         "leave --stem deep out, or give a file with --pretrained")
-    source = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in data.published(
+    source = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in data.read_weights(
         cfg.pretrained, RELEASE[cfg.backbone], "state_dict").items()}
     target = E.state_dict()
     fits = {k: v for k, v in source.items()
@@ -945,7 +945,7 @@ def write_metrics(model, loader, cfg, machine, info, out, state):
     """Write OUT/samples.png, and OUT/metrics.json with the scores of a checkpoint's state and those
     of the dataset's other splits; print these scores."""
     more = {split: evaluate(model, eval_loader(cfg, split, machine), cfg, machine, info)
-            for split in data.splits_beside(cfg.data)}
+            for split in data.source_of(cfg.data).splits[2:]}
     if not machine.main:
         return
     scores = state["scores"]
@@ -1108,7 +1108,7 @@ def fill_in(cfg):
     if not cfg.zoom:
         cfg.zoom = min(1.0, round(1.5 * cfg.size / (data.short_side(cfg.data, cfg.root) or 1), 3))
     # as large a share of a small crop as the paper's 6 pixels are of 321, but at least 2 pixels
-    cfg.patch = cfg.patch or max(2, round(6 * data.of_321(cfg.size)))
+    cfg.patch = cfg.patch or max(2, round(6 * data.share_of_321(cfg.size)))
     if cfg.method == "suponly":
         cfg.baseline = "none"
 

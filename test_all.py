@@ -292,12 +292,10 @@ class Reading(Case):
                 upright = turn(image)
                 arrays_equal(data.read_image(path), upright)
                 arrays_equal(data.read_image(path, upright.shape[:2]), upright)
-                mask = save(self.tmp / "upright.png", upright[..., 0])
-                self.assertEqual(data.shape_of(path, mask), upright.shape[:2])
+                self.assertEqual(data.shape_of(path, upright.shape[:2]), upright.shape[:2])
                 if upright.shape != image.shape and kind != "tif":      # Pillow turns a TIFF
                     arrays_equal(data.read_image(path, (4, 9)), image)
-                    mask = save(self.tmp / "stored.png", image[..., 0])
-                    self.assertEqual(data.shape_of(path, mask), (4, 9))
+                    self.assertEqual(data.shape_of(path, (4, 9)), (4, 9))
 
     def test_sixteen_bits_are_never_black(self):
         deep = self.rng.integers(0, 2**16, (5, 7), np.uint16)
@@ -340,7 +338,7 @@ class Reading(Case):
                  "without a sign"),
                 ("float.tif", tiff(5, 4, bytes(80), 32, sign=3), "32 bits"),
                 ("a.heic", b"\0\0\0\x18ftypheic", "Pillow cannot read", "RGB"),
-                ("a.dng", tiff(5, 4, bytes(20), sign=1), "a camera's own?")):
+                ("a.dng", tiff(5, 4, bytes(20), sign=1), "a camera's raw format?")):
             (self.tmp / name).write_bytes(content)
             with self.fails(name, *words):
                 data.read_image(self.tmp / name)
@@ -914,7 +912,7 @@ class Voc(Case):
         with printed() as out:
             dataset = data.Dataset("voc", self.tmp, "train", size=8)
         self.assertEqual([i.stem for i in dataset.items], ["2007_b"])
-        self.assertIn("1 pictures without a mask left out", out.getvalue())
+        self.assertIn("1 images without a mask left out", out.getvalue())
         (root / "SegmentationClass/2007_b.png").unlink()
         with self.fails("2007_a.jpg", "no mask", "train"), printed():
             data.Dataset("voc", self.tmp, "train", size=8)
@@ -1416,7 +1414,7 @@ class Check(Case):
         self.assertEqual((done.returncode, done.stderr), (1, ""))
         problems = done.stdout[done.stdout.index("PROBLEM"):]
         for word in ("images/p000.png", "masks/p001.png", "5x5", "masks/p002.png", "--palette",
-                     "masks/p003.png", "id 77", "masks/p004.png", "no picture", "images/p006.jpg",
+                     "masks/p003.png", "id 77", "masks/p004.png", "no image", "images/p006.jpg",
                      "masks/p007.png", "images/p009.png", "masks/p009.png"):
             self.assertIn(word, problems)
         self.assertNotIn("p005", problems)                      # an unlabelled image is no fault
@@ -1435,7 +1433,7 @@ class Check(Case):
         self.assertIn("20x2 to 16x12", text)
         rows = {" ".join(words[:-3]): words[-2:] for words in map(str.split, text.splitlines())}
         for column, (split, items) in enumerate(good.items()):
-            self.assertIn(f"{split}: {len(items)} pictures", text)
+            self.assertIn(f"{split}: {len(items)} images", text)
             pixels = np.concatenate([array_of(i.mask).ravel() for i in items])
             for title, i in ("class 0", 0), ("class 1", 1), ("void", 255):
                 self.assertEqual(rows[title][column], f"{100 * (pixels == i).mean():.2f}")
@@ -1451,7 +1449,7 @@ class Check(Case):
         rewrite(root / "val/masks", lambda ids: self.noise(12, 16) // 128 * np.uint8(255))
         self.assertEqual(len(dataset_of(root, "val")), 2)
         (line,), _ = self.problems(root)            # but 0 and 255 alone may be a mistake
-        self.assertIn("the masks of val hold nothing but void (255) and class 0", line)
+        self.assertIn("the masks of val hold only void (255) and class 0", line)
         rewrite(root / "val/masks", np.zeros_like)
         self.assertEqual(self.problems(root)[0], [])
 
@@ -1668,7 +1666,7 @@ class SemiData(Case):
             self.assertEqual(data.labeled_split("glas", self.tmp, again)[0], chosen)
 
     def test_mistakes_in_what_is_labelled(self):
-        for labeled, *words in (("0", "40 pictures", "1 to 40"), ("-3", "40"), ("41", "1 to 40"),
+        for labeled, *words in (("0", "40 images", "1 to 40"), ("-3", "40"), ("41", "1 to 40"),
                                 ("0/4", "above 0", "1/16"), ("5/4", "at most 1"), ("1/0", "1/16"),
                                 ("-1/2", "above 0"), ("some", "--labeled some", "number", "1/16"),
                                 ("", "number"), (str(self.tmp), "no such file"),
@@ -1684,7 +1682,7 @@ class SemiData(Case):
         bare = [Item("a", Path("a.jpg"), None), Item("b", Path("b.jpg"), Path("b.png"))]
         with self.fails(path, "line 2", "a has no mask"):
             self.split(self.lines("b", "a.jpg a.png"), bare)
-        with self.fails("c.png", "no picture called c"):
+        with self.fails("c.png", "no image is called c"):
             self.split("1", [*bare, Item("c", None, Path("c.png"))])
         with self.fails("a.jpg", "no mask", "train"):
             self.split("1/8", bare[:1])
@@ -1849,7 +1847,7 @@ class SemiData(Case):
         u[:, 0] = 0
         return u
 
-    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
+    @mock.patch("data.share_of_321", lambda side: 1)              # a blur as in crops of 321
     def test_each_change_of_the_strong_view_against_pillow(self):
         rough = Image.fromarray(self.noise(9, 12, 3)).resize((60, 45), Image.BICUBIC)
         pixels = np.asarray(rough)
@@ -1880,7 +1878,7 @@ class SemiData(Case):
             self.assertLess(wrong.mean(), 1)
         self.assertLess(differs(9, 0.1, rough.convert("L").convert("RGB")).max(), 1)
 
-    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
+    @mock.patch("data.share_of_321", lambda side: 1)              # a blur as in crops of 321
     def test_the_strong_view_against_a_loop_over_pixels(self):
         noise = torch.from_numpy(self.rng.random((72, 12), np.float32))
         image = torch.from_numpy(self.rng.random((72, 3, 6, 5), np.float32))
@@ -1900,7 +1898,7 @@ class SemiData(Case):
         orders = {tuple(row) for row in noise[:, 5:9].argsort(1).tolist()}
         self.assertGreater(len(orders), 18)                             # of 24
 
-    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
+    @mock.patch("data.share_of_321", lambda side: 1)              # a blur as in crops of 321
     def test_how_often_and_how_much_the_strong_view_changes(self):
         n = 2000
         image = torch.from_numpy(self.rng.random((1, 3, 2, 2), np.float32)).repeat(n, 1, 1, 1)
@@ -3302,7 +3300,7 @@ class LmaeComplete(MethodCase):
         lines = error.splitlines()
         self.assertEqual((status, len(lines)), (1, 4), lines)   # an image alone is no fault
         for name, word in (("unknown", "3..7"), ("alone", "no image called alone"),
-                           ("other", "30x32"), ("text", "not a whole picture")):
+                           ("other", "30x32"), ("text", "not a complete image")):
             self.assertTrue(any(name in line and word in line for line in lines), (name, lines))
         self.assertIn("4 failed", text)
         self.assertEqual(len(list((self.tmp / "fixed").glob("p*.png"))), 3)
@@ -3894,7 +3892,7 @@ class MaskSupRelease(MethodCase):
             f = masksup.build(cfg, max(2, expected["classes"])).eval()
             x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
             with self.subTest(name), torch.no_grad(), \
-                    mock.patch("data.published", return_value=self.filled(name)), \
+                    mock.patch("data.read_weights", return_value=self.filled(name)), \
                     contextlib.redirect_stdout(io.StringIO()):
                 masksup.load_pretrained(f, cfg, whole=True)
                 logits = f(2 * x - 1)
@@ -6585,7 +6583,7 @@ class BadData(Case):
             ("an id out of range", put(mask(), np.full((12, 16), 7, np.uint8)),
              [mask(), "id 7", "classes 0..2 and void 255", "correct the mask"]),
             ("0 and 255 as two classes", everywhere("masks", lambda p: save(p, binary)),
-             ["nothing but 0 and 255", "--palette binary"]),
+             ["only 0 and 255", "--palette binary"]),
             ("colour masks", put(mask(2), self.noise(12, 16, 3)),
              [mask(2), "a colour mask", "--palette"]),
             ("a mask of another size", put(mask(1), np.zeros((5, 6), np.uint8)),
@@ -6596,26 +6594,26 @@ class BadData(Case):
                 root / "train/masks/p000.jpg", self.noise(12, 16))],
              ["p000.jpg", "classes 0..2", "save masks as PNG"]),
             ("a cut image", write(image(3), whole.getvalue()[:-100]),
-             [image(3), "not a whole picture", "replace or remove it"]),
+             [image(3), "not a complete image", "replace or remove it"]),
             ("an empty image", write(image(), b""), [image(), "replace or remove it"]),
             ("an empty mask", write(mask(1, "val"), b""), [mask(1, "val"), "replace or remove"]),
             ("no image", write(image(), b"%PDF-1.4 and so on"), [image(), "replace or remove"]),
             ("a bomb", write(image(1), bomb), [image(1), "1600000000 pixels", "save it smaller"]),
             ("an empty split", lambda root: [p.unlink() for p in root.glob("val/*/*")],
-             ["no picture with a mask in the split val", "add some", "images/ and masks/"]),
+             ["no image with a mask in the split val", "add some", "images/ and masks/"]),
             ("a split that is not there", lambda root: shutil.rmtree(root / "train/masks"),
              ["train/masks", "not there", "images/ and masks/"]),
-            ("one image", one_pair, ["no picture with a mask", "add some", "several",
+            ("one image", one_pair, ["no image with a mask", "add some", "several",
                                      "images/ and masks/", "val/"]),
             ("no folder", lambda root: [shutil.rmtree(root / split) for split in ("train", "val")],
              ["/images", "images/ and masks/"]),
             ("a stem twice", put("train/images/p001.bmp", self.noise(12, 16, 3)),
              ["p001.bmp", "2 files", "rename or remove"]),
             ("a mask without an image", lambda root: (root / image(2)).unlink(),
-             [mask(2), "no picture called p002", "remove the mask"]),
+             [mask(2), "no image is called p002", "remove the mask"]),
             ("masks with other names", everywhere("masks", lambda p: p.rename(
                 p.with_stem("z" + p.stem[1:]))),
-             ["masks/z000.png", "no picture called z000", "rename"]),
+             ["masks/z000.png", "no image is called z000", "rename"]),
             ("anti-aliased masks", everywhere("masks", lambda p: save(p, self.noise(12, 16))),
              ["has classes 0..2", "--palette binary"]),
             ("masks that are all void", everywhere("masks", lambda p: save(p, np.full(
@@ -6634,7 +6632,7 @@ class BadData(Case):
              ["p000.tif", "32-bit floats", "save them as 8-bit PNG"]),
             ("images without masks", everywhere("masks", Path.unlink),
              [image(), "no mask belongs to it", "add masks"]),
-            ("a loop of links", loop, ["train/images", "symbolic links", "mend that"]),
+            ("a loop of links", loop, ["train/images", "symbolic links", "fix that"]),
             ("a link to itself", lambda root: [(root / image()).unlink(), (
                 root / image()).symlink_to(root / image())],
              [image(), "link", "replace or remove it"]),
@@ -6643,7 +6641,7 @@ class BadData(Case):
              [image(), "directory", "replace or remove it"]),
             ("a name of two lines", lambda root: (root / image(1)).rename(
                 root / "train/images/p\n001.png"),
-             ["masks/p001.png", "no picture called p001", "remove the mask"]),
+             ["masks/p001.png", "no image is called p001", "remove the mask"]),
             ("a broken file with such a name", lambda root: [
                 save(root / f"train/{part}/a\nb.png", np.zeros((5, 6 + i), np.uint8))
                 for i, part in enumerate(("images", "masks"))],
@@ -6655,7 +6653,7 @@ class BadData(Case):
             ("an image that may not be read", lambda root: (root / image()).chmod(0),
              [image(), "you may not read it"]),
             ("a folder that may not be read", lambda root: (root / "train/masks").chmod(0),
-             ["train/masks", "Permission denied", "mend that"]),
+             ["train/masks", "Permission denied", "fix that"]),
         ]
 
     def test_every_fault_in_every_script(self):
@@ -6825,7 +6823,7 @@ class AsFoundFiles(Case):
 
     def setUp(self):
         super().setUp()
-        data.told.clear()
+        data.said.clear()
 
     def put(self, root, *names, images="images/{}.png", masks="masks/{}.png", shape=(12, 16)):
         """Pairs; returns {name: (image, label)}."""
@@ -6906,7 +6904,7 @@ class AsFoundFiles(Case):
                 (train, text), (found, _) = self.items(root), self.items(root, "val")
                 self.assertEqual([[i.stem for i in items] for items in (train, found)],
                                  [[f"{s}{k}" for k in range(4)] for s in ("train", val)])
-                self.assertEqual(f"{val} is taken for val" in text, val != "val")
+                self.assertEqual(f"{val} is used as val" in text, val != "val")
                 self.assertIn("not used: test", text)
 
     def test_names_in_any_case_two_of_a_kind_and_links_that_lead_up(self):
@@ -6997,7 +6995,7 @@ class AsFoundFiles(Case):
         for part in "images", "masks":
             (self.tmp / f"none/{part}/a.png").write_bytes(b"nothing")
         _, text, _ = outcome("data.py", "--data", self.tmp / "none", "--out", self.tmp / "y.png")
-        self.assertNotIn("nothing but :", text)
+        self.assertNotIn("only :", text)
 
     def test_a_folder_that_moved_and_a_palette_that_is_missing(self):
         colors = np.array([(0, 0, 0), (9, 9, 200), (200, 9, 9)], np.uint8)
