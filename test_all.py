@@ -1,9 +1,9 @@
 """All tests: python test_all.py, under five minutes on two cores.
 
-Two of them draw at random, and can be had at length: python test_all.py --kills 50 Broken kills
+Two classes draw at random, and can run for longer: python test_all.py --kills 50 Broken kills
 each script 50 times, python test_all.py --fuzz 300 Fuzz breaks 300 datasets.
 
-Real data is used where ../shared/data is there; where it is not, the test says that it skips.
+The tests on real data are skipped, which a line says, where there is no ../shared/data.
 """
 import colorsys
 import contextlib
@@ -79,7 +79,7 @@ def option(flag, default):
 
 
 def needs(folder):
-    """Skip where the real data is not there, and say so."""
+    """Skip the test, and print so, if there is no such real dataset."""
     there = (SHARED / folder).is_dir()
     if not there:
         print(f"no {SHARED / folder}: its test is skipped")
@@ -145,7 +145,7 @@ def grey_png(ids, bits):
 
 
 def tiff(width, height, pixels, bits=8, channels=1, zero_is_black=1, sign=None, order="<"):
-    """The bytes of a TIFF that Pillow does not write: pixels in bytes, and tags as told."""
+    """The bytes of a TIFF that Pillow does not write; pixels are bytes, the rest its tags."""
     tags = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, zero_is_black),
             (273, 4, 200), (277, 3, channels), (278, 3, height), (279, 4, len(pixels))]
     tags += [(339, 3, sign)] if sign else []
@@ -156,7 +156,7 @@ def tiff(width, height, pixels, bits=8, channels=1, zero_is_black=1, sign=None, 
 
 
 def dataset_of(root, split="train", **kwargs):
-    """The Dataset of a folder, or of drawn images, with 8 pixels a side if nothing else is told."""
+    """The Dataset of a folder or of drawn images, 8 x 8 pixels unless size says otherwise."""
     return data.Dataset(str(root), "", split, **{"size": 8} | kwargs)
 
 
@@ -174,7 +174,7 @@ def a_fifth(stems):
 
 
 def printed():
-    """What the block prints goes into the io.StringIO that this returns."""
+    """A context that gives an io.StringIO of all that is printed in it."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
@@ -864,7 +864,7 @@ class Voc(Case):
         return [(i.stem, i.mask and i.mask.parent.name)
                 for i in data.list_items("voc", self.tmp, split, protocol)]
 
-    def test_lists_wherever_it_lies(self):
+    def test_lists_in_every_place(self):
         root = voc_tree(self.tmp / "voc", self.rng)
         for where in self.tmp, self.tmp / "voc", self.tmp / "voc/VOCdevkit", root:
             self.assertEqual([i.stem for i in data.list_items("voc", where, "train")],
@@ -970,13 +970,14 @@ class Glas(Case):
 
 
 def kvasir_zip(path, n, compression=zipfile.ZIP_STORED, flaw=False):
-    """The bytes of a zip like Kvasir-SEG's, of n pairs; flaw: some of the first file are wrong."""
+    """The bytes of a zip like Kvasir-SEG's, of n pairs; flaw: some bytes of the first file are
+    wrong."""
     tiny = io.BytesIO()
     Image.new("L", (4, 4), 255).save(tiny, "JPEG")
-    with zipfile.ZipFile(path, "w", compression) as bag:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for i in range(n):
             for kind in "images", "masks":
-                bag.writestr(f"Kvasir-SEG/{kind}/k{i}.jpg", tiny.getvalue())
+                archive.writestr(f"Kvasir-SEG/{kind}/k{i}.jpg", tiny.getvalue())
     content = bytearray(path.read_bytes())
     for i in range(80, 90) if flaw else ():
         content[i] ^= 255
@@ -1072,7 +1073,7 @@ class Polyp(Case):
 
 
 class Server:
-    """An HTTP server on 127.0.0.1 for one file; ranges, breaks and errors as told."""
+    """An HTTP server on 127.0.0.1 for one file, with or without ranges, cuts and errors."""
 
     def __enter__(self):
         outer = self
@@ -1180,7 +1181,7 @@ class Download(Case):
             self.fetch()
         self.assertFalse(self.target.exists())
 
-    def test_voc_comes_down_and_only_when_asked_for(self):
+    def test_voc_is_downloaded_when_it_is_needed(self):
         self.serve("voc", voc_tar(self.tmp, self.rng).read_bytes())
         data.info("voc", self.root)
         data.Dataset("shapes", self.root, "val", size=8)
@@ -1193,7 +1194,7 @@ class Download(Case):
         data.Dataset("voc", self.root, "val", size=8)
         self.assertEqual(len(self.server.asked), 1)
 
-    def test_kvasir_comes_down_beside_cvc_and_only_when_asked_for(self):
+    def test_kvasir_is_downloaded_when_it_is_needed(self):
         self.serve("polyp", kvasir_zip(self.tmp / "a.zip", 1000))
         folder = self.root / "polyp"
         data.info("polyp", self.root)
@@ -6448,7 +6449,7 @@ BRIEF = {"lmae.py": [*TINY_FLAGS, "--batch-size", 4], "masksup.py": [*MASKSUP, "
 
 @contextlib.contextmanager
 def at_most(seconds):
-    """The block is broken off, with a traceback, if it hangs."""
+    """Stop the block, with a traceback, if it takes longer."""
     def late(*_):
         raise TimeoutError(f"more than {seconds} s")
 
@@ -6462,12 +6463,12 @@ def at_most(seconds):
 
 
 @contextlib.contextmanager
-def somebody_else():
-    """The block is run with no right but anybody's, where the tests are run as root. It may
-    then be unable to import anything more, so that this comes first."""
+def without_root():
+    """Run the block without root's rights, where the tests are run as root. As it may be unable
+    to read the sources of Python and of this repository, what it needs of them is read before."""
     "".encode("utf-8-sig")
     Image.init()
-    for module in (*SCRIPTS.values(), data):    # nor to read the sources, in a folder of root's
+    for module in (*SCRIPTS.values(), data):
         common.help_texts(module.Config)
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root:
@@ -6607,7 +6608,7 @@ class BadData(Case):
             root, out = self.sound(f"d{i}"), self.tmp / f"out{i}"
             make(root)
             with self.subTest(what), at_most(120), (
-                    somebody_else() if "may not" in what else contextlib.nullcontext()):
+                    without_root() if "may not" in what else contextlib.nullcontext()):
                 for name in SCRIPTS:
                     self.refused(name, [*BRIEF[name], "--data", root, "--out", out], root, *words)
                     self.assertFalse(out.exists())
@@ -6665,7 +6666,7 @@ class BadData(Case):
         for name, brief in BRIEF.items():
             argv = [*brief, "--data", root, "--max-steps", 1, "--out"]
             self.refused(name, [*argv, self.tmp / "file"], "cannot write", self.tmp / "file")
-            with somebody_else():
+            with without_root():
                 self.refused(name, [*argv, self.tmp / "closed/run"], self.tmp / "closed/run",
                              "cannot write", "Permission denied", "write elsewhere")
         self.assertEqual((self.tmp / "file").read_text(), "mine")
@@ -6817,7 +6818,7 @@ class AsFoundFiles(Case):
             self.assertEqual(f"{val} is used as val" in text, val != "val")
             self.assertIn("not used: test", text)
 
-    def test_names_in_any_case_two_of_a_kind_and_links_that_lead_up(self):
+    def test_upper_case_two_folders_of_images_and_links_to_a_parent(self):
         pairs = self.pairs("caps", "012345", "Images/{}.PNG", "MASKS/{}.png")
         (self.tmp / "caps/Images/up").symlink_to(self.tmp / "caps")
         train, val, _ = self.found("caps")
@@ -6966,7 +6967,7 @@ class Kinds(Case):
             *[(f"train and {val}", split("train/{}", val + "/{}"), [], set("ab"))
               for val in ("valid", "Validation", "dev")],
             ("splits inside the parts", split("{}/train", "{}/val"), [], set("ab")),
-            ("a test folder beside",
+            ("with a test folder",
              both(split("train/{}", "val/{}"), images("test/images/{}.png")), [], set("ab")),
             *[(f"masks *{end}", masks(end), [], fifth, "called NAME" + end.rpartition(".")[0])
               for end in ("_mask.png", "_gt.png", "-label.png", ".jpg.png", "_segmentation.tif")],
@@ -6998,7 +6999,7 @@ class Kinds(Case):
             label.flat[:3] = label[8:, 8:].flat[:3]
             label[:8, :8], label[:8, 8:], label[8:, :8] = 0, 1, 2
             self.arrays[stem] = self.noise(16, 16, 3), label
-        for i, (what, make, flags, in_val, *told) in enumerate(self.kinds()):
+        for i, (what, make, flags, in_val, *lines) in enumerate(self.kinds()):
             root = self.tmp / f"k{i}"
             make(root)
             flags = [root / f if f.endswith(".txt") else f for f in flags]
@@ -7008,8 +7009,8 @@ class Kinds(Case):
                 for split in "train", "val":
                     with printed() as out:
                         dataset = dataset_of(root, split, palette=palette)
-                    for words in told if split == "train" else ():
-                        self.assertIn(words, out.getvalue())
+                    for line in lines if split == "train" else ():
+                        self.assertIn(line, out.getvalue())
                     stems[split] = [item.stem.rpartition("/")[2] for item in dataset.items]
                     for k, stem in enumerate(stems[split]):
                         image, label = self.arrays[stem]
@@ -7027,7 +7028,7 @@ class Kinds(Case):
 
 # Runs a script that kills itself with signal 9 in the n-th file that it writes: when half of it
 # is in the .part, before that is moved to its place, or just after.
-SUICIDE = """
+KILLS_ITSELF = """
 import os, runpy, signal, sys
 where, n, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
@@ -7066,7 +7067,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Broken(Case):
-    """Runs that end before their time, and go on."""
+    """Runs that are killed, interrupted or fail, and are then resumed."""
 
     def setUp(self):
         super().setUp()
@@ -7153,7 +7154,7 @@ class Broken(Case):
             stay = killed.total() >= KILLS                  # alive, to the end
             n = killed.total()
             where = ["half", "part", "done"][n // 2 % 3] if n % 2 else "any time"
-            wrap = ["-c", SUICIDE, where, rng.integers(1, 9)]
+            wrap = ["-c", KILLS_ITSELF, where, rng.integers(1, 9)]
             often = ["--save-every", rng.choice(["0", "5", "1e-7"])]    # 1e-7: after each step
             run = self.start(name, out, *often,
                              wrap=() if stay or where == "any time" else wrap)
@@ -7219,7 +7220,7 @@ class Broken(Case):
             self.finish(name, out, "--resume")
             self.equal(out, whole)              # log.csv too: no loss was lost
 
-    def test_ctrl_c_when_the_baseline_is_all_but_done(self):
+    def test_ctrl_c_at_the_end_of_the_baseline(self):
         write, argv = s4mim.write_metrics, [
             *self.runs["s4mim.py"], "--baseline", "suponly", "--max-steps", 2, "--out",
             self.tmp / "out"]
@@ -7459,7 +7460,7 @@ class Cuda(Base):
 
 
 class Fuzz(Case):
-    """Files of a sound dataset changed at random: a script does its work or says what is wrong."""
+    """Files of a sound dataset are changed at random: a script works or says what is wrong."""
 
     def sound(self, root):
         """A folder of nine small pairs in two splits, of all the kinds of file there are."""
@@ -7474,7 +7475,7 @@ class Fuzz(Case):
         (root / "classes.txt").write_text("ground\nréd\nblue\n", "utf-8")
 
     def change(self, root, rng):
-        """One change to one file, or two; what it was, in words."""
+        """Damage, move or swap one file or two; what was done."""
         files = sorted(p for p in root.rglob("*") if p.is_file())
         path, other = rng.choice(len(files), 2, replace=False)
         path, other = files[path], files[other]
@@ -7513,7 +7514,7 @@ class Fuzz(Case):
         return f"{kind} {path.relative_to(root)!s} {other.relative_to(root)!s}"
 
     def as_found(self, root, rng):
-        """Perhaps one of the ways in which people have files; what it was."""
+        """Change some files to a form that is common and sound, or none; the kind of change."""
         kind = str(rng.choice(["as it is"] * 4 + ["turned", "deep", "pages", "nested", "ending",
                                                   "suffix", "channels"]))
         images, masks = (sorted(p for p in root.glob(f"train/{part}/*")) for part in
