@@ -1021,7 +1021,8 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
         raise UserError("--predict runs in one process: start it with python, not torchrun")
     refuse_nonempty(to)
     for source in map(Path, paths):
-        inside = data.tree(source) if source.is_dir() else [source] if source.exists() else []
+        inside = (data.images_below(source) if source.is_dir() else
+                  [source] if source.exists() else [])
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))
                   for path in inside]
         if not inside:
