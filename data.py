@@ -84,7 +84,7 @@ def pair(images, masks, key):
 
 
 def one_of(folder, names):
-    """The subfolder with one of these names, in any case, or its expected path. UserError if two."""
+    """The subfolder with one of these names, in any case, or its expected path; UserError if 2."""
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir()] if folder.is_dir() else []
     found = [p for p in inside if p.name.lower() in [name.lower() for name in names]]
     if len(found) > 1 and "SegmentationClassPNG" not in {p.name for p in found}:
