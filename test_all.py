@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unittest
 import warnings
 import zipfile
@@ -1991,8 +1993,8 @@ TINY = dict(size=32, patch=8, enc_blocks=2, dec_blocks=2, enc_dim=32, dec_dim=16
 TINY_FLAGS = ("--size 32 --crop 32 --patch 8 --eval-every 1 --enc-blocks 1 --dec-blocks 1 "
               "--enc-dim 32 --dec-dim 32 --heads 2 --batch-size 128 --epochs 3 --save-every 0 "
               "--drop-path 0.1").split()
-MASKSUP = ("--model unet --width 4 --size 32 --batch-size 128 --epochs 3 --eval-every 1 "
-           "--bank 16 --save-every 0").split()
+MASKSUP = ("--data shapes --model unet --width 4 --size 32 --batch-size 128 --epochs 3 "
+           "--eval-every 1 --bank 16 --save-every 0").split()
 S4MIM = ("--data shapes --labeled 8 --width 4 --size 32 --batch-size 8 --baseline none "
          "--save-every 0").split()
 
@@ -2267,8 +2269,9 @@ class Predicts:
                 self.assertEqual(answer.getpalette()[:9], colors.ravel().tolist())
             answer, confidence = pixels(to / f"{name}.png"), pixels(to / f"confidence/{name}.png")
             self.assertEqual((confidence.shape, confidence.dtype), (answer.shape, np.uint8))
-            np.testing.assert_allclose(pixels(to / f"overlay/{name}.png"),
-                                       0.45 * image + 0.55 * colors[answer], atol=1)
+            overlay = pixels(to / f"overlay/{name}.png")
+            np.testing.assert_array_equal(overlay[answer == 0], image[answer == 0])
+            np.testing.assert_array_equal(overlay, common.overlay(image, answer, colors))
             number = flooded(answer)
             for c, row in enumerate(r for r in areas if r["file"] == name):
                 at = answer == c
@@ -2306,7 +2309,9 @@ class Predicts:
         self.runs(*self.predict(path))
         self.assertTrue((self.tmp / "to/a.png").exists())
         self.assertTrue((self.tmp / "to/overlay/a.png").exists())
-        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no picture"])
+        legend = {*map(tuple, pixels(self.tmp / "to/overlay/legend.png").reshape(-1, 3).tolist())}
+        self.assertLessEqual({*map(tuple, common.vivid(self.colors).tolist())}, legend)
+        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no image"])
         self.refuses(*self.predict(path, ckpt="no.pt", to="new"), words=["no.pt"])
         self.assertFalse((self.tmp / "new").exists())
 
@@ -2355,7 +2360,7 @@ class Metrics(MethodCase):
                         right, wrong = (t == a).sum(), (t != a).sum()
                         into.append(100 * right / (right + 2 * wrong))
             for void, right in (True, expected), (False, without):
-                found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
+                found = masksup.image_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
                                             void)
                 np.testing.assert_allclose(found, right, rtol=1e-5)
 
@@ -2476,6 +2481,8 @@ class Drawing(Case):
             ys, xs = shown[70:360].all(-1).nonzero()        # below the names, above the axis
             self.assertLess(np.ptp(ys), 0.12 * 310)         # 1 of 10 points, and a line's width
             self.assertEqual(len({*xs}) > 0.9 * np.ptp(xs), whole, name)
+        for values in ([1e15, 1e15], [0.0, 0.0], [math.nan, 2.0], [math.nan, math.nan]):
+            common.draw_panels(path, [([0, 3], {"loss": values}, "step", "loss")])
 
 
 class CommandLine(MethodCase):
@@ -2517,8 +2524,8 @@ class CommandLine(MethodCase):
             run.stdout.close()                                          # as `| head` does
             self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
         (self.tmp / "x.png").unlink(missing_ok=True)
-        for more, line in (([], "standard output: No space left on device; mend that and run this "
-                                "again"),
+        for more, line in (([], "standard output: No space left on device; fix this and run the "
+                                "command again"),
                            (["--data", "camvit"], "--data camvit: neither a dataset (shapes, "
                             "materials, voc, cityscapes, camvid, nyuv2, glas, polyp) nor a folder, "
                             "here or in data (did you mean camvid?)")):
@@ -2610,7 +2617,7 @@ class Checkpoints(Case):
         torch.save({"method": "masksup", "model": {}}, self.tmp / "other.pt")
         torch.save({"method": "lmae", "model": {}, "x": Evil()}, self.tmp / "evil.pt")
         torch.save({"method": "lmae"}, self.tmp / "bare.pt")
-        for name, word in (("cut.pt", "whole"), ("other.pt", "masksup"), ("evil.pt", "whole"),
+        for name, word in (("cut.pt", "complete"), ("other.pt", "masksup"), ("evil.pt", "complete"),
                            ("bare.pt", "something else"), ("none.pt", "no checkpoint")):
             with self.fails(name, word):
                 common.load_checkpoint(self.tmp / name, "lmae")
@@ -2720,14 +2727,14 @@ class LmaeModel(MethodCase):
         image = ((image + 1) * 127).byte()
         many, noise = self.classes(6, 40, 32, 32), lmae.draw(range(40), 16, True)
         for supplement in "none", "image", "nearest":
-            cfg = lmae.Config(**{**TINY, "supplement": supplement, "mask_strategy": "random",
-                                 "punch": 0.9})
+            cfg = lmae.Config(**{**TINY, "supplement": supplement})
             torch.manual_seed(0)
             model = lmae.build(cfg, 6).eval()
             answer = lambda label: lmae.predict(model, image, label, range(3), cfg, machine, info)
             logits, _, m = answer(label)
             same_bits(answer(torch.where(m, (label + 1) % 6, label))[0], logits)
-            damage = lambda label: lmae.damage(label, cfg, lmae.background_table(info), noise)
+            damage = lambda label: lmae.damage(
+                label, 8, 0.5, "random", 0.9, lmae.background_table(info), noise)
             *_, shown = damaged = damage(many)
             same_bits(damage(torch.where(shown == 255, (many + 1) % 6, many)), damaged)
 
@@ -2826,7 +2833,6 @@ class LmaeMasking(MethodCase):
     def test_punched_labels(self):
         """Half of the samples; in square cells of each side from a quarter of a patch to four
         patches; shares evenly from 0 to the most; and the emptiest patches are those removed."""
-        cfg = lmae.Config(**{**TINY, "size": 64, "punch": 0.8, "mask_strategy": "random"})
         noise = lmae.draw(range(600), 64, True)
         same_bits(noise[:, :65], lmae.draw(range(600), 64))
         holes, punched = lmae.punch(8, 0.8, noise, 64)
@@ -2840,7 +2846,7 @@ class LmaeMasking(MethodCase):
             for y, x in itertools.product(range(0, 64, side), repeat=2):
                 self.assertEqual(len(holes[b, y:y + side, x:x + side].unique()), 1)
         label = torch.zeros(600, 64, 64, dtype=torch.uint8)
-        keep, removed, shown = lmae.damage(label, cfg, lmae.background_table(
+        keep, removed, shown = lmae.damage(label, 8, 0.5, "random", 0.8, lmae.background_table(
             data.info("shapes")), noise)
         same_bits(shown[punched] == 255, holes[punched])
         empty = (shown == 255).view(600, 8, 8, 8, 8).sum((2, 4)).flatten(1)
@@ -2942,6 +2948,79 @@ class LmaeLoss(MethodCase):
         self.assertGreater(w[0] * share[0] / (w @ share), 0.97)
         fixed = lmae.ClassWeights(torch.from_numpy(share).float(), lmae.Config().class_weights)
         self.assertEqual([q.requires_grad for q in fixed.parameters()], [False, False])
+
+
+class PasteLmae(MethodCase):
+    """Model, masking and loss of lmae.py, cut out by their header lines, run without the rest."""
+
+    def setUp(self):
+        super().setUp()
+        self.lines = (MAIN / "lmae.py").read_text("utf-8").split("\n")
+        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
+                       if line.startswith("# ---")}
+
+    def pasted(self, name):
+        """The names of a section, run after what its first comment says to take along alone."""
+        end = min(i for i in self.starts.values() if i > self.starts[name])
+        code = "\n".join(self.lines[self.starts[name] + 1:end])
+        comment = " ".join(re.match("(# .*\n)+", code)[0].replace("#", "").split())
+        imports, helpers = re.fullmatch(r"To paste this section: (import [\w., ]*?)\."
+                                        r"(?: Take along (.*) of the model\.)?", comment).groups()
+        for module in re.findall(r"[\w.]+(?: as)?", imports.removeprefix("import ")):
+            self.assertIn(module.split(".")[0].split()[0], ("torch", "math", "nn", "F"))
+        names = {}
+        exec(imports, names)
+        model = self.pasted("model") if helpers else {}
+        names |= {helper: model[helper] for helper in re.findall(r"(\w+)\(\)", helpers or "")}
+        exec(code, names)
+        return names
+
+    def test_the_docstring_says_where_the_method_is(self):
+        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
+                                         lmae.__doc__).groups())
+        self.assertEqual(list(self.starts)[:6], ["config", "model", "masking", "loss",
+                                                 "training step", "data"])
+        self.assertEqual(first, self.starts["model"] + 1)
+        source, start = inspect.getsourcelines(lmae.train_step)
+        self.assertEqual(last, start + len(source) - 1)
+
+    def test_the_sections_against_loops_over_pixels(self):
+        model, masking, loss = map(self.pasted, ("model", "masking", "loss"))
+        label, background = self.classes(3, 4, 16, 16), torch.arange(256) == 0
+        label[0, :3] = 255
+        keep, removed, shown = masking["damage"](label, 4, 0.4, "random", 0, background,
+                                                 masking["draw"](range(4), 16))
+        self.assertEqual((removed.shape, keep.shape), ((4, 6), (4, 10)))        # int(16 * 0.4)
+        m = masking["mask_of"](removed, 16, 4)
+        self.assertEqual(m.float().mean().item(), 6 / 16)
+        for b, y, x in np.ndindex(4, 16, 16):
+            self.assertEqual(m[b, y, x], y // 4 * 4 + x // 4 in removed[b])
+            self.assertEqual(shown[b, y, x], 255 if m[b, y, x] else label[b, y, x])
+
+        net = model["LMAE"](3, 16, 4, 1, 1, 16, 16, 2)
+        weights = loss["ClassWeights"](torch.tensor([0.6, 0.3, 0.1]))
+        logits = net(self.uniform(4, 3, 16, 16).float(), shown, keep, removed)
+        w, numerator, denominator = weights().tolist(), [0.0] * 4, [0.0] * 4    # of each sample
+        for b, y, x in np.ndindex(4, 16, 16):
+            if (c := int(label[b, y, x])) != 255:
+                z = logits[b, y // 4 * 4 + x // 4, y % 4 * 4 + x % 4].double()
+                numerator[b] -= w[c] * (z[c] - z.exp().sum().log()).item()
+                denominator[b] += w[c]
+        whole = loss["loss_fn"](logits, label, weights(), 4)
+        self.assertAlmostEqual(whole.item(), sum(numerator) / sum(denominator), places=5)
+
+        # two parts, divided by the mean of their denominators: mean loss and gradient of the whole
+        learned = list(weights.parameters())
+        expected, gradients = torch.autograd.grad(whole, learned, retain_graph=True), []
+        counts = torch.tensor([(label == c).sum().item() for c in range(3)])
+        for part in slice(0, 1), slice(1, 4):
+            one = loss["loss_fn"](logits[part], label[part], weights(), 4,
+                                  (counts * weights()).sum() / 2)
+            self.assertAlmostEqual(one.item(), 2 * sum(numerator[part]) / sum(denominator),
+                                   places=5)
+            gradients.append(torch.autograd.grad(one, learned, retain_graph=True))
+        for a, b, mean in zip(*gradients, expected):
+            torch.testing.assert_close((a + b) / 2, mean)
 
 
 class LmaeRuns(Runs, MethodCase):
@@ -3107,7 +3186,7 @@ class LmaeRuns(Runs, MethodCase):
         out, root = self.tmp / "run", ["--root", self.tmp]
         text = self.runs(*TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2, "--max-steps", 1,
                          "--out", out)
-        self.assertIn("6 training and 3 validation pictures", text)
+        self.assertIn("6 training and 3 validation images", text)
         self.runs(*root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
         again = scores(self.tmp / "eval")
         self.assertEqual((again["pa_class_iou"], len(again["class_iou"])),
@@ -3220,7 +3299,7 @@ class LmaeComplete(MethodCase):
         status, text, error = outcome("lmae.py", *self.flags())
         lines = error.splitlines()
         self.assertEqual((status, len(lines)), (1, 4), lines)   # an image alone is no fault
-        for name, word in (("unknown", "3..7"), ("alone", "no picture called alone"),
+        for name, word in (("unknown", "3..7"), ("alone", "no image called alone"),
                            ("other", "30x32"), ("text", "not a complete image")):
             self.assertTrue(any(name in line and word in line for line in lines), (name, lines))
         self.assertIn("4 failed", text)
@@ -3740,7 +3819,7 @@ class MaskSupPretrained(Pretrained, MethodCase):
 
     def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
         _, after, text = self.load(self.write(self.release()), size=96)
-        self.assertIn("fresh at this size: blocks.0.m.attention_biases", text)
+        self.assertIn("zero at this size: blocks.0.m.attention_biases", text)
         self.assertEqual(after["levit.blocks.0.m.attention_biases"].abs().max(), 0)
 
     def test_imagenet_is_the_recipe_of_glas_and_polyp_for_levit_alone(self):
@@ -3933,16 +4012,16 @@ class MaskSupMasking(Case):
         for remove, kept in (("dark", [0, 1, 1]), ("bright", [1, 0, 0])):
             cfg = masksup.Config(masks=str(self.tmp / "m"), size=16, masks_remove=remove)
             with contextlib.redirect_stdout(io.StringIO()) as text:
-                bank = masksup.mask_source(cfg)
+                bank = masksup.training_masks(cfg)
             self.assertEqual(bank.float().mean((1, 2)).tolist(), kept)
             for words in f"removes what is {remove}", "dark are 33.3 %", "bright 66.7 %":
                 self.assertIn(words, text.getvalue())
         (self.tmp / "empty").mkdir()
         save(self.tmp / "ones/a.png", self.noise(20, 30) % 2)           # 0 and 1 are both dark
-        for name, word in (("gone", "no such folder"), ("empty", "no pictures"),
+        for name, word in (("gone", "no such folder"), ("empty", "no image in it"),
                            ("ones", "255 where it is kept")):
             with self.fails(name, word):
-                masksup.mask_source(masksup.Config(masks=str(self.tmp / name)))
+                masksup.training_masks(masksup.Config(masks=str(self.tmp / name)))
 
 
 class MaskSupLoss(Case):
@@ -4019,27 +4098,55 @@ class MaskSupLoss(Case):
                         self.assertIsNotNone(g, (name, term))
                         self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, term, N))
 
-    def test_the_loss_of_two_processes_is_that_of_the_whole_batch(self):
-        for N in 2, 5:
-            M_p, M_pm = self.pair(N)
-            label = torch.from_numpy(self.rng.integers(0, N, (2, 6, 6), dtype=np.uint8))
-            label[0, :4] = 255                              # the halves weigh differently
-            whole, _ = masksup.loss_fn(M_p, M_pm, label)
-            halves = [(M_p[i:i + 1], M_pm[i:i + 1], label[i:i + 1]) for i in (0, 1)]
-            seen = [[], []]
-            for half, sums in zip(halves, seen):            # what each process would send
-                masksup.loss_fn(*half, add=lambda s: sums.append(s) or s)
-            for half in halves:
-                totals = iter([a + b for a, b in zip(*seen)])
-                loss, _ = masksup.loss_fn(*half, add=lambda s: next(totals))
-                self.assertAlmostEqual(loss.item(), whole.item(), places=5)
+    def stepped(self, cfg, image, label, holes, world=1, sums=lambda values: None):
+        """The losses and gradients of a train_step of one process of `world`, where `sums` stands
+        for the sum over the processes."""
+        f = torch.nn.Conv2d(3, 5, 1)
+        with torch.no_grad():
+            f.weight.copy_(torch.linspace(-1, 1, 15).view(5, 3, 1, 1))
+            f.bias.zero_()
+        machine, optimizer = common.Machine(cfg), torch.optim.SGD(f.parameters(), 0.0)
+        machine.world = world
+        with mock.patch("common.all_reduce", sums):
+            losses = masksup.train_step(masksup.MaskSup(f), optimizer, machine.scaler(), machine,
+                                        cfg, image, label, holes)
+        return losses, torch.cat([p.grad.flatten() for p in f.parameters()])
 
-    def test_painting_loss_against_a_loop(self):
-        painted, image = (torch.from_numpy(self.rng.standard_normal((2, 3, 4, 4))) for _ in "ab")
+    def test_the_step_of_two_processes_is_that_of_the_whole_batch(self):
+        cfg = masksup.Config(device="cpu", alpha2=0.5, alpha3=3.0)
+        image = torch.from_numpy(self.noise(5, 3, 6, 6))
+        label = torch.from_numpy(self.rng.integers(0, 5, (5, 6, 6), dtype=np.uint8))
+        label[0, :4] = 255                              # the parts weigh differently
+        holes = torch.from_numpy(self.rng.random((5, 1, 6, 6)) < 0.5)
+        losses, gradient = self.stepped(cfg, image, label, holes)
+        parts = [(image[i], label[i], holes[i]) for i in (slice(3), slice(3, 5))]
+        totals = []                                     # of the first message, then of the second
+        for message in range(2):
+            sent = []
+            for part in parts:
+                mine = []
+
+                def sums(values):
+                    mine.append(values.clone())
+                    if len(mine) <= len(totals):
+                        values.copy_(totals[len(mine) - 1])
+
+                self.stepped(cfg, *part, 2, sums)
+                self.assertEqual(len(mine), 2)
+                sent.append(mine[message])
+            totals.append(sum(sent))
+        found = [self.stepped(cfg, *part, 2, lambda values: values.copy_(
+            totals[values.numel() == 4])) for part in parts]
+        for seen, _ in found:
+            torch.testing.assert_close(seen, losses)
+        torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient)   # as DDP does
+
+    def test_reconstruction_loss_against_a_loop(self):
+        output, image = (torch.from_numpy(self.rng.standard_normal((2, 3, 4, 4))) for _ in "ab")
         holes = torch.from_numpy(self.rng.random((2, 1, 4, 4)) < 0.3)
-        errors = [(painted[b, c, y, x] - image[b, c, y, x]).item() ** 2 for b in range(2)
+        errors = [(output[b, c, y, x] - image[b, c, y, x]).item() ** 2 for b in range(2)
                   for c in range(3) for y in range(4) for x in range(4) if not holes[b, 0, y, x]]
-        self.assertAlmostEqual(masksup.painting_loss(painted, image, holes).item(),
+        self.assertAlmostEqual(masksup.reconstruction_loss(output, image, holes).item(),
                                np.mean(errors), places=5)
 
     def test_base_computes_neither_further_term(self):
@@ -4060,6 +4167,77 @@ class MaskSupLoss(Case):
                     None if method == "base" else torch.ones(2, 1, 32, 32))
             self.assertEqual((len(calls), similarity.call_count), (passes, similarities))
             self.assertEqual([t > 0 for t in terms[1:3].tolist()], [True, method != "base"])
+
+
+class PasteMaskSup(Case):
+    """What the sections of the method are without the rest of the file."""
+
+    def setUp(self):
+        super().setUp()
+        self.text = (MAIN / "masksup.py").read_text()
+        _, *parts = re.split(r"^# -{9,} (.+)\n", self.text, flags=re.M)
+        self.sections = dict(zip(parts[::2], parts[1::2]))
+
+    def pasted(self, name):
+        """The names of a section, run after nothing but the imports that its first line lists."""
+        first, _, code = self.sections[name].partition("\n")
+        imports = first.removeprefix("# To paste this section: ").rstrip(".")
+        self.assertRegex(imports, "^import ")
+        for module in re.findall(r"(?:import|from) ([a-zA-Z]+)", imports):
+            self.assertIn(module, ("torch", "numpy", "PIL", "Image"))
+        names = {}
+        exec(f"{imports}\n{code}", names)
+        return names
+
+    def test_masking_alone(self):
+        masking = self.pasted("masking")
+        bank = masking["mask_bank"](7, 32, 0.2, 0.4, seed=0)
+        removed = 1 - bank.float().mean((1, 2))
+        self.assertTrue(((removed >= 0.2) & (removed <= 0.4)).all())
+        rng = np.random.default_rng(5)
+        self.assertTrue(0.5 <= 1 - masking["draw_mask"](rng, 32, 0.5, 0.75).mean() <= 0.75)
+        noise = masking["noise_of"]([4, 9])
+        noise[0] = torch.tensor([0.5, 0.25, 0.125, 0.9, 0.9, 0.9])      # mask 3, shifted by 8, 4
+        holes = masking["pick"](bank, noise)
+        np.testing.assert_array_equal(holes[0, 0], np.roll(bank[3].numpy(), (-8, -4), (0, 1)))
+        noise[0] = torch.tensor([0.5, 0.0, 0.0, 0.1, 0.9, 0.1])         # transposed, its x flipped
+        np.testing.assert_array_equal(masking["pick"](bank, noise)[0, 0], bank[3].numpy().T[::-1])
+
+    def test_model_and_loss_against_a_loop_over_pixels(self):
+        N, f = 3, torch.nn.Conv2d(3, 3, 1)
+        net, loss = self.pasted("model: MaskSup")["MaskSup"](f), self.pasted("loss")
+        image = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32))
+        holes = torch.from_numpy(self.rng.random((2, 1, 4, 5)) < 0.5)
+        label = torch.from_numpy(self.rng.integers(0, N, (2, 4, 5), dtype=np.uint8))
+        label[1, :2] = 255
+        W, b = f.weight.detach()[:, :, 0, 0].double().numpy(), f.bias.detach().double().numpy()
+        seg = context = similar = 0.0
+        for i, y, x in np.ndindex(2, 4, 5):
+            p = np.exp(W @ image[i, :, y, x].numpy() + b)
+            q = p if holes[i, 0, y, x] else np.exp(b)           # f sees 0 where it is removed
+            p, q = p / p.sum(), q / q.sum()
+            similar += ((p - q) ** 2).sum() / 2
+            if (c := int(label[i, y, x])) != 255:
+                seg, context = seg - np.log(p[c]), context - np.log(q[c])
+        M_p, M_pm = net(image, holes)
+        total, terms = loss["loss_fn"](M_p, M_pm, label)
+        np.testing.assert_allclose(terms, [seg / 30, context / 30, similar / 40], rtol=1e-4)
+        self.assertAlmostEqual(total.item(), terms.sum().item(), places=5)
+        _, terms = loss["loss_fn"](M_p, M_pm, label, (2, 1, 1), torch.tensor(60), torch.tensor(10))
+        np.testing.assert_allclose(terms, [seg / 60, context / 60, similar / 10], rtol=1e-4)
+        total, _ = loss["loss_fn"](net(image)[0], None, label, (2, 1, 1))
+        self.assertAlmostEqual(total.item(), 2 * seg / 30, places=4)
+
+    def test_the_map_in_the_docstring_is_right(self):
+        first, last = map(int, re.search(r"lines (\d+) to (\d+) are the method",
+                                         " ".join(self.text.split('"""')[1].split())).groups())
+        lines = self.text.splitlines()
+        self.assertRegex(lines[first - 1], "^# -+ model: MaskSup$")
+        names = list(self.sections)
+        self.assertEqual(names[1:6], ["model: MaskSup", "masking", "loss", "training step",
+                                      "networks: U-Net and U-Net++"])
+        end = next(i for i, line in enumerate(lines) if line.endswith(f"- {names[5]}"))
+        self.assertEqual((lines[last - 1] != "", lines[last:end]), (True, ["", ""]))
 
 
 class MaskSupRuns(Case):
@@ -4097,8 +4275,9 @@ class MaskSupRuns(Case):
         bank, far = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0), []
         for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
-                                     items.info, masks, holes)
+                                     masks, holes)
             inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
+            holed = []
             for i in range(len(items)):
                 image, label, _ = items[i]
                 x = image[None].float() / 127.5 - 1
@@ -4110,6 +4289,7 @@ class MaskSupRuns(Case):
                         seen = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
                         q = f(seen)[0].double().softmax(0).numpy()
                         far.append(((p - q) ** 2).sum(0).mean() / 2)
+                        holed.append(q.argmax(0))
                 answer, truth = p.argmax(0), label.numpy()
                 for c in range(2):
                     inter[c] += ((answer == c) & (truth == c)).sum()
@@ -4123,6 +4303,9 @@ class MaskSupRuns(Case):
             self.assertAlmostEqual(found["miou"], 100 * (inter / union).mean(), places=3)
             if holes is not None:
                 self.assertAlmostEqual(found["tasksim"], np.mean(far), places=5)
+                truths = np.stack([items[i][1].numpy() for i in range(len(items))])
+                self.assertAlmostEqual(found["miou_holes"],
+                                       naive_iou(np.stack(holed), truths, 2).mean(), places=3)
             self.assertAlmostEqual(found["dice"], 100 * (2 * inter / both).mean(), places=3)
             self.assertEqual(list(found["classes"]), ["class 0", "class 1"])
             for c in range(2):
@@ -4217,7 +4400,7 @@ class MaskSupRuns(Case):
         scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
         for name, line in (("camvid", "mIoU 12.30"), ("glas", "mIoU 12.30, paper_iou 45.60"),
                            ("nyuv2", "mIoU 12.30, paper_iou 45.60, without void 78.90")):
-            self.assertEqual(masksup.said(scores, masksup.Config(data=name)), line)
+            self.assertEqual(masksup.score_line(scores, masksup.Config(data=name)), line)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
@@ -4688,10 +4871,10 @@ class S4mimHeads(S4mimCase):
         label = torch.from_numpy(self.rng.integers(0, C, (2, *size)))
         near = torch.tensor([[[label[b, 4 * y, 4 * x] for x in range(10)]
                               for y in range(8)] for b in range(2)])
-        torch.testing.assert_close(pid.paint(fea, near, size).detach(),
+        torch.testing.assert_close(pid.heads(fea, near, size).detach(),
                                    stretched(self.plain(fea, near, heads), size))
         every = sum(F.conv2d(fea, head, padding=1) for head in heads)                   # Eq. 4
-        torch.testing.assert_close(pid.paint(fea, near, size, classwise=False).detach(),
+        torch.testing.assert_close(pid.heads(fea, near, size, classwise=False).detach(),
                                    stretched(every, size))
 
 
@@ -4861,8 +5044,7 @@ class S4mimLoss(S4mimCase):
                     for b, y, x in self.pixels(3) if y_l[b, y, x] != 255]
             self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), np.mean(each), places=5)
             # few pixels are all among the 100,000 hardest of a crop
-            self.assertAlmostEqual(s4mim.supervised(p_l, y_l, ohem=True).item(), np.mean(each),
-                                   places=5)
+            self.assertTrue(torch.equal(s4mim.hard_pixels(p_l, y_l), y_l))
 
     def test_hard_examples_by_sorting(self):
         """OHEM: the pixels below a probability of 0.7, or the 100,000 hardest a crop if these are
@@ -4877,9 +5059,9 @@ class S4mimLoss(S4mimCase):
             kept = {"0.7": p[p < 0.7], "200000": p[:200_000], "all": p}[rule]
             if rule != "all":
                 self.assertEqual((p < 0.7).sum() > 200_000, rule == "0.7")
-            self.assertAlmostEqual(
-                s4mim.supervised(p_l, torch.from_numpy(y_l), ohem=True).item(),
-                -np.log(kept).mean(), delta=2e-5 * -np.log(kept).mean())
+            hard = s4mim.hard_pixels(p_l, torch.from_numpy(y_l))
+            self.assertAlmostEqual(s4mim.supervised(p_l, hard).item(), -np.log(kept).mean(),
+                                   delta=2e-5 * -np.log(kept).mean())
 
     def test_equation_2_against_a_loop(self):
         p, void = self.logits(3, 4), self.where(3)
@@ -4949,7 +5131,8 @@ class S4mimLoss(S4mimCase):
                     removed[:B][label[:B] == 1] = True                  # not in sight this time
                     removed[0, 1, 1], void[0, 1, 1], label[0, 1, 1] = False, False, 2
                 leaf = fea.clone().requires_grad_()
-                prototypes.update(leaf[:B], label[:B], conf[:B], ~(removed | void)[:B])
+                prototypes.update(prototypes.sums(leaf[:B], label[:B], conf[:B],
+                                                  ~(removed | void)[:B]))
                 found = prototypes(leaf, label, conf, removed & ~void)
                 found.backward()
 
@@ -4990,7 +5173,7 @@ class S4mimLoss(S4mimCase):
         fea = torch.tensor([[3.0, 0, 4]]).view(1, 3, 1, 1)
         one, label = torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long()
         for n in 1, 2:
-            prototypes.update(fea, label, one, one.bool())
+            prototypes.update(prototypes.sums(fea, label, one, one.bool()))
             share = 1 - 0.99 ** n
             torch.testing.assert_close(prototypes.v, torch.tensor([[3, 0, 4], [0, 0, 0]]) * share)
         away = torch.tensor([[0.0, 1, 0]]).view(1, 3, 1, 1)
@@ -5004,7 +5187,8 @@ class S4mimLoss(S4mimCase):
         y, conf = torch.zeros(N, 5, 5).long(), torch.rand(N, 5, 5)
         prototypes = s4mim.Prototypes(C, C)
         for loss in (lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255)),
-                     lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255), True),
+                     lambda p: s4mim.supervised(p, s4mim.hard_pixels(p, torch.full((N, 5, 5),
+                                                                                   255))),
                      lambda p: s4mim.consistency(p, y, conf, everything),
                      lambda p: s4mim.consistency(p, y, conf, ~everything, 1.1),
                      lambda p: s4mim.semantic_loss(p, p.detach().argmax(1), everything),
@@ -5014,52 +5198,168 @@ class S4mimLoss(S4mimCase):
             found = loss(p)
             found.backward()
             self.assertEqual((found.item(), p.grad.abs().max().item()), (0, 0))
-        prototypes.update(torch.randn(N, C, 5, 5), y, conf, ~everything)
+        prototypes.update(prototypes.sums(torch.randn(N, C, 5, 5), y, conf, ~everything))
         self.assertFalse(prototypes.v.any())
-        prototypes.update(torch.randn(N, C, 5, 5), y, conf, everything)
+        prototypes.update(prototypes.sums(torch.randn(N, C, 5, 5), y, conf, everything))
         dark = torch.zeros(N, C, 5, 5, requires_grad=True)              # after a ReLU, it happens
         found = prototypes(dark, y, conf, everything)
         found.backward()
         self.assertAlmostEqual(found.item(), 0.1, places=6)
         self.assertTrue(dark.grad.isfinite().all())
 
-    def test_the_losses_of_two_processes_are_those_of_the_whole_batch(self):
+    def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
+        """And its gradient, if each divides by the mean of their numbers of pixels."""
         B, C, D = 4, 4, 5
         fea, label, conf, removed, void = self.batch(range(C), B, D)
-        void[0], void[B] = True, True                                   # the halves weigh unevenly
+        void[0], void[B] = True, True                           # the halves have unlike numbers
         p_m, p = self.logits(3 * B, C, 4), self.logits(3 * B, C, 4)
-        r, x = (torch.from_numpy(self.rng.standard_normal((3 * B, 3, 4, 4))) for _ in range(2))
-        y_l = torch.where(void, 255, label)
+        x = torch.from_numpy(self.rng.standard_normal((3 * B, 3, 4, 4)))
+        r, y_l = torch.randn_like(x), torch.where(void, 255, label)
+        prototypes = s4mim.Prototypes(C, D)
+        prototypes.update(prototypes.sums(fea[:B], label[:B], conf[:B], ~(removed | void)[:B]))
+        one_stream = lambda at: (~void[at]).sum()
+        streams = lambda at: (~void[at]).reshape(3, -1).sum(1)
+        weights = lambda at: prototypes.weights(label[at], conf[at],
+                                                (removed & ~void)[at]).sum((0, 2, 3))
+        every = list(range(3 * B))
+        halves = every[::2], every[1::2]                        # of each stream
+        sums = [prototypes.sums(fea[at[:B // 2]], label[at[:B // 2]], conf[at[:B // 2]],
+                                ~(removed | void)[at[:B // 2]]) for at in halves]
+        other = s4mim.Prototypes(C, D)
+        other.update(sum(sums) / 2)
+        torch.testing.assert_close(other.v, prototypes.v)
+        for count, leaf, f in (
+                (one_stream, p, lambda at, n: s4mim.supervised(p[at], y_l[at], n)),
+                (one_stream, p, lambda at, n: s4mim.consistency(p[at], label[at], conf[at],
+                                                                void[at], 0.5, n)),
+                (one_stream, r, lambda at, n: s4mim.pixel_loss(r[at], x[at])),
+                (streams, p_m, lambda at, n: s4mim.semantic_loss(p_m[at], p[at].argmax(1),
+                                                                 void[at], n)),
+                (streams, p_m, lambda at, n: s4mim.semantic_loss(p_m[at], p[at].softmax(1).detach(),
+                                                                 void[at], n)),
+                (weights, fea, lambda at, n: prototypes(fea[at], label[at], conf[at],
+                                                        (removed & ~void)[at], n))):
+            leaf.requires_grad_()
+            whole = f(every, None)
+            n = sum(count(at) for at in halves) / 2
+            mean = sum(f(at, n) for at in halves) / 2
+            self.assertNotAlmostEqual(f(halves[0], n).item(), whole.item(), places=4)
+            self.assertAlmostEqual(mean.item(), whole.item(), places=5)
+            torch.testing.assert_close(*(torch.autograd.grad(t, leaf)[0] for t in (mean, whole)),
+                                       rtol=1e-4, atol=1e-7)
 
-        def features(at, add):
-            prototypes = s4mim.Prototypes(C, D)
-            mine = at[:len(at) // 3]
-            prototypes.update(fea[mine], label[mine], conf[mine], ~(removed | void)[mine], add)
-            return prototypes(fea[at], label[at], conf[at], (removed & ~void)[at], add)
 
-        for f in (lambda at, add: s4mim.supervised(p[at], y_l[at], add=add),
-                  lambda at, add: s4mim.consistency(p[at], label[at], conf[at], void[at], 0.5,
-                                                    add),
-                  lambda at, add: s4mim.pixel_loss(r[at], x[at], add),
-                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at].argmax(1), void[at], add),
-                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at].softmax(1), void[at], add),
-                  features):
-            whole = f(list(range(3 * B)), lambda s: s)
-            barrier, sent = threading.Barrier(2, timeout=60), [None, None]
+class PasteS4mim(S4mimCase):
+    """Sections of s4mim.py, cut out by their header lines, run alone."""
 
-            def one(rank):
-                def add(sums):
-                    sent[rank] = sums
-                    barrier.wait()
-                    total = sent[0] + sent[1]
-                    barrier.wait()
-                    return total
-                # rank r has every second picture of each stream
-                return f(list(range(rank, 3 * B, 2)), add).item()
+    def paste(self, name, **given):
+        """The functions and classes of a section, which is given these modules and no others."""
+        header, sections = re.compile(r"# -+ (.*)"), {}
+        for line in (MAIN / "s4mim.py").read_text("utf-8").splitlines():
+            if found := header.fullmatch(line):
+                sections[found[1]] = []
+            elif sections:
+                sections[next(reversed(sections))].append(line)
+        exec("\n".join(sections[name]), given)
+        return types.SimpleNamespace(**given)
 
-            with ThreadPoolExecutor(2) as pool:
-                for found in pool.map(one, range(2)):
-                    self.assertAlmostEqual(found, whole.item(), places=5)
+    def test_the_map_at_the_top_is_right(self):
+        lines = (MAIN / "s4mim.py").read_text("utf-8").splitlines()
+        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
+                                         s4mim.__doc__).groups())
+        self.assertRegex(lines[first - 1], "^# -+ model$")
+        source, start = inspect.getsourcelines(s4mim.train_step)
+        self.assertEqual(last, start + len(source) - 1)
+        method = "\n".join(lines[first - 1:last])
+        for name in ("class_heads", "Heads", "Prototypes", "patch_mask", "supervised",
+                     "consistency", "pixel_loss", "semantic_loss", "phase_one", "phase_two"):
+            self.assertRegex(method, rf"(?m)^(def|class) {name}\b")
+
+    def test_the_model_against_loops(self):
+        model = self.paste("model", torch=torch, nn=torch.nn, F=F)
+        B, C, D, H, W = 2, 3, 4, 3, 5
+        fea = torch.from_numpy(self.rng.standard_normal((B, D, H, W))).float()
+        label = torch.from_numpy(self.rng.integers(0, C, (B, H, W)))
+        label[0, 0, 0], label[1, 2, 2] = 255, -1
+        heads = model.Heads(D, C)
+        weight, expected = heads.weight.detach().view(C, 3, D, 3, 3), np.zeros((B, 3, H, W))
+        for b, i, j, di, dj in itertools.product(range(B), range(H), range(W), (-1, 0, 1),
+                                                 (-1, 0, 1)):
+            y, x = i + di, j + dj                               # where (i, j) adds to
+            if 0 <= y < H and 0 <= x < W and 0 <= label[b, i, j] < C:
+                tap = weight[label[b, i, j], :, :, 1 - di, 1 - dj]
+                expected[b, :, y, x] += (tap @ fea[b, :, i, j]).numpy()
+        np.testing.assert_allclose(heads(fea, label, (H, W)).detach(), expected, atol=1e-5)
+
+        prototypes = model.Prototypes(C, D, alpha=0.9)
+        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (B, H, W))).float()
+        removed = torch.from_numpy(self.rng.random((B, H, W)) < 0.5)
+        v, terms = np.zeros((C, D)), []
+        prototypes.update(prototypes.sums(fea, label, conf, ~removed))
+        z, k = fea.movedim(1, 3).numpy(), conf.numpy()
+        for c in range(C):
+            at = (label == c).numpy() & ~removed.numpy()
+            v[c] = 0.1 * sum(k[p] * z[p] for p in zip(*at.nonzero())) / k[at].sum()
+        np.testing.assert_allclose(prototypes.v, v, rtol=1e-5)
+        for c in range(C):
+            at = [*zip(*((label == c).numpy() & removed.numpy()).nonzero())]
+            cos = [z[p] @ v[c] / np.linalg.norm(z[p]) / np.linalg.norm(v[c]) for p in at]
+            weights = [k[p] for p in at]
+            terms.append(np.average([(1 - x) / 10 for x in cos], weights=weights))
+        self.assertAlmostEqual(prototypes(fea, label, conf, removed).item(), np.mean(terms),
+                               places=6)
+
+    def test_void_labels_are_left_out_of_the_prototypes(self):
+        prototypes = self.paste("model", torch=torch, nn=torch.nn, F=F).Prototypes(2, 3)
+        fea = torch.tensor([[1.0, 0, 0], [0, 1, 0], [5, 5, 5]]).T.reshape(1, 3, 1, 3)
+        one, everywhere = torch.ones(1, 1, 3), torch.ones(1, 1, 3).bool()
+        for void in 255, 2, -1:
+            label = torch.tensor([[[0, 1, void]]])
+            prototypes.v.zero_()
+            prototypes.update(prototypes.sums(fea, label, one, everywhere))
+            torch.testing.assert_close(prototypes.v, 0.01 * torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+            leaf = fea.clone().requires_grad_()
+            found = prototypes(leaf, label, one, everywhere)
+            found.backward()
+            self.assertLess(found.item(), 1e-6)                 # both lie on their prototypes
+            self.assertEqual(leaf.grad[..., 2].abs().max().item(), 0)
+
+    def test_masking_against_loops(self):
+        masking = self.paste("masking", torch=torch)
+        noise = masking.noise_of([3, 4], 16)
+        m = masking.patch_mask(noise, 14, patch=4, ratio=0.4)
+        for b in range(2):
+            removed = set(np.argsort(noise[b].numpy())[:6].tolist())    # int(0.4 * 16)
+            for y, x in itertools.product(range(14), repeat=2):
+                self.assertEqual(m[b, 0, y, x].item(), y // 4 * 4 + x // 4 not in removed)
+        self.assertEqual(masking.perturb([torch.ones(1, 2, 1, 1)], [torch.tensor([[0.4, 0.6]])])[0]
+                         .flatten().tolist(), [0, 2])
+        x, box = torch.arange(8).view(2, 2, 2), torch.eye(2).bool().expand(2, 2, 2)
+        self.assertEqual(masking.mix(x, torch.tensor([1, 0]), box).tolist(),
+                         [[[4, 1], [2, 7]], [[0, 5], [6, 3]]])
+
+    def test_losses_against_loops(self):
+        loss = self.paste("loss", math=math, torch=torch, F=F)
+        N, C, S = 3, 4, 5
+        p, target = (torch.from_numpy(self.rng.standard_normal((N, C, S, S))) for _ in range(2))
+        y = torch.from_numpy(self.rng.integers(0, C, (N, S, S)))
+        void = torch.from_numpy(self.rng.random((N, S, S)) < 0.3)
+        conf = torch.from_numpy(self.rng.random((N, S, S)))
+        ce = np.array([[[-log_softmax(p[b, :, i, j])[y[b, i, j]] for j in range(S)]
+                        for i in range(S)] for b in range(N)])
+        valid = ~void.numpy()
+        kept = ce * (conf.numpy() >= 0.5)
+        squares = np.square(p.numpy() - target.numpy())
+        for found, expected in (
+                (loss.supervised(p, torch.where(void, 255, y)), ce[valid].mean()),
+                (loss.supervised(p, loss.hard_pixels(p, torch.where(void, 255, y))),
+                 ce[valid].mean()),                             # fewer than 100,000 a crop
+                (loss.consistency(p, y, conf, void, 0.5), kept[valid].mean()),
+                (loss.consistency(p, y, conf, void, 0.5, n=torch.tensor(7)), kept[valid].sum() / 7),
+                (loss.pixel_loss(p[:, :3], target[:, :3]),
+                 sum(squares[b, :3].mean() for b in range(N))),
+                (loss.semantic_loss(p, y, void), sum(ce[b][valid[b]].mean() for b in range(N)))):
+            self.assertAlmostEqual(found.item(), expected, places=5)
 
 
 def average(values, where):
@@ -5486,7 +5786,7 @@ class S4mimTraining(S4mimCase):
                       decoder_lr=1, pixel_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
             cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
-            s4mim.settle(cfg)
+            s4mim.fill_in(cfg)
             for key, value in expected.items():
                 self.assertEqual(getattr(cfg, key), value, (name, key))
             s4mim.check(cfg)
@@ -5495,7 +5795,7 @@ class S4mimTraining(S4mimCase):
         for size, side in (32, 2), (97, 2), (161, 3), (257, 5), (321, 6), (513, 6), (801, 6):
             for given, expected in (0, side), (4, 4):
                 cfg = tiny(size=size, patch=given)
-                s4mim.settle(cfg)
+                s4mim.fill_in(cfg)
                 self.assertEqual(cfg.patch, expected, size)
 
     def test_voc_without_sbds_list_says_what_is_missing(self):
@@ -5510,9 +5810,9 @@ class S4mimTraining(S4mimCase):
                     s4mim.datasets(cfg)
         lines = [t for t in text.getvalue().splitlines() if "instead of the paper's" in t]
         self.assertEqual(lines, [
-            "voc: 1463 unlabelled pictures instead of the paper's 10581, 182 steps an epoch "
+            "voc: 1463 unlabelled images instead of the paper's 10581, 182 steps an epoch "
             "instead of 1322: get SBD's list of 10582 names, ImageSets/Segmentation/train_aug.txt; "
-            "its pictures are in JPEGImages"])
+            "its images are in JPEGImages"])
 
     def test_rates(self):
         cfg = tiny(lr=0.1, decoder_lr=5.0, pixel_lr=2.0)
@@ -5767,11 +6067,13 @@ class S4mimRuns(S4mimCase):
         for name in "samples", "step", "curves":
             with Image.open(out / f"{name}.png") as picture:
                 sizes[name] = picture.size
-        # tiles of 160 and 4 between them; 3 rows of pictures, and 8 of what a step sees
-        self.assertEqual((sizes["samples"][1], sizes["step"][1]), (4 + 3 * 164, 4 + 8 * 164))
+        # tiles of 160 with 4 between them: 3 rows in samples.png, 8 in step.png; a line for the
+        # title and one for the legend have 22 each, with 8 between the legend and the tiles
+        self.assertEqual((sizes["samples"][1], sizes["step"][1]),
+                         (22 + 4 + 3 * 164 + 8 + 22, 22 + 4 + 8 * 164 + 8 + 22))
         self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
-        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 120)
-        self.assertEqual(sizes["curves"], (960, 340))
+        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 200)
+        self.assertEqual(sizes["curves"], (1120, 420))
 
         text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
                     self.tmp / "eval")
@@ -5796,12 +6098,12 @@ class S4mimRuns(S4mimCase):
                 (["--predict", self.tmp], ["--ckpt"]), (["--to", "x"], ["--predict"]),
                 (["--eval", out / "last.pt", "--out", out], ["already holds a run, or"]),
                 (["--eval", out / "last.pt", out / "last.pt"], ["run-last", "rename"]),
-                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "settled"]),
-                (["--eval", out / "last.pt", "--size", 64], ["--size", "settled"]),
-                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "settled"]),
-                (["--eval", out / "log.csv"], ["log.csv", "a whole checkpoint"]),
+                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "fixed by"]),
+                (["--eval", out / "last.pt", "--size", 64], ["--size", "fixed by"]),
+                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "fixed by"]),
+                (["--eval", out / "log.csv"], ["log.csv", "a complete checkpoint"]),
                 (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
-                  "--size", 64], ["--size", "settled"])):
+                  "--size", 64], ["--size", "fixed by"])):
             with self.subTest(argv), self.fails(*words):
                 here(*argv)
         self.assertFalse((self.tmp / "to").exists())
@@ -5906,7 +6208,7 @@ class S4mimRuns(S4mimCase):
             text = here(*flags, "--labeled", labeled, "--max-steps", 3, "--out", out)
             self.assertIn(f"{labeled} labelled", text)
             # where all are labelled, none is unlabelled
-            self.assertIn(f"and {2 - int(labeled)} unlabelled pictures", text)
+            self.assertIn(f"and {2 - int(labeled)} unlabelled images", text)
             end = saved(out / "last.pt")
             self.assertEqual(end["step"], 3)
             self.assertTrue(all(t.isfinite().all() for t in end["model"].values()))
@@ -5916,7 +6218,7 @@ class S4mimRuns(S4mimCase):
             save(root / f"images/new{i}.png", self.noise(50, 36, 3))
         text = here(*flags, "--labeled", "2/2", "--max-steps", 1, "--out", self.tmp / "more")
         self.assertIn("2 labelled", text)
-        self.assertIn("and 5 unlabelled pictures", text)
+        self.assertIn("and 5 unlabelled images", text)
 
     def test_every_method_starts_from_a_checkpoint_of_its_kind(self):
         _, flags = self.own(10)
@@ -6004,7 +6306,7 @@ class S4mimRuns(S4mimCase):
                     48, "--width", 4, "--backbone", "resnet18", "--pretrained", "none",
                     "--batch-size", 4, "--max-steps", 2, "--device", "cpu", "--out", out)
         self.assertIn("2 labelled", text)
-        self.assertIn("and 2 unlabelled pictures, 2 val pictures", text)
+        self.assertIn("and 2 unlabelled images, 2 val images", text)
         end = saved(out / "last.pt")
         self.assertEqual((end["config"]["window"], end["config"]["ohem"]), ("slide", True))
         self.assertEqual(len(end["scores"]["class_iou"]), 19)
@@ -6145,7 +6447,7 @@ class S4mimPredict(S4mimCase):
         whole, slid = (np.array(Image.open(self.tmp / to / "a.png")) for to in ("to", "slid"))
         np.testing.assert_array_equal(whole, self.answer(image))
         self.assertGreater((whole != slid).sum(), 0)
-        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no picture"]),
+        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no image"]),
                                     (path, "no.pt", ["no.pt"])):
             with self.fails(*words):
                 here("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / "new")
@@ -6472,10 +6774,10 @@ class BadData(Case):
             torch.save({**good, "config": {**good["config"], "old": 1}}, self.tmp / "old.pt")
             (self.tmp / "cut.pt").write_bytes((out / "last.pt").read_bytes()[:-5000])
             bad = [(self.tmp / "gone.pt", ["no checkpoint", "train first"]),
-                   (self.tmp / "empty.pt", ["a whole checkpoint"]),
-                   (self.tmp / "cut.pt", ["a whole checkpoint", "take another one"]),
-                   (self.tmp / "evil.pt", ["a whole checkpoint", "take another one"]),
-                   (out / "samples.png", ["a whole checkpoint"]),
+                   (self.tmp / "empty.pt", ["a complete checkpoint"]),
+                   (self.tmp / "cut.pt", ["a complete checkpoint", "give another one"]),
+                   (self.tmp / "evil.pt", ["a complete checkpoint", "give another one"]),
+                   (out / "samples.png", ["a complete checkpoint"]),
                    (self.tmp / "list.pt", ["something else"]),
                    (runs[other] / "last.pt", [f"a checkpoint of {other[:-3]}, not of"])]
             uses = {"--init": [*brief, "--out", self.tmp / "new"], "--eval": ["--root", "."]}
@@ -6491,7 +6793,7 @@ class BadData(Case):
                                           "--lr", "1e-30", "--out", self.tmp / f"four {name}",
                                           "--init", out / "last.pt")
             self.assertEqual((status, error), (0, ""))
-            anew = re.search(r"start anew: (.*)", text)[1].split(", ")
+            anew = re.search(r"not loaded: (.*)", text)[1].split(", ")
             new = saved(self.tmp / f"four {name}/last.pt")["model"]
             for key, value in good["model"].items():        # all the rest is as it was
                 if key not in anew and value.is_floating_point() and "running" not in key:
@@ -6583,7 +6885,7 @@ class AsFoundFiles(Case):
         self.assertEqual((status, error.count("\n")), (1, 1), error)
         self.assertIn("z.heic", error)
         self.assertIn("16 segmented, 1 failed", text)
-        self.assertRegex(text, r"left out, as no pictures: .*notes.txt")
+        self.assertRegex(text, r"skipped, not images: .*notes.txt")
         for name in [*pairs, "one"]:
             self.assertTrue((self.tmp / f"to/{name}.png").exists(), name)
 
@@ -6708,7 +7010,7 @@ class AsFoundFiles(Case):
             shutil.copytree(self.tmp / "here", self.tmp / "there", dirs_exist_ok=True)
             status, _, error = outcome(script, *argv, self.tmp / "there", "--resume")
             self.assertEqual((status, error.count("\n")), (2, 1))
-            self.assertIn("was begun with --palette", error)
+            self.assertIn("was started with --palette", error)
             status, _, error = outcome(script, *argv, self.tmp / "there", *palette, "--resume")
             self.assertEqual((status, error), (0, ""))
 
@@ -6729,7 +7031,7 @@ class AsFoundFiles(Case):
 
     def test_devices(self):
         for script, brief in BRIEF.items():
-            for device, words in ("cuda:1", "torch finds none here"), ("gpu", "cuda:1, mps, cpu"):
+            for device, words in ("cuda:1", "torch does not find one"), ("gpu", "cuda:1, mps, cpu"):
                 status, _, error = outcome(script, *brief, "--device", device, "--out",
                                            self.tmp / "x")
                 self.assertEqual((status, error.count("\n")), (2, 1))
@@ -7042,7 +7344,7 @@ class Broken(Case):
             with mock.patch.object(module, "train_step", train_step):
                 status, text, error = outcome(name, *argv)
             self.assertEqual((status, error), (130, ""))
-            self.assertIn("stopped after step 5: the same command with --resume goes on", text)
+            self.assertIn("stopped after step 5: continue with the same command and --resume", text)
             self.assertEqual(saved(out / "last.pt")["step"], 5)
             self.refused(name, [*argv, "--resume", "--max-steps", 5], "--max-steps",
                          "at step 5 already", "give more")
@@ -7062,7 +7364,8 @@ class Broken(Case):
         with mock.patch.object(s4mim, "write_metrics", interrupted):
             status, text, error = outcome("s4mim.py", *argv)
         self.assertEqual((status, error), (130, ""))
-        self.assertIn("stopped after the baseline: the same command with --resume goes on", text)
+        self.assertIn("stopped after the baseline: continue with the same command and --resume",
+                      text)
         self.assertEqual([p.name for p in (self.tmp / "out").iterdir()], ["suponly"])
         status, text, error = outcome("s4mim.py", *argv, "--resume")
         self.assertEqual((status, error), (0, ""))
@@ -7119,8 +7422,8 @@ class Broken(Case):
                 self.assertEqual((status, error.count("\n")), (2, 1), error)
                 self.assertIn(f"step {bad}: " + {
                     "loss": "the loss is nan, after the batch ",
-                    "weights": "weights that are not finite are left, after"}[what], error)
-                self.assertIn(f"{out} is as it was saved before", error)
+                    "weights": "some weights are not finite, after"}[what], error)
+                self.assertIn(f"{out} has the last state saved before", error)
                 # the loaders drew the batches of steps 5, 6, .. in turn: four pictures each
                 streams = {dataset for dataset, _ in sampled}
                 batch = [path for d in streams for path in
@@ -7197,7 +7500,7 @@ class Broken(Case):
             for part in "images", "masks":
                 (self.root / f"train/{part}/p000.png").rename(self.root / f"train/{part}/q.png")
             self.refused(name, [*argv, "--out", out, "--resume"], self.root,
-                         "other training pictures", out)
+                         "other training images", out)
             for part in "images", "masks":
                 (self.root / f"train/{part}/q.png").rename(self.root / f"train/{part}/p000.png")
             self.refused(name, ["--eval", out / "last.pt", "--out", out], out, "already holds",
