@@ -628,11 +628,6 @@ class Source(NamedTuple):
     needs: str = ""             # a folder that has to be there; the archive is unpacked next to it
 
 
-DRAWN = Path("drawn at run time")       # the files of an Item that is drawn
-COUNTS = {"train": 512, "val": 128}
-TRAIN_IDS = "gtFine/*/*/*_gtFine_labelTrainIds.png"     # 0..18 in Cityscapes, where it was prepared
-
-
 def voc(folder, split, protocol):
     """protocol "lists": as published; "aug": with SBD's masks; "lmae": 400 of trainval as val;
     "ori", for semi-supervised training: train as published, and then the images that only
@@ -661,6 +656,10 @@ def voc(folder, split, protocol):
         known = set(stems)
         items += [Item(s, images / f"{s}.jpg", None) for s in listed("train_aug") if s not in known]
     return items
+
+
+# masks with the ids 0..18 of the classes, which Cityscapes' own scripts write if they are run
+TRAIN_IDS = "gtFine/*/*/*_gtFine_labelTrainIds.png"
 
 
 def cityscapes(folder, split, protocol):
@@ -1185,6 +1184,10 @@ def read_weights(pretrained, url, key):
 
 
 # ------------------------------------------------------------ the drawn sets: shapes and materials
+
+DRAWN = Path("drawn at run time")       # the image and the mask of an Item that is drawn
+COUNTS = {"train": 512, "val": 128}     # of images
+
 
 def scene(stem):
     """The random number generator of image `split-index`."""
