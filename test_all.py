@@ -6480,6 +6480,39 @@ def without_root():
             os.seteuid(0)
 
 
+IMAGE, MASK = "train/images/p00{}.png".format, "train/masks/p00{}.png".format
+
+
+def remove(path):
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+# each of these four gives a function that makes a fault in a sound folder, given its path
+
+def put_file(path, content, instead_of=None):
+    """Write bytes, or an array as an image."""
+    def make(root):
+        if instead_of:
+            (root / instead_of).unlink()
+        if isinstance(content, bytes):
+            (root / path).write_bytes(content)
+        else:
+            save(root / path, content)
+    return make
+
+
+def each_mask(change):
+    return lambda root: [rewrite(root / s / "masks", change) for s in ("train", "val")]
+
+
+def each_path(pattern, change):
+    return lambda root: [change(path) for path in sorted(root.glob(pattern))]
+
+
+def link_to_itself(path):
+    return lambda root: [remove(root / path), (root / path).symlink_to(root / path)]
+
+
 class BadData(Case):
     """Each script, and data.py, on data with one fault: a line that says which file, what is wrong
     with it and what to do about it, exit status 2, and no run folder that would be in the way."""
@@ -6488,123 +6521,112 @@ class BadData(Case):
         self.tmp.chmod(0o755)
         return self.splits(4, 2, name=name, names=names)
 
-    def faults(self):
-        """(what, how to make it of a sound folder, words of the line), the file among them."""
-        image, mask = "train/images/p00{}.png".format, "train/masks/p00{}.png".format
+    # faults are (what, how to make it of a sound folder, words of the line), the file among them
 
-        def put(path, content, instead_of=None):
-            """Write bytes or an array to a file."""
-            def make(root):
-                if instead_of:
-                    (root / instead_of).unlink()
-                if isinstance(content, bytes):
-                    (root / path).write_bytes(content)
-                else:
-                    save(root / path, content)
-            return make
+    def faults_of_masks(self):
+        binary = 255 * (np.arange(192).reshape(12, 16) % 2).astype(np.uint8)
+        return [
+            ("an id out of range", put_file(MASK(0), np.full((12, 16), 7, np.uint8)),
+             [MASK(0), "id 7", "classes 0..2 and void 255", "correct the mask"]),
+            ("0 and 255 as two classes", each_mask(lambda ids: binary),
+             ["only 0 and 255", "--palette binary"]),
+            ("colour masks", put_file(MASK(2), self.noise(12, 16, 3)),
+             [MASK(2), "a colour mask", "--palette"]),
+            ("a mask of another size", put_file(MASK(1), np.zeros((5, 6), np.uint8)),
+             [MASK(1), "6x5", IMAGE(1), "16x12", "make them the same"]),
+            ("a mask of 16 bits", put_file(MASK(0), np.full((12, 16), 40000, np.uint16)),
+             [MASK(0), "40000", "renumber them"]),
+            ("a mask saved as JPEG", put_file("train/masks/p000.jpg", self.noise(12, 16), MASK(0)),
+             ["p000.jpg", "classes 0..2", "save masks as PNG"]),
+            ("an empty mask", put_file("val/masks/p001.png", b""),
+             ["val/masks/p001.png", "replace or remove"]),
+            ("anti-aliased masks", each_mask(lambda ids: self.noise(12, 16)),
+             ["has classes 0..2", "--palette binary"]),
+            ("masks that are all void", each_mask(lambda ids: ids | 255), ["255", "label"]),
+            ("ids in fractions",
+             put_file("train/masks/p000.tif", np.full((12, 16), 0.5, np.float32), MASK(0)),
+             ["p000.tif", "32-bit floats", "save them as 8-bit PNG"]),
+        ]
 
-        def masks(change):
-            return lambda root: [rewrite(root / s / "masks", change) for s in ("train", "val")]
-
-        def paths(pattern, change):
-            return lambda root: [change(path) for path in sorted(root.glob(pattern))]
-
-        def link(path):
-            return lambda root: [paths(path, remove)(root), (root / path).symlink_to(root / path)]
-
+    def faults_of_images(self):
         def pages(root):
-            (root / image(0)).unlink()
+            (root / IMAGE(0)).unlink()
             page = Image.fromarray(self.noise(12, 16))
             page.save(root / "train/images/p000.tif", save_all=True, append_images=[page] * 2)
 
+        whole = save(self.tmp / "whole.png", self.noise(12, 16, 3)).read_bytes()
+        bomb = png(40000, 40000, 8, 2, [bytes(999)])
+        return [
+            ("a cut image", put_file(IMAGE(3), whole[:-100]),
+             [IMAGE(3), "not a complete image", "replace or remove it"]),
+            ("an empty image", put_file(IMAGE(0), b""), [IMAGE(0), "replace or remove it"]),
+            ("no image", put_file(IMAGE(0), b"%PDF-1.4 and so on"),
+             [IMAGE(0), "replace or remove"]),
+            ("a bomb", put_file(IMAGE(1), bomb),
+             [IMAGE(1), "1600000000 pixels", "save it smaller"]),
+            ("a stack of pages", pages, ["p000.tif", "3 pages", "a file of its own"]),
+            ("16 bits that end at 4095",
+             put_file(IMAGE(1), self.noise(12, 16).astype(np.uint16) * 16),
+             [IMAGE(1), "16 bits", "it would be black", "scaled to 65535"]),
+            ("a photograph of a telephone",
+             put_file("train/images/p002.HEIC", b"\0\0\0\x18ftypheic", IMAGE(2)),
+             ["p002.HEIC", "Pillow cannot read", "save it as 8-bit"]),
+            ("a link to itself", link_to_itself(IMAGE(0)),
+             [IMAGE(0), "link", "replace or remove it"]),
+            ("an image that is a folder",
+             each_path(IMAGE(0), lambda path: [remove(path), path.mkdir()]),
+             [IMAGE(0), "directory", "replace or remove it"]),
+            ("an image that may not be read", each_path(IMAGE(0), lambda path: path.chmod(0)),
+             [IMAGE(0), "you may not read it"]),
+        ]
+
+    def faults_of_folders(self):
         def one_pair(root):
             for part in "images", "masks":
                 (root / part).mkdir()
                 (root / "train" / part / "p000.png").rename(root / part / "p000.png")
-            paths("[tv]*/", remove)(root)
+            each_path("[tv]*/", remove)(root)
 
         def two_lines(root):
             for i, part in enumerate(("images", "masks")):
                 save(root / f"train/{part}/a\nb.png", np.zeros((5, 6 + i), np.uint8))
 
-        def remove(path):
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-
-        whole = save(self.tmp / "whole.png", self.noise(12, 16, 3)).read_bytes()
-        bomb = png(40000, 40000, 8, 2, [bytes(999)])
-        binary = 255 * (np.arange(192).reshape(12, 16) % 2).astype(np.uint8)
         return [
-            ("an id out of range", put(mask(0), np.full((12, 16), 7, np.uint8)),
-             [mask(0), "id 7", "classes 0..2 and void 255", "correct the mask"]),
-            ("0 and 255 as two classes", masks(lambda ids: binary),
-             ["only 0 and 255", "--palette binary"]),
-            ("colour masks", put(mask(2), self.noise(12, 16, 3)),
-             [mask(2), "a colour mask", "--palette"]),
-            ("a mask of another size", put(mask(1), np.zeros((5, 6), np.uint8)),
-             [mask(1), "6x5", image(1), "16x12", "make them the same"]),
-            ("a mask of 16 bits", put(mask(0), np.full((12, 16), 40000, np.uint16)),
-             [mask(0), "40000", "renumber them"]),
-            ("a mask saved as JPEG", put("train/masks/p000.jpg", self.noise(12, 16), mask(0)),
-             ["p000.jpg", "classes 0..2", "save masks as PNG"]),
-            ("a cut image", put(image(3), whole[:-100]),
-             [image(3), "not a complete image", "replace or remove it"]),
-            ("an empty image", put(image(0), b""), [image(0), "replace or remove it"]),
-            ("an empty mask", put("val/masks/p001.png", b""),
-             ["val/masks/p001.png", "replace or remove"]),
-            ("no image", put(image(0), b"%PDF-1.4 and so on"), [image(0), "replace or remove"]),
-            ("a bomb", put(image(1), bomb), [image(1), "1600000000 pixels", "save it smaller"]),
-            ("an empty split", paths("val/*/*", remove),
+            ("an empty split", each_path("val/*/*", remove),
              ["no image with a mask in the split val", "add some", "images/ and masks/"]),
-            ("a split that is not there", paths("train/masks", remove),
+            ("a split that is not there", each_path("train/masks", remove),
              ["train/masks", "not there", "images/ and masks/"]),
             ("one image", one_pair, ["no image with a mask", "add some", "several",
                                      "images/ and masks/", "val/"]),
-            ("no folder", paths("[tv]*/", remove), ["/images", "images/ and masks/"]),
-            ("a stem twice", put("train/images/p001.bmp", self.noise(12, 16, 3)),
+            ("no folder", each_path("[tv]*/", remove), ["/images", "images/ and masks/"]),
+            ("a stem twice", put_file("train/images/p001.bmp", self.noise(12, 16, 3)),
              ["p001.bmp", "2 files", "rename or remove"]),
-            ("a mask without an image", paths(image(2), remove),
-             [mask(2), "no image is called p002", "remove the mask"]),
+            ("a mask without an image", each_path(IMAGE(2), remove),
+             [MASK(2), "no image is called p002", "remove the mask"]),
             ("masks with other names",
-             paths("*/masks/*", lambda path: path.rename(path.with_stem("z" + path.stem[1:]))),
+             each_path("*/masks/*", lambda path: path.rename(path.with_stem("z" + path.stem[1:]))),
              ["masks/z000.png", "no image is called z000", "rename"]),
-            ("anti-aliased masks", masks(lambda ids: self.noise(12, 16)),
-             ["has classes 0..2", "--palette binary"]),
-            ("masks that are all void", masks(lambda ids: ids | 255), ["255", "label"]),
-            ("a stack of pages", pages, ["p000.tif", "3 pages", "a file of its own"]),
-            ("16 bits that end at 4095", put(image(1), self.noise(12, 16).astype(np.uint16) * 16),
-             [image(1), "16 bits", "it would be black", "scaled to 65535"]),
-            ("a photograph of a telephone",
-             put("train/images/p002.HEIC", b"\0\0\0\x18ftypheic", image(2)),
-             ["p002.HEIC", "Pillow cannot read", "save it as 8-bit"]),
-            ("ids in fractions",
-             put("train/masks/p000.tif", np.full((12, 16), 0.5, np.float32), mask(0)),
-             ["p000.tif", "32-bit floats", "save them as 8-bit PNG"]),
-            ("images without masks", paths("*/masks/*", remove),
-             [image(0), "no mask belongs to it", "add masks"]),
-            ("a loop of links", link("train/images"),
+            ("images without masks", each_path("*/masks/*", remove),
+             [IMAGE(0), "no mask belongs to it", "add masks"]),
+            ("a loop of links", link_to_itself("train/images"),
              ["train/images", "symbolic links", "fix that"]),
-            ("a link to itself", link(image(0)), [image(0), "link", "replace or remove it"]),
-            ("an image that is a folder",
-             paths(image(0), lambda path: [remove(path), path.mkdir()]),
-             [image(0), "directory", "replace or remove it"]),
             ("a name of two lines",
-             paths(image(1), lambda path: path.rename(path.with_name("p\n001.png"))),
+             each_path(IMAGE(1), lambda path: path.rename(path.with_name("p\n001.png"))),
              ["masks/p001.png", "no image is called p001", "remove the mask"]),
             ("a broken file with such a name", two_lines, ["b.png", "6x5", "make them the same"]),
-            ("one name twice", put("classes.txt", b"ground\nground\n"),
+            ("one name twice", put_file("classes.txt", b"ground\nground\n"),
              ["classes.txt", "2 names", "all different"]),
-            ("names that are no text", put("classes.txt", b"ground\ntr\xe9e\nsky\n"),
+            ("names that are no text", put_file("classes.txt", b"ground\ntr\xe9e\nsky\n"),
              ["classes.txt", "UTF-8", "save it as such"]),
-            ("an image that may not be read", paths(image(0), lambda path: path.chmod(0)),
-             [image(0), "you may not read it"]),
-            ("a folder that may not be read", paths("train/masks", lambda path: path.chmod(0)),
+            ("a folder that may not be read", each_path("train/masks", lambda path: path.chmod(0)),
              ["train/masks", "Permission denied", "fix that"]),
         ]
 
     def test_every_fault_in_every_script(self):
         (self.tmp / "free").mkdir()
         (self.tmp / "free").chmod(0o777)
-        for i, (what, make, words) in enumerate(self.faults()):
+        faults = self.faults_of_masks() + self.faults_of_images() + self.faults_of_folders()
+        for i, (what, make, words) in enumerate(faults):
             root, out = self.sound(f"d{i}"), self.tmp / f"out{i}"
             make(root)
             with self.subTest(what), at_most(120), (
