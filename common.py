@@ -30,8 +30,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
-LOOK = 20        # steps from one look at the losses to the next: each waits for the device
-VOID = 255       # the label of a pixel that is not counted and not learned from
+CHECK_EVERY = 20    # read the losses from the device once in so many steps: reading waits for it
+VOID = 255          # the label of a pixel that is not counted and not learned from
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -120,7 +120,7 @@ class Parser(ArgumentParser):
 
 
 @functools.lru_cache
-def reasons(Config):
+def help_texts(Config):
     """{field: the comment behind it}, the help texts."""
     return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
 
@@ -136,7 +136,7 @@ def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
     fields = dataclasses.fields(Config)
-    why = reasons(Config)
+    why = help_texts(Config)
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     for field in fields:
@@ -187,7 +187,7 @@ def show_config(cfg, origin, rest="all else is the default: see --help, or confi
     print(rest)
 
 
-def settle_epochs(cfg, per_epoch, steps=3000):
+def default_epochs(cfg, per_epoch, steps=3000):
     """Where --epochs is 0, as many as make `steps` steps, with 20 evaluations."""
     if not cfg.epochs:
         cfg.epochs = -(-steps // per_epoch)
@@ -444,7 +444,7 @@ def load(path, method, Config, Info, build):
     return cfg, info, model, state
 
 
-def settled(cfg, origin, path, theirs, check, *flags):
+def checkpoint_config(cfg, origin, path, theirs, check, *flags):
     """The configuration of a checkpoint, with what the command line may change of it, shown: the
     flags, and what is of this machine. Raises UserError for others: the checkpoint has the say."""
     given = {name for name, source in origin.items() if source == "flag"}
@@ -525,8 +525,8 @@ def resuming(cfg):
 
 
 class Run:
-    """The run folder OUT, and what a training loop does beside training: begin() before it, note()
-    after each step, log() after an evaluation, save() after a step where something is due.
+    """The run folder OUT, and what a training loop does besides training: announce() before it,
+    note() after each step, log() after an evaluation, save() after a step where something is due.
 
     A folder that holds a run is never overwritten, and no run goes on under another configuration,
     other classes or other training pictures: UserError.
@@ -608,7 +608,7 @@ class Run:
         vars(self).update({k: state[k] for k in self.KEPT})
         self.losses = [terms.to(self.machine.device) for terms in self.losses]
 
-    def begin(self, words):
+    def announce(self, words):
         """Say what starts, and start the clock."""
         self.say(f"{words}, steps {self.start} to {self.stop}, {self.per_epoch} an epoch, on "
                  f"{self.machine.device}, threads: {self.cfg.threads}"
@@ -622,14 +622,14 @@ class Run:
     def note(self, step, terms, *batches):
         """Take the losses of a step; what is due after it: "evaluate", "save" or "".
 
-        terms: float (n,), the whole loss first; they stay on the device but for every LOOK steps,
-        for a look waits for it. batches: pairs (Dataset, indices (B,)), whose files are named if
-        the loss is not finite.
+        terms: float (n,), the whole loss first; they stay on the device, and are read once in
+        CHECK_EVERY steps, because reading waits for the device. batches: pairs (Dataset, indices
+        (B,)), whose files are named if the loss is not finite.
         """
         self.step = step + 1
         self.losses.append(terms)
         self.drawn[self.step] = terms[0], batches
-        if step % LOOK == 0:
+        if step % CHECK_EVERY == 0:
             self.progress(self.look())
         late = 0 < self.cfg.save_every < (time.time() - self.saved) / 60
         self.asked, self.late = self.interrupt.due(step, late)
@@ -642,8 +642,8 @@ class Run:
         return "evaluate" if due else "save" if self.asked or self.late else ""
 
     def progress(self, loss):
-        """One line that rewrites itself on a terminal; elsewhere one after LOOK steps. The clock
-        starts at the first call, as what comes before may have compiled the model."""
+        """One line that rewrites itself on a terminal; elsewhere one line after CHECK_EVERY
+        steps. The clock starts at the first call: what comes before may compile the model."""
         self.first = self.first or (self.step, time.time())
         done, spent = self.step - self.first[0], max(time.time() - self.first[1], 1e-9)
         line = f"step {self.step}/{self.stop}  loss {loss:.4f}"
@@ -652,7 +652,7 @@ class Run:
                      f"{duration(spent / done * (self.stop - self.step))} left")
         if self.live:
             print(f"\r\033[K{line}", end="", flush=True)
-        elif done == LOOK:
+        elif done == CHECK_EVERY:
             self.say(line)
 
     def look(self, *modules):
@@ -777,7 +777,7 @@ def duration(seconds):
 
 class Interrupt:
     """Turns the first Ctrl-C, or a polite kill, into a question to ask between steps: what is
-    saved is a whole step. Under torchrun the processes agree on it, every LOOK steps."""
+    saved is a whole step. Under torchrun the processes agree on it, every CHECK_EVERY steps."""
 
     def __init__(self, machine):
         self.machine, self.asked = machine, False
@@ -793,10 +793,10 @@ class Interrupt:
 
     def due(self, step, late=False):
         """Whether to save after this step and to end; and whether it is late in any process. The
-        same answers in all processes, so under torchrun only every LOOK steps."""
+        same answers in all processes, so under torchrun only every CHECK_EVERY steps."""
         if self.machine.world == 1:
             return self.asked, late
-        if step % LOOK:
+        if step % CHECK_EVERY:
             return False, False
         both = torch.tensor([float(self.asked), float(late)], device=self.machine.device)
         dist.all_reduce(both)
@@ -853,26 +853,69 @@ def peak_mb(device):
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------ images
+
+def vivid(colors):
+    """Colours to draw C classes in, (C, 3) uint8: dark grey for class 0, and for the others bright
+    colours that differ, however dark or alike `colors` (C, 3) are.
+
+    A class keeps its hue if no earlier class has one near it. Otherwise it gets the bright colour
+    that is farthest from all used so far, and from white, from the grey of void, and from magenta,
+    which outline() uses.
+    """
+    levels = np.linspace(0, 255, 8)
+    bright = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
+    bright = bright[(bright.max(1) > 180) & (np.ptp(bright, 1) > 120)]
+
+    def distance(color):
+        return np.linalg.norm(bright - color, axis=1)
+
+    shown = [np.array((60.0, 60, 60))]
+    used = [*shown, np.full(3, 200.0), np.full(3, 255.0), np.array((255.0, 0, 255))]
+    nearest = np.min([distance(color) for color in used], 0)        # used colour of each bright one
+    for color in np.asarray(colors, float)[1:]:
+        color = color * 255 / max(1, color.max())
+        if np.ptp(color) < 120 or np.linalg.norm(np.array(used) - color, axis=1).min() < 90:
+            color = bright[nearest.argmax()]
+        nearest = np.minimum(nearest, distance(color))
+        shown.append(color)
+        used.append(color)
+    return np.array(shown).round().astype(np.uint8)
+
 
 def colorize(label, colors):
-    """(H, W) uint8 class indices -> (H, W, 3) uint8 by the C colours; the rest is light grey."""
+    """Class indices (.., H, W), 0..C-1, -> uint8 (.., H, W, 3) in vivid(colors); void and other
+    values are light grey."""
     table = np.full((256, 3), 200, np.uint8)
-    table[:len(colors)] = colors
+    table[:len(colors)] = vivid(colors)
     return table[np.asarray(label)]
 
 
-def overlay(image, label, colors, share=0.55):
-    """The picture with its labels laid over it; void stays the picture. Shapes as colorize()."""
-    mixed = np.asarray(image) * (1 - share) + colorize(label, colors) * share
-    return np.where((np.asarray(label) == VOID)[..., None], image, mixed).astype(np.uint8)
+def border(label):
+    """Pixels (H, W) bool at the borders of the regions of label (H, W): it has another value 1
+    pixel above, below, left or right; in images of 192 pixels 2 pixels, of 384 pixels 3, and so on.
+    """
+    width, found = 1 + max(label.shape) // 192, np.zeros(label.shape, bool)
+    for a, b in ((np.s_[width:], np.s_[:-width]), (np.s_[:, width:], np.s_[:, :-width])):
+        found[a] |= label[a] != label[b]
+        found[b] |= label[a] != label[b]
+    return found
 
 
 def outline(image, mask, color=(255, 0, 255)):
-    """The picture (H, W, 3) uint8 with a line of `color` around what is True in mask (H, W)."""
-    wide = np.pad(mask, 1)
-    inside = wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
-    return np.where((mask & ~inside)[..., None], np.array(color, np.uint8), image)
+    """The image, uint8 (H, W, 3), with a line of `color` around what is True in mask (H, W)."""
+    return np.where((border(mask) & mask)[..., None], np.array(color, np.uint8), image)
+
+
+def overlay(image, label, colors):
+    """The image, uint8 (H, W, 3), with its labels (H, W) over it: a tint of 45 % of the class's
+    vivid colour, and a line of that colour inside the border of each region. Class 0 and void stay
+    as the image is."""
+    label, image = np.asarray(label), np.asarray(image)
+    share = np.where(border(label), 1, 0.45)
+    share[(label == 0) | (label == VOID)] = 0
+    mixed = image * (1 - share[..., None]) + colorize(label, colors) * share[..., None]
+    return mixed.round().astype(np.uint8)
 
 
 def save_image(path, array, palette=None):
@@ -888,32 +931,59 @@ def save_image(path, array, palette=None):
 font = ImageFont.load_default
 
 
-def sheet(rows, path, titles=None, tile=160):
-    """A contact sheet: rows of uint8 (H, W, 3) pictures, a title before each row, as one PNG.
+def draw_sheet(path, rows, names, info=None, title="", grey="void"):
+    """Write a contact sheet as one PNG: rows of images, the name of each row before it, a title
+    above, and, given the Info of a dataset, a legend of its classes below.
 
-    Pictures smaller than `tile` pixels on their long side are enlarged by whole steps, so that the
-    patches stay square; all the pictures of a column share its width.
+    rows: lists of uint8 (H, W, 3). Small images are enlarged by whole steps to almost 160 pixels,
+    so that patches stay square. grey: what light grey stands for in the legend.
     """
-    gap, names = 4, titles or [""] * len(rows)
+    gap, tile, size = 4, 160, 15
     rows = [[ImageOps.scale(Image.fromarray(p), max(1, tile // max(p.shape[:2])), Image.NEAREST)
              for p in row] for row in rows]
-    margin = gap + max(int(font(14).getlength(t)) for t in names) + (gap if titles else 0)
-    widths = [max(r[i].width for r in rows if i < len(r)) for i in range(max(map(len, rows)))]
-    heights = [max(p.height for p in row) for row in rows]
-    canvas = Image.new("RGB", (margin + sum(widths) + gap * len(widths),
-                               gap + sum(heights) + gap * len(heights)), "white")
-    draw, y = ImageDraw.Draw(canvas), gap
+    left = 4 * gap + max(int(font(size).getlength(name)) for name in names)
+    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    heights = [max(image.height for image in row) for row in rows]
+    W = max(left + sum(widths) + gap * len(widths), 480)
+    head = textwrap.wrap(title, W // 8)
+    entries = legend(info, grey, W - 2 * gap) if info else []
+    y = gap + 22 * len(head)
+    bottom = y + sum(heights) + gap * len(heights) + 2 * gap
+    canvas = Image.new("RGB", (W, bottom + (22 * (entries[-1][1] + 1) if entries else 0)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, line in enumerate(head):
+        draw.text((2 * gap, 14 + 22 * i), line, "black", font(size), anchor="lm")
     for row, name, height in zip(rows, names, heights):
-        draw.text((gap, y + height // 2 - 8), name, "black", font(14))
-        x = margin
-        for picture, width in zip(row, widths):
-            canvas.paste(picture, (x, y))
+        draw.text((2 * gap, y + height // 2), name, "black", font(size), anchor="lm")
+        x = left
+        for image, width in zip(row, widths):
+            canvas.paste(image, (x, y))
             x += width + gap
         y += height + gap
+    for x, line, name, color in entries:
+        middle = bottom + 22 * line + 7
+        if color is not None:
+            draw.rectangle((x + 8, middle - 7, x + 22, middle + 7), tuple(map(int, color)), "black")
+        draw.text((x + 28, middle), name, "black", font(size), anchor="lm")
     save_image(path, np.asarray(canvas))
 
 
-def empty_folder(to):
+def legend(info, grey, width, most=20):
+    """[(x, line, name, colour)] of the first `most` classes and of grey, wrapped to a width."""
+    entries = [*zip(info.classes, vivid(info.colors))][:most]
+    if len(info.classes) > most:
+        entries.append((f"and {len(info.classes) - most} more", None))
+    placed, x, line = [], 0, 0
+    for name, color in [*entries, (grey, (200, 200, 200))]:
+        needed = 44 + int(font(15).getlength(name))
+        if x and x + needed > width:
+            x, line = 0, line + 1
+        placed.append((x, line, name, color))
+        x += needed
+    return placed
+
+
+def refuse_nonempty(to):
     """Raises UserError if results for --to would come among other files."""
     if Path(to).exists() and (not Path(to).is_dir() or any(Path(to).iterdir())):
         raise UserError(f"--to {to} is not an empty folder: give a new one")
@@ -943,7 +1013,7 @@ def pieces(label, classes):
 def predict_folder(cfg, origin, load, check, data, segment, *flags):
     """--predict PATH .. --ckpt CKPT --to DIR: segment images, and those in folders, and exit.
 
-    load, check and segment are the method's, data is data.py, flags: as in settled().
+    load, check and segment are the method's, data is data.py, flags: as in checkpoint_config().
     segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), and their
     confidence, float32 (H, W) in 0..1.
     Writes DIR/NAME.png, class indices with the classes' colours as palette, DIR/overlay/NAME.png,
@@ -958,11 +1028,11 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
                         "--ckpt CKPT --to DIR")
     theirs, info, model, _ = load(cfg.ckpt)
     paths = cfg.predict
-    cfg = settled(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
+    cfg = checkpoint_config(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
     machine, to, failed, found, areas = Machine(cfg), Path(cfg.to), 0, [], []
     if machine.world > 1:
         raise UserError("--predict works in one process: python in place of torchrun")
-    empty_folder(to)
+    refuse_nonempty(to)
     for source in map(Path, paths):
         inside = data.tree(source) if source.is_dir() else [source] if source.exists() else []
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))
@@ -998,70 +1068,92 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     sys.exit(1 if failed else 0)
 
 
-LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (120, 120, 120),
-         (190, 140, 20), (20, 170, 180)]
+LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (110, 110, 110),
+         (190, 130, 10), (10, 150, 170), (220, 80, 150), (110, 70, 40), (90, 120, 0)]
 
 
-def draw_curves(history, path, words=("loss", "iou")):
-    """Line plots of a history: the losses in one panel, what is in percent in the other. words: by
-    which the two are known."""
-    W, H = 480, 340
-    canvas = Image.new("RGB", (2 * W, H), "white")
-    for i, word in enumerate(words):
-        keys = [key for key in history[0] if word in key]
-        box = (i * W + 46, 14 + 16 * len(keys), (i + 1) * W - 14, H - 28)
-        draw_panel(ImageDraw.Draw(canvas), box, [row["step"] for row in history],
-                   {key: [row[key] for row in history] for key in keys})
+def draw_curves(history, path):
+    """Two panels over the steps of a history (a list of rows): the losses, and the scores."""
+    steps = [row["step"] for row in history]
+    draw_panels(path, [(steps, {key: [row[key] for row in history]
+                                for key in history[0] if word in key}, "step", unit)
+                       for word, unit in (("loss", "loss"), ("iou", "%"))])
+
+
+def compare_curves(histories, path, units):
+    """A panel for each key of units {key: axis title}, with a line for each run of histories
+    {name: history}. A run that has no row at a step has no point there."""
+    steps = sorted({row["step"] for history in histories.values() for row in history})
+    found = {name: {row["step"]: row for row in history} for name, history in histories.items()}
+    draw_panels(path, [(steps, {name: [rows.get(step, {}).get(key, math.nan) for step in steps]
+                                for name, rows in found.items()}, "step", unit)
+                       for key, unit in units.items()])
+
+
+def draw_panels(path, panels):
+    """Write panels (xs, {name: values over xs}, x title, y title) side by side as one PNG."""
+    W, H = 560, 420
+    canvas = Image.new("RGB", (W * len(panels), H), "white")
+    for i, (xs, series, x_title, y_title) in enumerate(panels):
+        box = (i * W + 64, 48 + 18 * len(series), (i + 1) * W - 28, H - 52)
+        draw_panel(ImageDraw.Draw(canvas), box, xs, series, x_title, y_title)
     save_image(path, np.asarray(canvas))
 
 
-def compare_curves(histories, path, *keys):
-    """As draw_curves(), of several runs {name: history}: a panel for each of two keys of the rows,
-    with a line for each run. A run that has no row at a step is not drawn there."""
-    rows = {step: {"step": step} for step in sorted({row["step"] for history in histories.values()
-                                                     for row in history})}
-    for step in rows:
-        for name, history in histories.items():
-            found = next((row for row in history if row["step"] == step), {})
-            rows[step] |= {f"{key} of {name}": found.get(key, math.nan) for key in keys}
-    draw_curves(list(rows.values()), path, [f"{key} of " for key in keys])
+def round_ticks(low, high, most=6):
+    """The multiples of a round step (1, 2, 2.5 or 5 times a power of ten) that cover low..high:
+    the smallest step with at most `most` intervals."""
+    power = 10.0 ** (math.floor(math.log10((high - low) / most)))
+    for step in (power * times for times in (1, 2, 2.5, 5, 10, 20)):
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if last - first <= most:
+            return [i * step for i in range(first, last + 1)]
 
 
-def draw_lines(xs, series, path, title):
-    """One panel as a PNG: a line per series {name: values} over xs, and a title below."""
-    W, H = 560, 380
-    canvas = Image.new("RGB", (W, H), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw_panel(draw, (50, 20 + 16 * len(series), W - 16, H - 48), xs, series,
-               {x: f"{x:g}" for x in xs})
-    draw.text((W // 2, H - 14), title, "black", font(12), anchor="mm")
-    save_image(path, np.asarray(canvas))
-
-
-def draw_panel(draw, box, xs, series, ticks=None):
-    """One panel in box (left, top, right, bottom): a line per series, its last value above. ticks:
-    {x: text}, else the first step and the last."""
+def draw_panel(draw, box, xs, series, x_title, y_title):
+    """One panel in box (left, top, right, bottom), the name of each line and its last value above
+    it. Baselines, whose names end in "nearest" or "nearest fill", are dashed. The x axis
+    starts at 0. A y axis in percent spans at least 10 points, so that noise looks small."""
     left, top, right, bottom = box
     finite = [v for values in series.values() for v in values if math.isfinite(v)] or [0.0]
-    low, high = min(finite), max(max(finite), min(finite) + 1e-6)
-    for i in range(5):
-        y = bottom - (bottom - top) * i / 4
-        draw.line((left, y, right, y), (222, 222, 222))
-        value = low + (high - low) * i / 4
-        draw.text((left - 4, y), f"{value:.3g}", "black", font(11), anchor="rm")
-    across = (right - left) / ((xs[-1] - xs[0]) or 1)
-    for x, text in (ticks or {xs[0]: f"step {xs[0]}", xs[-1]: str(xs[-1])}).items():
-        anchor = "lm" if x == xs[0] else "rm" if x == xs[-1] else "mm"
-        draw.text((left + across * (x - xs[0]), bottom + 12), text, "black", font(11),
-                  anchor=anchor)
+    low, high = min(finite), max(finite)
+    if "%" in y_title:
+        low = max(0, min(low, high - 10))
+        high = max(high, low + 10)
+    ticks = round_ticks(low, high if high > low else low + 1e-6)
+    end = xs[-1] or 1
+
+    def place(x, y):
+        return (left + (right - left) * x / end,
+                bottom - (bottom - top) * (y - ticks[0]) / (ticks[-1] - ticks[0]))
+
+    for y in ticks:
+        draw.line((place(0, y), place(end, y)), (222, 222, 222))
+        draw.text((left - 8, place(0, y)[1]), f"{y:.10g}", "black", font(13), anchor="rm")
+    for x in (x for x in round_ticks(0, end) if x <= end):
+        draw.line((place(x, ticks[0]), (place(x, ticks[0])[0], bottom + 5)), "black")
+        draw.text((place(x, 0)[0], bottom + 14), f"{x:.10g}", "black", font(13), anchor="mm")
+    draw.line((left, bottom, right, bottom), "black")
+    draw.text(((left + right) / 2, bottom + 36), x_title, "black", font(14), anchor="mm")
+    draw.text((left - 56, top - 18), y_title, "black", font(14), anchor="lm")
     for i, (name, values) in enumerate(series.items()):
-        color = LINES[i % len(LINES)]
-        points = [(left + across * (a - xs[0]),
-                   bottom - (bottom - top) * (v - low) / (high - low))
-                  for a, v in zip(xs, values) if math.isfinite(v)]
-        draw.line(points, color, 2)
-        for x, y in points if ticks else ():
+        color, dashed = LINES[i % len(LINES)], name.endswith(("nearest", "nearest fill"))
+        points = [place(x, v) for x, v in zip(xs, values) if math.isfinite(v)]
+        above = top - 36 - 18 * (len(series) - 1 - i)
+        draw_line(draw, [(left + 8, above), (left + 34, above)], color, dashed)
+        draw_line(draw, points, color, dashed)
+        for x, y in points if len(xs) <= 20 and not dashed else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
-        above = top - 10 - 16 * (len(series) - 1 - i)
         last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
-        draw.text((left + 4, above), f"{name} {last:.4g}", color, font(12), anchor="lm")
+        draw.text((left + 42, above), f"{name} {last:.4g}", color, font(14), anchor="lm")
+
+
+def draw_line(draw, points, color, dashed):
+    """A line through points (x, y), x increasing; dashes are 6 pixels long."""
+    if not dashed:
+        draw.line(points, color, 3)
+    elif points:
+        xs = np.arange(points[0][0], points[-1][0], 6)
+        dots = list(zip(xs, np.interp(xs, *zip(*points))))
+        for pair in zip(dots[::2], dots[1::2]):
+            draw.line(pair, color, 2)

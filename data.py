@@ -43,8 +43,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from common import (VOID, UserError, constant_miou, nearest_name, overlay, parse, run, seed_of,
-                    sheet)
+from common import (VOID, UserError, constant_miou, draw_sheet, nearest_name, overlay, parse, run,
+                    seed_of)
 
 SHOWN = 192                 # side of the images on the contact sheet
 # what Pillow reads, but for films and drawings; and what looks like an image, and it does not
@@ -1611,7 +1611,7 @@ def show(good, labels, path):
                 image, label = geometry(image, label, SHOWN, crop=max(label.shape))
                 rows[-1] += [image, overlay(image, label, labels.colors)]
     if rows:
-        sheet(rows, path, titles)
+        draw_sheet(path, rows, titles, labels, "Class 0 and void are left as the image is")
         print(f"\nwrote {path}")
 
 

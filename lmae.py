@@ -673,7 +673,7 @@ def train(cfg):
     out, device, resuming = Path(cfg.out), machine.device, common.resuming(cfg)
     train_set, val_set = dataset(cfg, "train"), scored(cfg)
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
-    common.settle_epochs(cfg, per_epoch)
+    common.default_epochs(cfg, per_epoch)
     total, N = cfg.epochs * per_epoch, len(info.classes)
     background = background_table(info).to(device)
 
@@ -698,8 +698,8 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-    run.begin(f"{parameters(model) / 1e6:.1f} M parameters, {len(train_set)} training and "
-              f"{len(val_set)} validation pictures")
+    run.announce(f"{parameters(model) / 1e6:.1f} M parameters, {len(train_set)} training and "
+                 f"{len(val_set)} validation pictures")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. the rate: "plateau" has it from the warm-up on, and moves it in part 3
         if step < cfg.warmup or cfg.schedule == "cosine":
@@ -733,7 +733,7 @@ def train(cfg):
             run.save()
 
     if machine.main:
-        draw_samples(model, val_set, cfg, machine, info, out / "samples.png")
+        draw_samples(model, val_set, cfg, machine, info, run.scores, out / "samples.png")
         write_metrics(out, run.state(), cfg, "random")
 
 
@@ -767,9 +767,9 @@ def warning(scores):
 
 
 @torch.no_grad()
-def draw_samples(model, val_set, cfg, machine, info, path, strategy="random", chosen=()):
-    """samples.png: picture, label seen, truth, prediction with the kept labels, nearest fill, of
-    the pictures `chosen`, or of six from all over the set."""
+def draw_samples(model, val_set, cfg, machine, info, scores, path, strategy="random", chosen=()):
+    """samples.png: image, masked label, ground truth, prediction with the kept labels
+    and nearest fill, of the images `chosen`, or of six from the whole set."""
     model.eval()
     chosen = chosen or range(0, len(val_set), max(1, len(val_set) // 6))[:6]
     image, label, _ = zip(*(val_set[i] for i in chosen))
@@ -778,14 +778,14 @@ def draw_samples(model, val_set, cfg, machine, info, path, strategy="random", ch
     _, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
     predicted, m = predicted.cpu(), m.cpu()
 
-    def painted(labels):
-        return [common.colorize(one, info.colors) for one in labels.numpy()]
-
-    seen = [np.where(hole[..., None], 255, picture).astype(np.uint8)
-            for hole, picture in zip(m.numpy(), painted(label))]
-    common.sheet([list(image.permute(0, 2, 3, 1).numpy()), seen, painted(label),
-                  painted(label.where(~m, predicted)), painted(nearest_fill(label, m))],
-                 path, ["image", "label seen", "truth", "L-MAE", "nearest fill"])
+    truth, repaired, nearest = (common.colorize(labels, info.colors) for labels in (
+        label, label.where(~m, predicted), nearest_fill(label, m)))
+    kept = np.where(m.numpy()[..., None], 255, truth).astype(np.uint8)
+    common.draw_sheet(
+        path, [list(row) for row in (image.permute(0, 2, 3, 1).numpy(), kept, truth, repaired,
+                                     nearest)],
+        ["image", "masked label", "ground truth", "prediction", "nearest fill"], info,
+        f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f})")
 
 
 # ----------------------------------------------------------------------------- the other commands
@@ -806,8 +806,9 @@ def evaluate_only(cfg, origin):
     folders = common.result_folders(cfg.eval, folder)
     for path in cfg.eval:
         theirs, info, model, state = load(path)
-        cfg = common.settled(asked, origin, path, theirs, check, "eval", "data", "palette", "seed",
-                             "batch_size", "mask_ratio", "mask_strategy", "ratios", "scored")
+        cfg = common.checkpoint_config(asked, origin, path, theirs, check, "eval", "data",
+                                       "palette", "seed", "batch_size", "mask_ratio",
+                                       "mask_strategy", "ratios", "scored")
         machine, val_set, out = common.Machine(cfg), scored(cfg), folders[path]
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {cfg.data} has other classes than {path} was trained for")
@@ -824,18 +825,22 @@ def evaluate_only(cfg, origin):
         scores = score(cfg.mask_ratio)
         several = [score(ratio) for ratio in at]
         if machine.main:
-            draw_samples(model, val_set, cfg, machine, info, out / "samples.png", strategy)
+            draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png",
+                         strategy)
             write_metrics(out, {**state, "scores": scores}, cfg, strategy)
         if at and machine.main:
             name = Path(path).resolve().parent.name
             lines[name if name not in lines else path] = [s["pa_miou"] for s in several]
             lines["nearest fill"] = [s["pa_miou_nearest"] for s in several]
             worst = worst_pictures(model, val_set, cfg, machine, info, strategy)
-            draw_samples(model, val_set, cfg, machine, info, out / "worst.png", strategy, worst)
+            draw_samples(model, val_set, cfg, machine, info, scores, out / "worst.png", strategy,
+                         worst)
     if lines:
         lines["nearest fill"] = lines.pop("nearest fill")
         common.write_json(folder / "ratios.json", {"mask_ratio": at, "pa_miou": lines})
-        common.draw_lines(at, lines, folder / "ratios.png", "share of the patches removed")
+        common.draw_panels(folder / "ratios.png", [
+            ([100 * ratio for ratio in at], lines, "share of the patches removed, %",
+             "PA-mIoU, %")])
 
 
 @torch.no_grad()
@@ -1227,7 +1232,7 @@ def begin(what, cfg, labels):
     kept, settings = Path(cfg.to) / f"{what}.jsonl", [
         what, *labels, *cfg.images, *cfg.ckpt, cfg.broken, cfg.sure, cfg.palette]
     if not cfg.resume or not kept.exists():
-        common.empty_folder(cfg.to)
+        common.refuse_nonempty(cfg.to)
         common.write(kept, json.dumps(settings) + "\n")
         return kept, []
     lines = kept.read_text("utf-8").split("\n")[:-1]               # what a kill cut off is left out
@@ -1288,8 +1293,8 @@ def complete(cfg, origin):
             raise UserError(f"{path} and {cfg.ckpt[0]} differ in classes, crop, size or patch: "
                             "give checkpoints that differ in their mask ratio only")
     info = masks_of(cfg, cfg.ckpt[0], info)
-    cfg = common.settled(cfg, origin, cfg.ckpt[0], first, check, what, "images", "ckpt", "to",
-                         "truth", "broken", "seed", "sure", "palette", "resume")
+    cfg = common.checkpoint_config(cfg, origin, cfg.ckpt[0], first, check, what, "images", "ckpt",
+                                   "to", "truth", "broken", "seed", "sure", "palette", "resume")
     if what == "complete" and cfg.broken == "255" and (
             info.threshold is not None
             or info.palette and common.VOID not in dict(info.palette).values()):
@@ -1442,8 +1447,8 @@ def augment(cfg, origin):
     theirs, info, model, _ = load(cfg.ckpt[0])
     if theirs.size < 32:
         raise UserError(f"--augment: {cfg.ckpt[0]} has --size {theirs.size}, and FCN needs 32")
-    cfg = common.settled(cfg, origin, cfg.ckpt[0], theirs, check, "augment", "augment_epochs",
-                         "ckpt", "seed")
+    cfg = common.checkpoint_config(cfg, origin, cfg.ckpt[0], theirs, check, "augment",
+                                   "augment_epochs", "ckpt", "seed")
     out = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.ckpt[0]).parent / "augment")
     common.refuse_results(out)
     machine = common.Machine(cfg)

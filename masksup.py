@@ -741,7 +741,7 @@ def train(cfg):
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, data.eval_split(cfg.data))
     beside = {split: dataset(cfg, split) for split in data.splits_beside(cfg.data)}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
-    common.settle_epochs(cfg, per_epoch)
+    common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
     bank = mask_source(cfg).to(device)
 
@@ -763,9 +763,9 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-    run.begin(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
-              f"{len(val_set)} {data.eval_split(cfg.data)} pictures, {len(bank)} masks that remove "
-              f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
+    run.announce(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
+                 f"{len(val_set)} {data.eval_split(cfg.data)} pictures, {len(bank)} masks that "
+                 f"remove {100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. the rate
         for group in optimizer.param_groups:
@@ -797,7 +797,7 @@ def train(cfg):
     # the paper's number: of the epoch that is best on the very set it is measured on
     more["paper_iou_best_epoch"] = max(row["paper_iou"] for row in run.history)
     if machine.main:
-        draw_samples(f, val_set, cfg, machine, info, bank, out / "samples.png")
+        draw_samples(f, val_set, cfg, machine, info, bank, run.scores, out / "samples.png")
         write_metrics(out, run.state(), cfg, f, more)
 
 
@@ -829,10 +829,14 @@ def write_metrics(out, state, cfg, f, more):
           + "".join(f"; {split}: {said(s, cfg)}" for split, s in beside.items()) + f"  -> {out}")
 
 
+# the rows of samples.png
+ROWS = "image", "ground truth", "prediction", "image with holes", "prediction from holes"
+
+
 @torch.no_grad()
-def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
-    """samples.png: picture, truth, M_p; the picture with holes, and what f makes of that, M_pm.
-    Returns these rows."""
+def draw_samples(f, val_set, cfg, machine, info, bank, scores, path, n=6):
+    """samples.png: n images, their ground truth and prediction M_p; the images with holes, and the
+    prediction M_pm from these. Returns these five rows, as draw_sheet() takes them."""
     f.eval()
     chosen = range(0, len(val_set), max(1, len(val_set) // n))[:n]
     image, label, _ = zip(*(val_set[i] for i in chosen))
@@ -841,14 +845,13 @@ def draw_samples(f, val_set, cfg, machine, info, bank, path, n=6):
     with machine.autocast():
         M_p, M_pm = f(x).argmax(1), f(x * holes).argmax(1)
 
-    def painted(labels):
-        return [common.colorize(one, info.colors) for one in labels.to(torch.uint8).cpu().numpy()]
-
     def shown(x):
         return list(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
-    rows = [shown(x), painted(label), painted(M_p), shown(x * holes), painted(M_pm)]
-    common.sheet(rows, path, ["image", "truth", "M_p", "with holes", "M_pm"])
+    truth, whole, holed = (list(common.colorize(labels.cpu(), info.colors))
+                           for labels in (label, M_p, M_pm))
+    rows = [shown(x), truth, whole, shown(x * holes), holed]
+    common.draw_sheet(path, rows, ROWS, info, f"{cfg.method}: {said(scores, cfg)}")
     return rows
 
 
@@ -879,7 +882,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
     net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=total, **machine.loading)
-    run.begin("first, painting in removed patches")
+    run.announce("first, painting in removed patches")
     for step, (image, _, index) in zip(range(run.start, total), loader):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, cfg, per_epoch, total)
@@ -920,6 +923,19 @@ def shares_of(text):
     raise UserError(f"--corrupt {text}: expected shares above 0 and up to 0.95, such as 0.1,0.3")
 
 
+def run_names(configs):
+    """{path: Config} of checkpoints -> {path: name}: the method and, with holes, their coverage;
+    where these are equal also the run's folder and the checkpoint's name."""
+    names = {path: cfg.method + f" {cfg.coverage}" * (cfg.method != "base")
+             for path, cfg in configs.items()}
+    for name in {*names.values()}:
+        paths = [path for path in names if names[path] == name]
+        if len(paths) > 1:
+            for path in paths:
+                names[path] += f" ({Path(path).resolve().parent.name}-{Path(path).stem})"
+    return names
+
+
 def evaluate_only(cfg, origin):
     """--eval A.pt [B.pt ..]: scores of each; with --corrupt, also with parts of the pictures
     removed (Fig. 6), as a table and as OUT/robustness.png with a line for each checkpoint.
@@ -930,21 +946,20 @@ def evaluate_only(cfg, origin):
     --eval --pretrained FILE: of MaskSup's release instead.
     """
     shares, curves, paths = shares_of(cfg.corrupt), {}, cfg.eval or (cfg.pretrained,)
-    rows, histories, sets = {}, {}, set()
+    configs, rows, histories = {}, {}, {}
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine = common.Machine(cfg)
     for path, folder in common.result_folders(paths, out).items():
-        name = f"{Path(path).resolve().parent.name}-{Path(path).stem}"
         if cfg.eval:
             theirs, info, f, state = load(path)
-            here = common.settled(cfg, origin, path, theirs, check, "eval", "corrupt", "data",
-                                  "palette", "batch_size", "seed")
+            here = common.checkpoint_config(cfg, origin, path, theirs, check, "eval", "corrupt",
+                                            "data", "palette", "batch_size", "seed")
         else:
             check(cfg)
             here, info = cfg, data.info(cfg.data, cfg.root, cfg.palette or None)
             f = load_pretrained(build(here, len(info.classes)).eval(), here, whole=True)
             state = {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
-        here = replace(here, seed=cfg.seed)                        # of the holes, one for all
+        here = configs[path] = replace(here, seed=cfg.seed)        # of the holes, one for all
         val_set = dataset(here, data.eval_split(here.data))
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {here.data} has other classes than {path} was trained for")
@@ -956,7 +971,7 @@ def evaluate_only(cfg, origin):
 
         holes = mask_bank(64, here.size, *COVERAGE["high"], common.seed_of(cfg.seed))
         holes = holes.to(machine.device)
-        curve = curves[name] = {0.0: score(val_set, None, holes)}
+        curve = curves[path] = {0.0: score(val_set, None, holes)}
         for share in shares:
             bank = mask_bank(64, here.size, max(0, share - 0.01), share + 0.01,
                              common.seed_of(cfg.seed, round(1000 * share)))
@@ -966,24 +981,31 @@ def evaluate_only(cfg, origin):
             more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                for share, scores in curve.items()}
         if machine.main:
-            rows[name] = draw_samples(f, val_set, here, machine, info, holes,
-                                      folder / "samples.png")
-            histories[name], sets = state["history"], sets | {here.data}
+            rows[path] = draw_samples(f, val_set, here, machine, info, holes,
+                                      curve[0.0], folder / "samples.png")
+            histories[path] = state["history"]
             write_metrics(folder, {**state, "scores": curve[0.0]}, here, f, more)
-    if len(rows) > 1 and len(sets) == 1:
-        image, truth, _, holed, _ = rows[name]
-        common.sheet([image, truth, *(r[2] for r in rows.values()), holed,
-                      *(r[4] for r in rows.values())], out / "samples.png",
-                     ["image", "truth", *rows, "with holes", *rows])
-        common.compare_curves(histories, out / "curves.png", "val_loss_tasksim", "miou")
+    names = run_names(configs)
+    if len(rows) > 1 and len({here.data for here in configs.values()}) == 1:
+        image, truth, _, holed, _ = rows[path]
+        common.draw_sheet(
+            out / "samples.png", [image, truth, *(r[2] for r in rows.values()), holed,
+                                  *(r[4] for r in rows.values())],
+            [*ROWS[:2], *(f"{ROWS[2]}, {names[path]}" for path in rows),
+             ROWS[3], *(f"{ROWS[4]}, {names[path]}" for path in rows)], info,
+            "mIoU: " + ", ".join(f"{names[path]} {curve[0.0]['miou']:.2f}"
+                                 for path, curve in curves.items()))
+        common.compare_curves({names[path]: rows for path, rows in histories.items()},
+                              out / "curves.png", {"val_loss_tasksim": "L_tasksim",
+                                                   "miou": "mIoU, %"})
     if shares and machine.main:
-        lines = {name: [score["miou"] for score in curve.values()]
-                 for name, curve in curves.items()}
+        lines = {names[path]: [score["miou"] for score in curve.values()]
+                 for path, curve in curves.items()}
         print(f"\n{'mIoU':24}" + "".join(f"{100 * s:7.0f} %" for s in (0, *shares)))
         for name, line in lines.items():
             print(f"{name:24}" + "".join(f"{value:9.2f}" for value in line))
-        common.draw_lines([100 * s for s in (0, *shares)], lines, out / "robustness.png",
-                          "mIoU against the share of the picture removed, %")
+        common.draw_panels(out / "robustness.png", [(
+            [100 * s for s in (0, *shares)], lines, "share of the image removed, %", "mIoU, %")])
 
 
 @torch.no_grad()

@@ -808,7 +808,7 @@ def train(cfg, machine, interrupt):
     labeled, unlabeled, digest = datasets(cfg)
     val_loader = eval_loader(cfg, data.eval_split(cfg.data), machine)
     info, per_epoch = labeled.info, data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
-    common.settle_epochs(cfg, per_epoch)
+    common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
 
     torch.manual_seed(common.seed_of(cfg.seed))
@@ -838,9 +838,9 @@ def train(cfg, machine, interrupt):
     if cfg.method == "suponly":
         loaders[1] = [None] * (run.stop - run.start)
     same = [i.stem for i in labeled.items] == [i.stem for i in unlabeled.items]
-    run.begin(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} labelled "
-              f"(list {digest}) and {0 if same else len(unlabeled)} unlabelled pictures, "
-              f"{len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures")
+    run.announce(f"{parameters(model.E, model.SeD) / 1e6:.1f} M parameters, {len(labeled)} "
+                 f"labelled (list {digest}) and {0 if same else len(unlabeled)} unlabelled "
+                 f"pictures, {len(val_loader.dataset)} {data.eval_split(cfg.data)} pictures")
     for step, *batches in zip(range(run.start, run.stop), *loaders):
         # 1. the rates
         for group in optimizer.param_groups:
@@ -878,8 +878,8 @@ def write_metrics(model, loader, cfg, machine, info, out, state):
             for split in data.splits_beside(cfg.data)}
     if not machine.main:
         return
-    draw_samples(model, loader.dataset, cfg, machine, info, out / "samples.png")
     scores = state["scores"]
+    draw_samples(model, loader.dataset, cfg, machine, info, scores, out / "samples.png")
     common.write_json(out / "metrics.json", {
         "miou": scores["miou"], "class_iou": scores["class_iou"], "constant": scores["constant"],
         "epoch": state["history"][-1]["epoch"], "steps": state["step"],
@@ -899,12 +899,12 @@ def shown(x):
 
 def painted(labels, info):
     """Classes (B, H, W) -> a list of uint8 (H, W, 3)."""
-    return [common.colorize(one, info.colors) for one in labels.to(torch.uint8).cpu().numpy()]
+    return list(common.colorize(labels.cpu(), info.colors))
 
 
 @torch.no_grad()
-def draw_samples(model, pictures, cfg, machine, info, path, n=6):
-    """samples.png: picture, truth, prediction."""
+def draw_samples(model, pictures, cfg, machine, info, scores, path, n=6):
+    """samples.png: n images, their ground truth and prediction."""
     model.eval()
     rows = []
     for i in range(0, len(pictures), max(1, len(pictures) // n))[:n]:
@@ -914,14 +914,15 @@ def draw_samples(model, pictures, cfg, machine, info, path, n=6):
         step = max(1, max(x.shape[2:]) // 320)
         rows.append([picture[::step, ::step] for picture in (
             *shown(x), *painted(label[None], info), *painted(p, info))])
-    common.sheet(list(zip(*rows)), path, ["image", "truth", "prediction"])
+    common.draw_sheet(path, list(zip(*rows)), ["image", "ground truth", "prediction"], info,
+                      f"{cfg.method}: mIoU {scores['miou']:.2f}")
 
 
 @torch.no_grad()
 def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
-    """step.png: what a step sees of n unlabelled pictures, and makes of them. Grey in pseudo-labels
-    is what L_u leaves out; the last row is one head alone, of the largest object. All processes
-    call it, as the phases take sums over them."""
+    """step.png: n unlabelled images in one step. Grey in pseudo-labels is left out of L_u. The last
+    row shows the output of one head, that of the largest object. All processes have to call this,
+    because the two phases sum over them."""
     model.train()
     batches = [next(iter(data.train_loader(pictures, n, seed=common.seed_of(cfg.seed), stop=1,
                                            endless=True))) for pictures in (labeled, unlabeled)]
@@ -931,23 +932,24 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     with averages_kept(model), machine.autocast():
         *_, seen = phase_one(model, v, cfg, machine)
         y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
-        rows = {"x_w": shown(v.x_w), "y_w": painted(y_w, info),
-                "x_s": shown(v.x_s), "y_w mixed": painted(y_w_mixed, info)}
+        rows = {"weak view": shown(v.x_w), "pseudo-label": painted(y_w, info),
+                "strong view": shown(v.x_s), "mixed pseudo-label": painted(y_w_mixed, info)}
         if masked(cfg):
             spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
             _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
-            rows["x_s * m"] = shown(v.x_s * v.m)
+            rows["masked strong view"] = shown(v.x_s * v.m)
             if p_m is not None:
-                rows["p of that"] = painted(p_m[s].argmax(1), info)
+                rows["prediction from masked"] = painted(p_m[s].argmax(1), info)
             if r is not None:
-                rows["r"] = shown(r[s])
+                rows["painted by PiD"] = shown(r[s])
             if r is not None and cfg.method != "mim":
                 y, area = seen.y[s], F.one_hot(seen.y[s], C).sum((1, 2))
                 area[:, list(info.background)] = 0
                 y = at_features(torch.where(y == area.argmax(1)[:, None, None], y, C))  # C: none
-                rows["Head_c(fea_c)"] = shown(model.PiD.paint(fea[s], y, v.x_s.shape[2:]))
+                rows["painted by one head"] = shown(model.PiD.paint(fea[s], y, v.x_s.shape[2:]))
     if machine.main:
-        common.sheet(list(rows.values()), path, list(rows))
+        common.draw_sheet(path, list(rows.values()), list(rows), info,
+                          "One step on unlabelled images", "void or not confident")
 
 
 # ----------------------------------------------------------------------------- the other commands
@@ -963,8 +965,8 @@ def evaluate_only(cfg, origin):
     out = Path(cfg.out if origin.get("out") == "flag" else Path(cfg.eval[0]).parent / "eval")
     for path, folder in common.result_folders(cfg.eval, out).items():
         theirs, info, model, state = load(path)
-        here = common.settled(cfg, origin, path, theirs, check, "eval", "data", "palette",
-                              "batch_size", "window", "zoom")
+        here = common.checkpoint_config(cfg, origin, path, theirs, check, "eval", "data",
+                                        "palette", "batch_size", "window", "zoom")
         machine = machine or common.Machine(here)
         loader = eval_loader(here, data.eval_split(here.data), machine)
         if loader.dataset.info.classes != info.classes:
