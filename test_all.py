@@ -2241,7 +2241,7 @@ class Predicts:
         return ("--predict", source, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / to, "--device",
                 "cpu", *more)
 
-    def test_every_kind_of_picture_at_its_own_size(self):
+    def test_every_kind_of_image_at_its_own_size(self):
         folder, to, colors = self.tmp / "in", self.tmp / "to", np.array(self.colors)
         rgb, grey, alpha = self.noise(40, 50, 3), self.noise(33, 32), self.noise(20, 70, 4)
         deep, turned = self.rng.integers(0, 2**16, (90, 17), np.uint16), self.noise(40, 90, 3)
@@ -2306,7 +2306,7 @@ class Predicts:
         self.assertEqual({p.name for p in (self.tmp / "to").iterdir()},
                          {"whole.png.png", "whole.jpg.png", "overlay", "confidence", "areas.csv"})
 
-    def test_one_picture_and_no_picture(self):
+    def test_one_image_and_no_image(self):
         path = save(self.tmp / "a.png", self.noise(40, 61))
         self.runs(*self.predict(path))
         self.assertTrue((self.tmp / "to/a.png").exists())
@@ -2336,7 +2336,7 @@ class Metrics(MethodCase):
         best = max(np.nanmean(naive_iou(0 * target + c, target, 5)) for c in range(5))
         self.assertAlmostEqual(common.constant_miou(matrix), best, places=4)
 
-    def test_picture_iou_against_loops(self):
+    def test_iou_of_images_against_loops(self):
         for N in 2, 4:
             target, answer = (self.rng.integers(0, N, (5, 7, 9)) for _ in range(2))
             target[:, 0] = 255
@@ -2922,7 +2922,7 @@ class LmaeRuns(Runs, MethodCase):
     paper = ["--data", "cityscapes", "--size", 224], {}, "(Eq. 13)"     # see Table 5 above
     methods = [], ["--data", "voc"]
 
-    def test_a_folder_trains_a_small_model_on_crops_that_follow_its_pictures(self):
+    def test_a_folder_trains_a_small_model_on_crops_that_follow_its_images(self):
         mine, run = self.tmp / "mine", self.tmp / "run"
         for i, (_, label) in self.pairs("mine", range(10), shape=(60, 90)).items():
             label[10:30, 20:50] = 255                           # partly missing, all of them
@@ -2962,7 +2962,7 @@ class LmaeRuns(Runs, MethodCase):
             self.assertEqual(parse(module, "recipe", **flags),
                              dataclasses.replace(module.Config(), **flags))
 
-    def test_several_ratios_and_the_worst_pictures(self):
+    def test_several_ratios_and_the_worst_images(self):
         for name, supplement in ("a", "image"), ("b", "none"):
             self.runs(*TINY_FLAGS, "--max-steps", 1, "--supplement", supplement, "--out",
                       self.tmp / name)
@@ -2994,7 +2994,7 @@ class LmaeRuns(Runs, MethodCase):
             self.assertTrue((crop_label[h:] == 255).all() and (crop_label[:, w:] == 255).all())
             self.assertTrue((crop_image[:h, :w] == image).all())
 
-    def test_four_pictures_are_learned_by_heart(self):
+    def test_four_images_are_learned_by_heart(self):
         cfg = lmae.Config(**{**lmae.RECIPES["shapes"], "device": "cpu", "supplement": "image"})
         four = data.Dataset("shapes", "", "train", size=cfg.size, seed=0)
         image, label = (torch.stack([four[k][part] for k in range(4)]) for part in (0, 1))
@@ -3015,7 +3015,7 @@ class LmaeRuns(Runs, MethodCase):
         predicted = lmae.unpatchify(logits.argmax(-1), cfg.patch)
         self.assertGreater((predicted == label)[m].float().mean().item(), 0.99)
 
-    def test_evaluation_against_a_loop_over_pictures(self):
+    def test_evaluation_against_a_loop_over_images(self):
         cfg = lmae.Config(size=32, crop=32, patch=8, mask_ratio=0.5, device="cpu", batch_size=5)
         val = data.Dataset("shapes", "", "val", size=32)
         val.items = val.items[:12]
@@ -3429,8 +3429,8 @@ class LmaeComplete(MethodCase):
         for name in names:
             self.assertTrue((array_of(self.tmp / f"fixed/{name}_anno.png")[label > 0] == 7).all())
 
-    def test_a_large_picture_is_repaired_in_bands(self):
-        """As its windows one by one, added up over the whole picture."""
+    def test_a_large_image_is_repaired_in_bands(self):
+        """As its windows one by one, added up over the whole image."""
         label, image = self.noise(90, 75) % 3, self.noise(90, 75, 3)
         missing = self.rng.random((90, 75)) < 0.3
         cfg, machine = lmae.Config(**{**TINY, "crop": 32}), common.Machine(lmae.Config())
@@ -4004,10 +4004,10 @@ class MaskSupRuns(Runs, MethodCase):
     counts = ["params"]
     paper = ["--data", "nyuv2"], {"params": 9_164_616}, ""
 
-    def test_four_pictures_are_learned_by_heart(self):
+    def test_four_images_are_learned_by_heart(self):
         torch.manual_seed(0)
-        pictures = data.Dataset("shapes", "", "train", size=32)
-        image, label = (torch.stack([pictures[i][part] for i in (1, 2, 3, 4)]) for part in (0, 1))
+        images = data.Dataset("shapes", "", "train", size=32)
+        image, label = (torch.stack([images[i][part] for i in (1, 2, 3, 4)]) for part in (0, 1))
         cfg = masksup.Config(lr=3e-3, device="cpu")
         machine, f = common.Machine(cfg), masksup.UNet(6, 8).train()
         net, optimizer = masksup.MaskSup(f), masksup.make_optimizer(f, cfg)
@@ -4021,7 +4021,7 @@ class MaskSupRuns(Runs, MethodCase):
         self.assertGreater((M_pm.argmax(1) == label).float().mean().item(), 0.95)
         self.assertLess(terms[0].item(), 0.25)
 
-    def test_evaluation_against_a_loop_over_pictures(self):
+    def test_evaluation_against_a_loop_over_images(self):
         torch.manual_seed(0)
         root = self.folder(7, classes=2, size=(32, 32))
         rewrite(root / "masks", void_first_rows)
@@ -4180,7 +4180,7 @@ class MaskSupPredict(Predicts, MethodCase):
             expected = [len(set(number[label == c])) for c in range(5)]
             self.assertEqual(common.pieces(label, 5).tolist(), expected)
 
-    def test_a_picture_beyond_2048_pixels(self):
+    def test_a_image_beyond_2048_pixels(self):
         image = self.noise(1, 1, 3).repeat(40, 0).repeat(2500, 1)
         image[:, 1300:] = 255 - image[:, 1300:]
         (large, sure), (small, _) = (masksup.segment(self.network, one, self.cfg,
@@ -4517,7 +4517,7 @@ class S4mimViews(MethodCase):
     def views(self, labeled, unlabeled, seeds=range(4), **changes):
         return s4mim.make_views(labeled, unlabeled, tiny(**changes), (4, 32), seeds, "cpu")
 
-    def test_pictures_are_normalised_and_labels_kept(self):
+    def test_images_are_normalised_and_labels_kept(self):
         labeled, unlabeled = self.batches()
         v = self.views(labeled, unlabeled)
         for x, (image, _, _) in (v.x_l, labeled), (v.x_w, unlabeled):
@@ -4528,7 +4528,7 @@ class S4mimViews(MethodCase):
         same_bits(only[:2], v[:2])                              # x_l and y_l
         self.assertEqual(set(only[2:]), {None})
 
-    def test_the_strong_view_has_boxes_of_other_pictures_and_of_their_padding(self):
+    def test_the_strong_view_has_boxes_of_other_images_and_of_their_padding(self):
         B = 300
         labeled, unlabeled = self.batches(B)
         with mock.patch("data.strong_view", side_effect=lambda image, noise: 1 - image):
@@ -4540,7 +4540,7 @@ class S4mimViews(MethodCase):
         same_bits(v.void_s, torch.where(v.box, void[v.partner], void))
         self.assertTrue(0.4 < v.box.any(2).any(1).float().mean() < 0.6)
 
-    def test_the_same_picture_twice_in_a_batch_is_no_partner_of_itself(self):
+    def test_the_same_image_twice_in_a_batch_is_no_partner_of_itself(self):
         labeled, (image, void, _) = self.batches()
         index = torch.tensor([3, 3, 9, 3])
         v = self.views(labeled, (image, void, index))
@@ -5208,7 +5208,7 @@ class S4mimEvaluation(MethodCase):
         little = s4mim.probabilities(fake, x[..., :9, :40], tiny(window="slide"), machine)
         self.assertEqual((fake.sizes[-2:], little.shape[2:]), ([(9, 32), (9, 32)], (9, 40)))
 
-    def test_probabilities_of_shrunken_pictures(self):
+    def test_probabilities_of_shrunken_images(self):
         x, fake = self.normal(1, 3, 48, 80).float(), Fake()
         found = s4mim.probabilities(fake, x, tiny(zoom=0.5), common.Machine(tiny()))
         self.assertEqual(fake.sizes, [(24, 40)])
@@ -5217,7 +5217,7 @@ class S4mimEvaluation(MethodCase):
         p = Fake()(torch.from_numpy(half)).softmax(1)
         torch.testing.assert_close(found, stretched(p, (48, 80)), rtol=1e-4, atol=1e-5)
 
-    def test_evaluation_against_a_loop_over_pictures(self):
+    def test_evaluation_against_a_loop_over_images(self):
         root = self.folder(6, classes=3, size=(40, 52))
         self.folder(5, classes=3, size=(33, 32), sub="val")
         save(root / "val/images/p009.png", self.noise(20, 45, 3))       # of another size
@@ -5342,7 +5342,7 @@ class S4mimRuns(Runs, MethodCase):
             self.refuses(argv, *words)
         self.assertFalse((self.tmp / "to").exists())
 
-    def test_the_list_of_labelled_pictures_it_has_written_is_a_list_it_reads(self):
+    def test_the_list_of_labelled_images_it_has_written_is_a_list_it_reads(self):
         _, flags = self.own()
         flags += ["--max-steps", 4]
         first = self.train(*flags, out="first")
@@ -5383,7 +5383,7 @@ class S4mimRuns(Runs, MethodCase):
         self.refuses([*flags, "--baseline", "suponly"], "already holds a run")
         self.assertEqual(contents(self.tmp / "run"), before)            # no baseline was trained
 
-    def test_masks_of_unlabelled_pictures_change_nothing(self):
+    def test_masks_of_unlabelled_images_change_nothing(self):
         root, flags = self.own(14)
         labels = self.tmp / "labels.txt"
         labels.write_text("".join(f"images/p{i:03d}.png masks/p{i:03d}.png\n" for i in (1, 4, 7)))
@@ -5401,7 +5401,7 @@ class S4mimRuns(Runs, MethodCase):
         save(root / "masks/p004.png", self.noise(40, 44) % 4)           # and a labelled one's do
         self.assertNotEqual(self.train(*flags, out="other")["history"][0]["loss"], losses[1])
 
-    def test_very_few_pictures(self):
+    def test_very_few_images(self):
         """One labelled image of two, fewer than a batch of either kind, a class that no label
         has; images without masks."""
         root, flags = self.own(2)
@@ -5444,7 +5444,7 @@ class S4mimRuns(Runs, MethodCase):
         self.runs(*flags, "--method", "suponly", "--init", self.tmp / "whole/best.pt", "--out",
                   self.tmp / "re")
 
-    def test_four_pictures_are_learned_by_heart(self):
+    def test_four_images_are_learned_by_heart(self):
         """Of four quarters each, whose colours say nothing of their classes; full method."""
         def batch(first):
             image = self.noise(4, 3, 2, 2).repeat(16, 2).repeat(16, 3) * 0.7
@@ -5474,7 +5474,7 @@ class S4mimRuns(Runs, MethodCase):
             self.assertLess(last[name], share * first[name], name)
 
     @needs("cityscapes-sample")
-    def test_real_pictures_by_windows(self):
+    def test_real_images_by_windows(self):
         source = SHARED / "cityscapes-sample"
         for path in source.rglob("*.png"):                      # an eighth of 2048 x 1024
             with Image.open(path) as image:
@@ -5552,7 +5552,7 @@ class S4mimPredict(Predicts, MethodCase):
         with torch.no_grad():
             return self.network(normalised(image))[0].softmax(0).numpy()
 
-    def test_one_picture_by_windows(self):
+    def test_one_image_by_windows(self):
         image = self.noise(40, 61, 3)
         path = save(self.tmp / "a.png", image)
         self.runs(*self.predict(path))
@@ -5561,7 +5561,7 @@ class S4mimPredict(Predicts, MethodCase):
         arrays_equal(whole, self.softmax(image).argmax(0))
         self.assertGreater((whole != slid).sum(), 0)
 
-    def test_a_picture_beyond_2048_pixels(self):
+    def test_a_image_beyond_2048_pixels(self):
         """A copy of 2048 is segmented, by windows, and the answer enlarged."""
         image = self.noise(8, 50, 3).repeat(5, 0).repeat(50, 1)         # 40 x 2500
         cfg = dataclasses.replace(self.cfg, size=200)
