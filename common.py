@@ -1,6 +1,6 @@
-"""What the three method files share: errors, the command line, metrics, the run folder, pictures.
+"""What the three method files share: errors, the command line, metrics, the run folder, images.
 
-Nothing in here knows a method, and no method's model, masking or loss imports it.
+Nothing here knows a method. The models, masking and losses do not use it.
 """
 import csv
 import dataclasses
@@ -37,16 +37,19 @@ VOID = 255          # the label of a pixel that is not counted and not learned f
 # ------------------------------------------------------------------------------------------ errors
 
 class UserError(Exception):
-    """A mistake the person at the keyboard can mend: one line says what, where, what to do."""
+    """An error that the user can fix. Its message is one line: what, where, what to do."""
 
 
 def run(main):
-    """Call main(): what a person can mend is one line on stderr and status 2: a UserError, a file
-    or folder that the system refuses, too little memory. Other faults are a traceback."""
-    warnings.filterwarnings("ignore", module="PIL")     # of files that it reads none the less
+    """Call main() and end the process.
+
+    One line on stderr and status 2 for errors that the user can fix: a UserError, a file or folder
+    that cannot be used, too little memory. Status 130 for Ctrl-C. Others keep their traceback.
+    """
+    warnings.filterwarnings("ignore", module="PIL")     # about files that it can read all the same
     sys.stdout = sys.stdout or open(os.devnull, "w")
-    with suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")       # names that no terminal can show
+    with suppress(AttributeError):          # file names may have characters a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         check_processes()
         try:
@@ -54,33 +57,30 @@ def run(main):
         except SystemExit:
             sys.stdout.flush()
             raise
-        sys.stdout.flush()      # here, so that a full disk or a closed pipe is caught below
+        sys.stdout.flush()          # now, so that a full disk or a closed pipe is caught below
         if dist.is_initialized():
-            dist.barrier()      # the first process may still be writing
-            # no tearing down: of 48 runs with gloo one ended in "terminate called without an
-            # active exception", after everything had been saved
+            dist.barrier()          # the first process may still be writing
+            # Not destroy_process_group(): with gloo, 1 of 48 runs ended in "terminate called
+            # without an active exception", after everything had been saved.
             os._exit(0)
-    except UserError as error:
-        line = str(error)
-        if line.startswith("Caught UserError in"):      # by a loader's worker, with its traceback
-            line = line.rpartition("common.UserError: ")[2].strip()
-        give_up(line)
+    except UserError as error:      # a loader's worker puts its traceback before the message
+        exit_with(str(error).rpartition("common.UserError: ")[2].strip())
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and (
                 "can't allocate memory" not in str(error)):
             raise
         training = not {"--complete", "--suspect", "--predict"} & set(sys.argv)
-        give_up(f"too little memory ({str(error)[:150]}); "
-                + ("lower --batch-size or --size" if training else "give --device cpu, or smaller "
-                   "pictures"))
+        exit_with(f"too little memory ({str(error)[:150]}); "
+                  + ("lower --batch-size or --size" if training else
+                     "use --device cpu or smaller images"))
     except OSError as error:
         if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        if error.errno == errno.EPIPE:                  # as `| head` leaves it
-            drop_output()
+        if error.errno == errno.EPIPE:              # the reader has gone, as in `| head`
+            discard_output()
             sys.exit(1)
-        give_up(f"{error.filename or 'standard output'}: {error.strerror}; mend that and run this "
-                "again")
+        exit_with(f"{error.filename or 'standard output'}: {error.strerror}; fix this and run the "
+                  "command again")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -88,19 +88,20 @@ def run(main):
             dist.destroy_process_group()
 
 
-def drop_output():
-    """What is still to be printed has nowhere to go: Python is not to complain of that too."""
+def discard_output():
+    """Send what is still to be printed nowhere, so that Python does not report another error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def give_up(line):
+def exit_with(line):
+    """Print an error as one line on stderr and exit with status 2."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)       # names may hold \n
     try:
         if sys.stdout.isatty():
-            print("\r\033[K", end="")                   # what Progress has left there
+            print("\r\033[K", end="")                   # clear the line of progress
         sys.stdout.flush()
     except OSError:
-        drop_output()
+        discard_output()
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -121,32 +122,31 @@ class Parser(ArgumentParser):
 
 @functools.lru_cache
 def help_texts(Config):
-    """{field: the comment behind it}, the help texts."""
+    """{field: the comment after it} of a dataclass."""
     return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
 
 
-def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
-    """Fill the dataclass Config from its defaults, then recipes[--data], then recipes[--BY], which
-    is "small" for a folder of one's own where nothing is said, then the command line.
+def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
+    """Fill the dataclass Config: its defaults, then recipes[--data], then recipes[--BY], then the
+    command line. For the user's own folder --BY is "small" unless given.
 
-    A field `a_b: int = 3  # why` is the flag --a-b, its comment the help text. A bool that is True
-    by default becomes --no-a-b, a Literal is checked, a tuple takes several values, or none if it
-    is in `alone`.
-    Returns (cfg, origin), origin[name] being "recipe" or "flag" for what is not the default.
+    A field `a_b: int = 3  # text` becomes the flag --a-b with this help text, a bool that is True
+    --no-a-b. A Literal is checked. A tuple takes several values, or none if in may_be_empty.
+    Returns (cfg, origin): origin[name] is "recipe" or "flag" for values that are not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
-    fields = dataclasses.fields(Config)
-    why = help_texts(Config)
+    fields, texts = dataclasses.fields(Config), help_texts(Config)
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     for field in fields:
         flag = field.name.replace("_", "-")
-        kind = {"help": why.get(field.name, "").replace("%", "%%")}
+        kind = {"help": texts.get(field.name, "").replace("%", "%%")}
         if field.type is bool:
             kind["action"] = "store_false" if field.default else "store_true"
             flag = f"no-{flag}" if field.default else flag
         elif field.type is tuple:
-            kind.update(nargs="*" if field.name in alone else "+", metavar=field.name.upper())
+            kind.update(metavar=field.name.upper(),
+                        nargs="*" if field.name in may_be_empty else "+")
         elif typing.get_origin(field.type) is typing.Literal:
             kind["metavar"] = "|".join(typing.get_args(field.type))
         else:
@@ -163,10 +163,9 @@ def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
         choices, value = typing.get_args(field.type), given.get(field.name)
         flag = f"--{field.name.replace('_', '-')}"
         if value == "" or isinstance(value, tuple) and "" in value:
-            raise UserError(f"{flag} is given nothing: an empty variable? Give a value, or leave "
-                            "it out")
+            raise UserError(f"{flag} is empty (an empty variable?): give a value or leave it out")
         if isinstance(value, (int, float)) and not abs(value) < 2**63:
-            raise UserError(f"{flag} {value}: expected a finite number, below 2^63 in size")
+            raise UserError(f"{flag} {value}: expected a finite number below 2^63 in size")
         if choices and value is not None and value not in choices:
             raise UserError(f"{flag} {value}: expected one of {', '.join(choices)}"
                             f"{nearest_name(value, choices)}")
@@ -177,8 +176,8 @@ def parse(Config, recipes, doc, argv=None, by="recipe", alone=()):
     return Config(**{**recipe, **given}), origin
 
 
-def show_config(cfg, origin, rest="all else is the default: see --help, or config.json"):
-    """Print what is not the default, and where it comes from (one process)."""
+def show_config(cfg, origin, rest="everything else is the default: see --help or config.json"):
+    """Print the values that are not the default and where they come from, in the first process."""
     titles = {"recipe": f"from the recipe for {cfg.data}", "pretrain": "because of --pretrain",
               "flag": "from the command line"}
     for source, title in titles.items() if os.environ.get("RANK", "0") == "0" else ():
@@ -188,14 +187,14 @@ def show_config(cfg, origin, rest="all else is the default: see --help, or confi
 
 
 def default_epochs(cfg, per_epoch, steps=3000):
-    """Where --epochs is 0, as many as make `steps` steps, with 20 evaluations."""
+    """Set --epochs 0 to as many as make `steps` steps, with 20 evaluations."""
     if not cfg.epochs:
         cfg.epochs = -(-steps // per_epoch)
         cfg.eval_every = cfg.eval_every if cfg.eval_every > 1 else max(1, cfg.epochs // 20)
 
 
 def at_least(cfg, least, *names):
-    """Raises UserError for the first of these fields that is smaller."""
+    """Raises UserError for the first of these fields that is below `least`."""
     for name in names:
         if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least {least}")
@@ -204,52 +203,55 @@ def at_least(cfg, least, *names):
 # ----------------------------------------------------------------------- device, seeds, processes
 
 def seed_of(*ints):
-    """A 63-bit seed out of any integers: a generator is seeded by what its draws are for."""
+    """A 63-bit seed from any integers, such as the run's seed, the step and the image's index."""
     digest = hashlib.blake2b(repr(ints).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def check_processes():
-    """Raises UserError for environment variables that look like torchrun's, and are not."""
+    """Raises UserError if torchrun's environment variables are set, but not by torchrun."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
             and (world == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys())):
-        raise UserError(f"RANK={rank} WORLD_SIZE={world} in the environment: torchrun sets these; "
-                        "unset them, or use it")
+        raise UserError(f"RANK={rank} WORLD_SIZE={world} in the environment, which torchrun sets: "
+                        "unset them or start with torchrun")
 
 
 def idle_processors():
-    """How many of torch's threads find a processor idle now; at least 1.
+    """The number of threads to use: as many as there are idle processors, at least 1.
 
-    Threads wait for each other, spinning: beside one busy process two are slower than one (on two
-    processors masksup.py --bench 40 takes 245 ms a step against 96, on quiet ones 62 against 92).
+    Threads wait for each other. With another process on one of two processors, two threads are
+    slower than one (masksup.py --bench 40: 245 ms a step instead of 96; on idle ones 62 and 92).
     """
-    try:        # Linux says how many run at this moment: the median of nine looks, less this one
-        looks = []
+    try:        # on Linux, how many threads run now: the median of nine readings, without this one
+        running = []
         for _ in range(9):
-            looks.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
+            running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
             time.sleep(0.02)
-        busy = sorted(looks)[4] - 1
-    except OSError:     # the load average lags behind: it still counts a run that has just ended
+        busy = sorted(running)[4] - 1
+    except OSError:     # the load average is slower: it still counts a run that has just ended
         busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - busy))
 
 
 class Machine:
-    """Where a run runs: .device, .autocast() for forward passes, .rank and .world of torchrun, and
-    .loading, what data.py's loaders take of it. Sets cfg.threads, if it is 0, to what the run had
-    that cfg resumes (in OUT, or in `first`), or else to idle_processors()."""
+    """Where a run takes place: .device, .rank and .world (torchrun's), .autocast() for forward
+    passes, and .loading, arguments for data.py's loaders.
+
+    If cfg.threads is 0, it becomes that of the run to resume (in the folder `first` or cfg.out), or
+    else idle_processors(). Raises UserError for a device that does not exist.
+    """
 
     def __init__(self, cfg, first=None):
         for folder in (first or cfg.out, cfg.out) if cfg.resume else ():
-            with suppress(OSError, ValueError, AttributeError):     # Run says what is wrong there
+            with suppress(OSError, ValueError, AttributeError):     # Run reports what is wrong
                 config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
                 cfg.threads = cfg.threads or config.get("threads", 0)
                 if config.get("palette") and not cfg.palette:
-                    raise UserError(f"--resume: {folder} was begun with --palette "
-                                    f"{config['palette']}: give that again")
+                    raise UserError(f"--resume: {folder} was started with --palette "
+                                    f"{config['palette']}: give it again")
         cfg.threads = cfg.threads or idle_processors()
-        torch.set_num_threads(cfg.threads)      # a result on a CPU hangs on it bit for bit
+        torch.set_num_threads(cfg.threads)      # the last bits of results on a CPU depend on it
         self.rank = int(os.environ.get("RANK", 0))
         self.world, self.main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
         name = cfg.device
@@ -261,32 +263,32 @@ class Machine:
                     "mps" if torch.backends.mps.is_available() else "cpu")
         for wanted, found in ("cuda", torch.cuda), ("mps", torch.backends.mps):
             if name.startswith(wanted) and not found.is_available():
-                raise UserError(f"--device {name}: torch finds none here; leave --device out")
+                raise UserError(f"--device {name}: torch does not find one; leave --device out")
         if name.startswith("cuda"):
             n = torch.cuda.device_count()
             if int(name[5:] or 0) >= n:
-                raise UserError(f"--device {name}: there are {n}, from cuda:0 to cuda:{n - 1}")
+                raise UserError(f"--device {name}: there are only cuda:0 to cuda:{n - 1}")
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-            torch.backends.cudnn.benchmark = True       # all crops have one size: try, and keep
+            torch.backends.cudnn.benchmark = True       # all crops have one size
             name = name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(name)
         self.device = torch.device(name)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         amp = cfg.amp
-        if amp == "auto":       # bf16 needs no loss scaling; on a CPU few chips gain from it, and
-            # before 8.0 GPUs emulate it (which is_bf16_supported() counts)
+        if amp == "auto":       # bf16 needs no loss scaling. Few CPUs gain from it, and GPUs before
+            # 8.0 only emulate it, which is_bf16_supported() counts as support.
             amp = ("off" if self.device.type != "cuda" else
                    "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        # with CUDA one for each processor that this process may use: a worker reads 7 of
-        # Cityscapes' pictures a second, and a GPU takes hundreds
+        # With CUDA one worker for each processor that this process may use: a worker reads 7
+        # images of Cityscapes a second, and a GPU takes hundreds.
         usable = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
                   os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         auto = usable if self.device.type == "cuda" else 0
         self.loading = dict(workers=cfg.workers if cfg.workers >= 0 else auto, rank=self.rank,
                             world=self.world)
-        # torch's optimizers on CUDA: one kernel, in fp16 without a wait; elsewhere their default
+        # for torch's optimizers: one kernel on CUDA, the default elsewhere
         self.fused = self.device.type == "cuda" or None
 
     def autocast(self):
@@ -298,8 +300,8 @@ class Machine:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def sum(self, tensor):
-        """The sum over the processes, of the gradient too: each process has the loss of all
-        batches, and parallel() and average_gradients() take the mean."""
+        """The sum over the processes, also of the gradient. So every process has the loss of the
+        whole batch, and parallel() and average_gradients() can take the mean."""
         return tensor if self.world == 1 else SumProcesses.apply(tensor)
 
 
@@ -318,30 +320,30 @@ class SumProcesses(torch.autograd.Function):
 
 
 def synchronized(model, machine):
-    """The model with BatchNorm over the batches of all processes; on CPUs there is no such."""
+    """The model with BatchNorm over the batches of all processes, which exists on CUDA only."""
     if machine.world > 1 and machine.device.type == "cuda":
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
 
 def parallel(model, machine):
-    """The model as the loop calls it: wrapped for torchrun if there is more than one process."""
+    """The model that the training loop calls: wrapped if there is more than one process."""
     if machine.world == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
-        synchronized(model, machine), gradient_as_bucket_view=True)     # gradients are not copied
+        synchronized(model, machine), gradient_as_bucket_view=True)     # without copying gradients
 
 
 def same_buffers(model, machine):
-    """Give every process the buffers (BatchNorm's averages) of the first, as a checkpoint has
-    them: all then evaluate the same network."""
+    """Copy the buffers (BatchNorm's averages) of the first process to all, so that they evaluate
+    the network that a checkpoint holds."""
     if machine.world > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def average_gradients(module, world):
-    """Average the gradients of a module that is not wrapped by parallel(), in one message."""
+    """Average the gradients of a module that parallel() does not wrap, in one message."""
     if world > 1:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
@@ -351,7 +353,7 @@ def average_gradients(module, world):
 
 
 def all_reduce(*tensors):
-    """Sum each tensor over the processes, in place; nothing to do in one process."""
+    """Sum each tensor over the processes, in place."""
     if dist.is_initialized():
         for t in tensors:
             dist.all_reduce(t)
@@ -360,71 +362,72 @@ def all_reduce(*tensors):
 # ----------------------------------------------------------------------------------------- metrics
 
 def confusion(prediction, target, classes):
-    """Pixel counts (C, C) int64, row = truth, column = prediction, on the tensors' own device.
+    """Pixel counts (C, C) int64, row = ground truth, column = prediction, on the tensors' device.
 
-    prediction: any shape, ints in 0..C-1.  target: the same shape, 0..C-1, or 255 = not counted.
+    prediction: ints 0..C-1, any shape.  target: the same shape, 0..C-1, or 255 (not counted).
     """
     cell = target.long() * classes + prediction.long()
-    cell = cell.masked_fill(target == VOID, classes * classes)          # one more bin, thrown away
+    cell = cell.masked_fill(target == VOID, classes * classes)          # one more bin, dropped
     counts = torch.bincount(cell.flatten(), minlength=classes * classes + 1)
     return counts[:-1].view(classes, classes)
 
 
 def class_iou(matrix):
-    """IoU in percent, (C,) float64; NaN for a class that is in neither truth nor prediction."""
+    """IoU in percent, (C,) float64; NaN for a class in neither ground truth nor prediction."""
     m = matrix.cpu().double()                     # Apple GPUs have no float64
     return 100 * m.diag() / (m.sum(0) + m.sum(1) - m.diag())
 
 
 def miou(matrix):
-    """Mean IoU in percent over the classes that occur in truth or prediction; NaN if none does."""
+    """Mean IoU in percent over the classes in ground truth or prediction; NaN if there is none."""
     return class_iou(matrix).nanmean().item()
 
 
 def constant_miou(matrix):
-    """The miou, in percent, of the best answer that is one and the same class for every pixel."""
-    pixels = matrix.sum(1).float()                # of each class that occurs: all but one score 0
+    """The mIoU in percent of the best constant prediction: one class for every pixel."""
+    pixels = matrix.sum(1).float()                # of each class; all classes but one score 0
     return (100 * pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
 
 
 # -------------------------------------------------------------------------------------- run folder
 
 def write(path, content):
-    """Write text or bytes beside path, then move it there: a reader never sees half a file."""
+    """Write text or bytes to path.part, then rename it: a reader never sees half a file."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.write(content.encode("utf-8", "surrogateescape")       # as names of files are
+            file.write(content.encode("utf-8", "surrogateescape")       # as file names are
                        if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
-            part.unlink(missing_ok=True)        # the room it takes may be what the others lack
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or write "
+            part.unlink(missing_ok=True)        # the disk may be full
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or write "
                         "elsewhere") from None
 
 
 def save_checkpoint(path, state):
-    """torch.save by way of write(): killed at any moment, the last whole one is still there."""
+    """torch.save through write(): a process killed here leaves the previous checkpoint."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write(path, buffer.getbuffer())
 
 
 def load_checkpoint(path, method):
-    """Read a checkpoint of `method`, running no code in it. Raises UserError if it is none."""
+    """Read a checkpoint of `method` without running code in it. Raises UserError if it is not one.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another path") from None
     except Exception as error:
         reason = (str(error).strip() or "it ends too early").splitlines()[0]
-        raise UserError(f"{path} cannot be read as a whole checkpoint ({reason[:80]}); take "
-                        "another one") from None
+        raise UserError(f"{path} is not a complete checkpoint ({reason[:80]}); give another one"
+                        ) from None
     found = state.get("method") if isinstance(state, dict) and "model" in state else None
     if found != method:
         raise UserError(f"{path} is a checkpoint of {found or 'something else'}, not of {method}")
@@ -432,8 +435,8 @@ def load_checkpoint(path, method):
 
 
 def load(path, method, Config, Info, build):
-    """(cfg, info, model, state) of a checkpoint, on the CPU and ready to evaluate. build: (cfg,
-    classes) -> model. Raises UserError if it is none of the method, or of another version."""
+    """(cfg, info, model, state) of a checkpoint, on the CPU, in evaluation mode. build: (cfg, C) ->
+    model. Raises UserError if it is of another method or version."""
     state = load_checkpoint(path, method)
     try:
         cfg, info = Config(**state["config"]), Info(**state["info"])
@@ -444,67 +447,71 @@ def load(path, method, Config, Info, build):
     return cfg, info, model, state
 
 
-def checkpoint_config(cfg, origin, path, theirs, check, *flags):
-    """The configuration of a checkpoint, with what the command line may change of it, shown: the
-    flags, and what is of this machine. Raises UserError for others: the checkpoint has the say."""
+def checkpoint_config(cfg, origin, path, trained, check, *flags):
+    """The configuration `trained` of the checkpoint at path, with the values of the command line
+    that may differ: `flags`, and those of this machine. Prints them; raises UserError for others.
+    """
     given = {name for name, source in origin.items() if source == "flag"}
-    here = {"root", "workers", "device", "amp", "threads", "in_memory"}
-    if wrong := sorted(given - here - {"out", *flags}):
-        raise UserError(f"--{wrong[0].replace('_', '-')} cannot be given here: the checkpoint "
-                        f"{path} has settled it")
-    cfg = dataclasses.replace(theirs, **{"resume": False}
-                              | {k: getattr(cfg, k) for k in given | here})
+    local = {"root", "workers", "device", "amp", "threads", "in_memory"}
+    if wrong := sorted(given - local - {"out", *flags}):
+        raise UserError(f"--{wrong[0].replace('_', '-')} cannot be changed: it is fixed by the "
+                        f"checkpoint {path}")
+    cfg = dataclasses.replace(trained, **{"resume": False}
+                              | {k: getattr(cfg, k) for k in given | local})
     check(cfg)
-    show_config(cfg, dict.fromkeys(sorted(given), "flag"), f"all else is as in {path}")
+    show_config(cfg, dict.fromkeys(sorted(given), "flag"), f"everything else as in {path}")
     return cfg
 
 
 def load_weights(model, path, method, classes, may_lack=()):
-    """Copy a checkpoint's weights into the model, which has C classes. If the checkpoint has
-    others, what their number decides the shape of starts anew, and is named. What begins with
-    may_lack may be in one of the two only. Raises UserError if they do not fit otherwise."""
-    mine, state = model.state_dict(), load_checkpoint(path, method)
-    theirs = {k: v for k, v in state["model"].items() if k in mine or not k.startswith(may_lack)}
-    theirs |= {k: v for k, v in mine.items() if k not in theirs and k.startswith(may_lack)}
-    more, anew = classes - len(state["info"]["classes"]), []
-    for name in mine.keys() & theirs.keys() if more else ():
-        off = [a - b for a, b in zip(mine[name].shape, theirs[name].shape) if a != b]
+    """--init: copy a checkpoint's weights into the model, which has C classes.
+
+    With another number of classes in the checkpoint, weights whose shape depends on that number
+    keep their initial values, and are listed. Names that start with may_lack may be missing in one
+    of the two. Raises UserError if the weights do not fit.
+    """
+    initial, state = model.state_dict(), load_checkpoint(path, method)
+    saved = {k: v for k, v in state["model"].items() if k in initial or not k.startswith(may_lack)}
+    saved |= {k: v for k, v in initial.items() if k not in saved and k.startswith(may_lack)}
+    more, kept = classes - len(state["info"]["classes"]), []
+    for name in initial.keys() & saved.keys() if more else ():
+        off = [a - b for a, b in zip(initial[name].shape, saved[name].shape) if a != b]
         if len(off) == 1 and off[0] % more == 0 and off[0] * more > 0:
-            theirs[name] = mine[name]
-            anew.append(name)
+            saved[name] = initial[name]
+            kept.append(name)
     try:
-        model.load_state_dict(theirs)
+        model.load_state_dict(saved)
     except RuntimeError as error:
         line = " ".join(str(error).split("\n\t")[1:2]) or "other weights"
-        raise UserError(f"--init {path} does not fit this model ({line}); build the model "
-                        "with the flags that it was trained with") from None
-    if anew:
-        print(f"--init {path} has {classes - more} classes in place of {classes}: these start "
-              f"anew: {', '.join(sorted(anew))}")
+        raise UserError(f"--init {path} does not fit this model ({line}); use the flags that it "
+                        "was trained with") from None
+    if kept:
+        print(f"--init {path} has {classes - more} classes, not {classes}; not loaded: "
+              f"{', '.join(sorted(kept))}")
 
 
 RUN_FILES = ("config.json", "last.pt", "best.pt", "pretrain.pt", "log.csv", "curves.png",
              "samples.png", "step.png", "labeled.txt", "metrics.json", "robustness.png",
              "augment.json")
-# fields that may change when a run goes on: where it runs and how far, not what it computes
+# what --resume may change: where the run takes place and how far it goes, not what it computes
 MAY_DIFFER = {"root", "out", "workers", "threads", "in_memory", "device", "compile", "resume",
               "max_steps", "save_every"}
 
 
-def refuse_run(out, what="a run: --resume goes on with it, --out DIR starts another"):
-    """Raises UserError if the folder holds a run, or what may be one: none is overwritten."""
+def refuse_run(out, what="a run: continue it with --resume, or start another with --out DIR"):
+    """Raises UserError if the folder has files of a run, which are never overwritten."""
     if found := [name for name in RUN_FILES if (Path(out) / name).exists()]:
         raise UserError(f"{out} already holds {what} ({found[0]} is there)")
 
 
 def refuse_results(out):
-    """Raises UserError if the folder holds a run, or results of an evaluation."""
+    """Raises UserError if the folder has files of a run or of an evaluation."""
     refuse_run(out, "a run, or results: give another folder with --out DIR")
 
 
 def result_folders(paths, out):
-    """{checkpoint: folder for its results}: OUT, or of several OUT/RUN-CHECKPOINT. Raises UserError
-    if two are called the same, or if one or OUT holds a run or results."""
+    """{checkpoint: folder for its results}: OUT for one, OUT/RUN-CHECKPOINT for several. Raises
+    UserError if two folders have the same name, or if one has files of a run or an evaluation."""
     refuse_results(out)
     if len(paths) == 1:
         return {paths[0]: out}
@@ -512,36 +519,36 @@ def result_folders(paths, out):
     for path in paths:
         folder = out / f"{Path(path).resolve().parent.name}-{Path(path).stem}"
         if folder in folders.values():
-            raise UserError(f"--eval {path}: another one is called {folder.name} too: rename its "
-                            "folder")
+            raise UserError(f"--eval {path}: the results of another one go to {folder.name} too; "
+                            "rename its folder")
         refuse_results(folder)
         folders[path] = folder
     return folders
 
 
 def resuming(cfg):
-    """Whether a run goes on from its last.pt, which has all that it started from."""
+    """Whether the run continues from its last.pt, so that it needs no initial weights."""
     return cfg.resume and (Path(cfg.out) / "last.pt").exists()
 
 
 class Run:
     """The run folder OUT, and what a training loop does besides training: announce() before it,
-    note() after each step, log() after an evaluation, save() after a step where something is due.
+    note() after a step, log() after an evaluation, save() when note() returned something.
 
-    A folder that holds a run is never overwritten, and no run goes on under another configuration,
-    other classes or other training pictures: UserError.
+    Raises UserError instead of overwriting a run, and if a run is resumed with another
+    configuration, other classes or other training images.
     """
     KEPT = "step", "history", "scores", "losses", "best", "seconds"
 
     def __init__(self, cfg, method, machine, info, pictures, parts, terms, stop, per_epoch, *,
                  may_differ=(), interrupt=None, last="last.pt", **facts):
         """
-        pictures: a hash of the training pictures' names.  parts: {name: model, optimizer, ..},
-        whose state is kept.  terms: names of the losses.  stop, per_epoch: steps.  may_differ:
-        fields that --resume may change.  facts: more to keep in checkpoints.  interrupt, last: of
-        the run that this one is a part of, and a name for the checkpoints of its own.
+        pictures: a hash of the training images' names.  parts: {name: model, optimizer, ..}, whose
+        state is saved.  terms: names of the losses.  stop: the last step.  per_epoch: steps an
+        epoch.  may_differ: more fields that --resume may change.  facts: more to save.  interrupt,
+        last: for a run inside another one, the other's Interrupt and a name for its checkpoints.
 
-        Make it last: a start that fails on its data is to leave no folder in the way of the next.
+        Create it after the datasets: if these fail, no folder is left behind.
         """
         if cfg.batch_size % machine.world:
             raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of {machine.world} "
@@ -553,21 +560,22 @@ class Run:
                       "info": dataclasses.asdict(info), "pictures": pictures, **facts}
         self.interrupt, self.saved = interrupt or Interrupt(machine), time.time()
         self.step, self.history, self.scores, self.best, self.seconds = 0, [], {}, -1.0, 0.0
-        self.losses, self.drawn = [], {}    # since the last evaluation, and the last look
-        self.better = None                  # what best.pt is to hold, until it is written
+        self.losses = []                    # since the last evaluation, (n,) for each step
+        self.unchecked = {}                 # {step: (loss, batches)}, for check_finite()
+        self.better = None                  # the state for best.pt, until it is written
         self.live = sys.stdout.isatty() and machine.main
         if last == "last.pt":
             self.open(may_differ)
         if cfg.resume and (self.out / last).exists():
-            self.take_up(load_checkpoint(self.out / last, method))
+            self.restore(load_checkpoint(self.out / last, method))
         self.start = self.step
         if self.start >= stop and last == "last.pt" and not (
                 self.history and self.history[-1]["step"] == self.start):
-            raise UserError(f"--resume: {cfg.out} is at step {self.start} already, beyond "
-                            "--max-steps or --epochs; give more")
+            raise UserError(f"--resume: {cfg.out} is at step {self.start} already; give more "
+                            "--epochs or --max-steps")
 
     def open(self, may_differ):
-        """Make OUT with its config.json, or for --resume compare the configurations."""
+        """Create OUT with config.json, or for --resume compare the configurations."""
         config, now = self.out / "config.json", self.facts["config"]
         if not self.cfg.resume:
             if self.machine.main:
@@ -577,73 +585,75 @@ class Run:
         try:
             was, now = json.loads(config.read_text("utf-8")), json.loads(json.dumps(now))
             if not isinstance(was, dict) or was.keys() != now.keys():
-                raise ValueError("its fields are others")
+                raise ValueError("it has other fields")
         except FileNotFoundError:
             raise UserError(f"--resume: no run in {self.out}; leave --resume out to start one, or "
-                            "name the run by --out") from None
-        except ValueError as error:                     # what json and utf-8 raise are ValueErrors
+                            "give the run's folder with --out") from None
+        except ValueError as error:                     # from json and utf-8 too
             raise UserError(f"--resume: {config} is not of a run of this {self.facts['method']}.py"
                             f" ({error}); give another --out") from None
-        moved = {"data", "palette"} if Path(now["data"]).is_dir() else set()    # a folder; its
-        if differ := [f"{k} was {was[k]}, now {now[k]}" for k in now            # files are compared
-                      if was[k] != now[k] and k not in MAY_DIFFER | moved | set(may_differ)]:
+        may_differ = MAY_DIFFER | set(may_differ)
+        if Path(now["data"]).is_dir():                  # it may have moved: restore() compares
+            may_differ |= {"data", "palette"}           # classes and training images
+        if differ := [f"{k} was {was[k]}, now {now[k]}" for k in now
+                      if was[k] != now[k] and k not in may_differ]:
             raise UserError(f"--resume: {self.out} has other flags ({'; '.join(differ)}); give "
-                            "those it was started with, or another --out")
+                            "the flags it was started with, or another --out")
 
-    def take_up(self, state):
-        """Go on from a checkpoint's state."""
+    def restore(self, state):
+        """Continue from a checkpoint's state."""
         if not {"optimizer", "pictures"} <= state.keys():
-            raise UserError(f"--resume: {self.out / self.last} has weights only: start another "
-                            f"run, with --init {self.out / self.last}")
+            raise UserError(f"--resume: {self.out / self.last} has weights only; start another "
+                            f"run with --init {self.out / self.last}")
         was, now = ((s["info"]["classes"], s["pictures"]) for s in (state, self.facts))
-        for what, a, b in zip(("classes", "training pictures"), was, now):
+        for what, a, b in zip(("classes", "training images"), was, now):
             if a != b:
                 raise UserError(f"--resume: {self.cfg.data} has other {what} than {self.out} had "
-                                f"({a}, now {b}); bring them back, or give another --out")
+                                f"({a}, now {b}); restore these, or give another --out")
         for group in state["optimizer"]["param_groups"]:
-            group["fused"] = self.machine.fused         # as here, not where it was saved
+            group["fused"] = self.machine.fused         # of this device, not the saved one
         for name, part in self.parts.items():
-            if state[name]:                             # a scaler's is empty where it is off
+            if state[name]:                             # a scaler without fp16 has none
                 part.load_state_dict(state[name])
         vars(self).update({k: state[k] for k in self.KEPT})
         self.losses = [terms.to(self.machine.device) for terms in self.losses]
 
     def announce(self, words):
-        """Say what starts, and start the clock."""
+        """Print what starts, and start the clock."""
         self.say(f"{words}, steps {self.start} to {self.stop}, {self.per_epoch} an epoch, on "
                  f"{self.machine.device}, threads: {self.cfg.threads}"
-                 + ("; the first steps compile, which takes minutes" if self.cfg.compile else ""))
-        self.first, self.began = None, time.time()
+                 + "; the first steps compile, which takes minutes" * self.cfg.compile)
+        self.first, self.clock = None, time.time()
 
     def say(self, line):
         if self.machine.main:
             print(("\r\033[K" if self.live else "") + line, flush=True)
 
     def note(self, step, terms, *batches):
-        """Take the losses of a step; what is due after it: "evaluate", "save" or "".
+        """Record the losses of a step. Returns what to do now: "evaluate", "save" or "".
 
-        terms: float (n,), the whole loss first; they stay on the device, and are read once in
-        CHECK_EVERY steps, because reading waits for the device. batches: pairs (Dataset, indices
-        (B,)), whose files are named if the loss is not finite.
+        terms: float (n,), the total loss first. They are read once in CHECK_EVERY steps, because
+        reading waits for the device. batches: pairs (Dataset, indices (B,)), whose files are named
+        if the loss is not finite.
         """
         self.step = step + 1
         self.losses.append(terms)
-        self.drawn[self.step] = terms[0], batches
+        self.unchecked[self.step] = terms[0], batches
         if step % CHECK_EVERY == 0:
-            self.progress(self.look())
+            self.progress(self.check_finite())
         late = 0 < self.cfg.save_every < (time.time() - self.saved) / 60
         self.asked, self.late = self.interrupt.due(step, late)
         due = self.step % (self.per_epoch * self.cfg.eval_every) == 0 or self.step == self.stop
         if due or self.asked or self.late:
-            self.look(*self.modules)
-            self.seconds += time.time() - self.began
+            self.check_finite(*self.modules)
+            self.seconds += time.time() - self.clock
             for module in self.modules:
                 same_buffers(module, self.machine)
         return "evaluate" if due else "save" if self.asked or self.late else ""
 
     def progress(self, loss):
-        """One line that rewrites itself on a terminal; elsewhere one line after CHECK_EVERY
-        steps. The clock starts at the first call: what comes before may compile the model."""
+        """Print the loss, the speed and the time left: on a terminal in one line, which is
+        rewritten, otherwise once. The first call starts the clock: the model may compile before."""
         self.first = self.first or (self.step, time.time())
         done, spent = self.step - self.first[0], max(time.time() - self.first[1], 1e-9)
         line = f"step {self.step}/{self.stop}  loss {loss:.4f}"
@@ -655,22 +665,21 @@ class Run:
         elif done == CHECK_EVERY:
             self.say(line)
 
-    def look(self, *modules):
-        """The last loss, a float. Raises UserError, with the step and the files of its batch, if
-        one since the last look is not finite, or a weight or buffer of the modules is not."""
-        steps, drawn = list(self.drawn), list(self.drawn.values())
-        losses = torch.stack([loss for loss, _ in drawn]).tolist()
+    def check_finite(self, *modules):
+        """The last loss, a float. Raises UserError, with the step and the files of its batch, if a
+        loss since the last call is not finite, or a weight or buffer of the modules is not."""
+        steps, recorded = list(self.unchecked), list(self.unchecked.values())
+        losses = torch.stack([loss for loss, _ in recorded]).tolist()
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        what = f"the loss is {losses[bad[0]]}" if bad else "weights that are not finite are left"
+        what = f"the loss is {losses[bad[0]]}" if bad else "some weights are not finite"
         weights = [t.isfinite().all() for m in modules for t in m.state_dict().values()]
         if bad or weights and not torch.stack(weights).all():
             i = bad[0] if bad else -1
-            files = [name for dataset, index in drawn[i][1] for name in dataset.files(index)]
+            files = [name for dataset, index in recorded[i][1] for name in dataset.files(index)]
             raise UserError(f"step {steps[i]}: {what}, after the batch {', '.join(files)}; "
-                            f"{self.out} is as it was saved before: look at these files, or start "
-                            "another run, with another --out, perhaps by --init, and a lower --lr "
-                            "or --amp off")
-        self.drawn = {steps[-1]: drawn[-1]}
+                            f"{self.out} has the last state saved before: look at these files, or "
+                            "start another run with another --out and a lower --lr or --amp off")
+        self.unchecked = {steps[-1]: recorded[-1]}
         return losses[-1]
 
     def means(self):
@@ -679,8 +688,8 @@ class Run:
         return dict(zip(self.terms, means))
 
     def log(self, scores, better_by, line, **row):
-        """A row of log.csv and curves.png, and a line on the screen. better_by: the score that
-        best.pt has the best of."""
+        """Add a row to log.csv and curves.png, and print a line. better_by: the score by which
+        best.pt is chosen."""
         means, epoch, self.scores = self.means(), self.step / self.per_epoch, scores
         self.history.append({"epoch": round(epoch, 2), "step": self.step, **means, **row,
                              "lr": self.parts["optimizer"].param_groups[0]["lr"],
@@ -689,50 +698,42 @@ class Run:
         self.say(f"epoch {epoch:6.2f}  step {self.step:6d}  {loss.removeprefix('train_')} "
                  f"({' '.join(others)})  {line}  {self.seconds:.0f} s".replace(" ()", ""))
         if self.machine.main:
-            write_history(self.out, self.history)
-        if scores[better_by] > self.best or self.best < 0:      # a first one that is nan, too
+            write_csv(self.out / "log.csv", list(self.history[0]), [
+                [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
+                for row in self.history])
+            draw_curves(self.history, self.out / "curves.png")
+        if scores[better_by] > self.best or self.best < 0:      # also a first score of NaN
             self.best = max(scores[better_by], -1.0)
             resume_only = {k for k, p in self.parts.items() if p not in self.modules}
             self.better = {k: v for k, v in self.state().items() if k not in resume_only}
 
     def state(self):
-        """All that --resume needs, and --eval."""
-        kept = {k: getattr(self, k) for k in self.KEPT}     # copied, as these lists grow:
-        kept |= {k: list(kept[k]) for k in ("history", "losses")}
+        """Everything that --resume and --eval need."""
+        kept = {k: getattr(self, k) for k in self.KEPT}
+        kept |= {k: list(kept[k]) for k in ("history", "losses")}       # copies: these lists grow
         return {**self.facts, **kept, **{k: p.state_dict() for k, p in self.parts.items()}}
 
     def save(self):
-        """last.pt, and best.pt if there is a better one; then the end, if Ctrl-C has come.
+        """Write last.pt and, if the model is better, best.pt. Exit after Ctrl-C.
 
-        After an evaluation only if --save-every is over: L-MAE's two have 4 GB, which takes longer
-        to write than an epoch on a fast GPU. A better model is kept in memory until then, so that
-        best.pt is never behind last.pt.
+        After an evaluation only if --save-every minutes have passed: L-MAE's two files have 4 GB,
+        which takes longer to write than an epoch on a fast GPU. Until then a better model is kept
+        in memory, so that best.pt is never older than last.pt.
         """
         asked = self.asked or self.interrupt.due(self.step - 1)[0]      # before evaluate(), in it
         if asked or self.late or self.step == self.stop or not self.cfg.save_every:
             if self.machine.main:
-                if self.better:                         # before last.pt, the point of no return
+                if self.better:                         # first: a run resumes from last.pt
                     save_checkpoint(self.out / "best.pt", self.better)
                 save_checkpoint(self.out / self.last, self.state())
             self.better, self.saved = None, time.time()
-        elif self.better and self.better["step"] == self.step:      # before training moves these
+        elif self.better and self.better["step"] == self.step:      # copy before training goes on
             for k in self.parts.keys() & self.better.keys():
                 self.better[k] = type(self.better[k])(
                     (name, t.to("cpu", copy=True)) for name, t in self.better[k].items())
         if asked:
             self.interrupt.end(f"step {self.step}")
-        self.began = time.time()
-
-
-def write_history(out, history):
-    """log.csv and curves.png, whole, out of the rows (dicts) that the checkpoint carries: if there
-    are any, that is, if the run has got to an evaluation."""
-    if not history:
-        return
-    write_csv(Path(out) / "log.csv", list(history[0]), [
-        [f"{row[k]:.6g}" if isinstance(row[k], float) else row[k] for k in history[0]]
-        for row in history])
-    draw_curves(history, Path(out) / "curves.png")
+        self.clock = time.time()
 
 
 def write_csv(path, titles, rows):
@@ -742,30 +743,25 @@ def write_csv(path, titles, rows):
 
 
 def write_json(path, value):
-    """NaN becomes null, floats keep four decimals."""
+    """Write JSON: NaN becomes null, floats have four decimals."""
     value = json.loads(json.dumps(value), parse_constant=lambda name: None,
                        parse_float=lambda digits: round(float(digits), 4))
     write(path, json.dumps(value, indent=1) + "\n")
 
 
-class Progress:
-    """Loop over a list with a line of how far it is and how long it takes: on a terminal one that
-    rewrites itself, elsewhere one after ten seconds."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __iter__(self):
-        began, live, told = time.time(), sys.stdout.isatty(), False
-        for i, item in enumerate(self.items):
-            spent = time.time() - began
-            if i and (live or spent > 10 and not told):
-                left = duration(spent / i * (len(self.items) - i))
-                print("\r\033[K" * live + f"{i} of {len(self.items)}, {left} left",
-                      end="" if live else "\n", flush=True)
-                told = True
-            yield item
-        print("\r\033[K" * live, end="", flush=True)
+def progress(items):
+    """Loop over a list and print how far it is and the time left: on a terminal in one line, which
+    is rewritten, otherwise once after ten seconds."""
+    start, live, printed = time.time(), sys.stdout.isatty(), False
+    for i, item in enumerate(items):
+        spent = time.time() - start
+        if i and (live or spent > 10 and not printed):
+            left = duration(spent / i * (len(items) - i))
+            print("\r\033[K" * live + f"{i} of {len(items)}, {left} left",
+                  end="" if live else "\n", flush=True)
+            printed = True
+        yield item
+    print("\r\033[K" * live, end="", flush=True)
 
 
 def duration(seconds):
@@ -776,24 +772,24 @@ def duration(seconds):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, or a polite kill, into a question to ask between steps: what is
-    saved is a whole step. Under torchrun the processes agree on it, every CHECK_EVERY steps."""
+    """Records the first Ctrl-C or SIGTERM, so that the loop can finish the step, save and end.
+    Under torchrun the processes agree on it, once in CHECK_EVERY steps."""
 
     def __init__(self, machine):
         self.machine, self.asked = machine, False
         signal.signal(signal.SIGINT, self.catch)
-        if machine.world == 1:              # torchrun sends it when one process of it has failed
+        if machine.world == 1:              # torchrun sends it when a process fails
             signal.signal(signal.SIGTERM, self.catch)
 
     def catch(self, number, _):
         self.asked = True
-        if self.machine.world == 1:         # a second one ends it at once
+        if self.machine.world == 1:         # a second one ends the process at once
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else
                           signal.default_int_handler)
 
     def due(self, step, late=False):
-        """Whether to save after this step and to end; and whether it is late in any process. The
-        same answers in all processes, so under torchrun only every CHECK_EVERY steps."""
+        """(whether to save and end after this step, whether any process is `late`): the same in
+        all processes, which under torchrun is found once in CHECK_EVERY steps."""
         if self.machine.world == 1:
             return self.asked, late
         if step % CHECK_EVERY:
@@ -803,9 +799,9 @@ class Interrupt:
         return tuple((both > 0).tolist())
 
     def end(self, what):
-        """Say how to go on, and leave, once the first process has saved."""
+        """Print how to continue, and exit when the first process has saved."""
         if self.machine.main:
-            print(f"\nstopped after {what}: the same command with --resume goes on")
+            print(f"\nstopped after {what}: continue with the same command and --resume")
         if self.machine.world > 1:
             dist.barrier()
         sys.exit(130)
@@ -814,17 +810,17 @@ class Interrupt:
 # ------------------------------------------------------------------------------------------- bench
 
 def macs(model, *inputs):
-    """Multiply-adds (1e9) of model(*inputs), counted by torch in the products it really does."""
+    """Multiply-adds (1e9) of model(*inputs), as torch counts them."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return counter.get_total_flops() / 2e9                          # a multiply-add is two FLOPs
 
 
 def time_steps(step, n, batch, device, gmacs):
-    """Call step(i) n times after two to warm up: {ms_per_step, img_per_s, tflops, peak_mb}.
+    """Time n calls step(i), after two to warm up: {ms_per_step, img_per_s, tflops, peak_mb}.
 
-    gmacs: multiply-adds (1e9) of the forward passes of a step. tflops, 1e12 FLOP a second, counts
-    forward and backward as 3 x gmacs x 2: set it beside the peak of the card.
+    gmacs: multiply-adds (1e9) of a step's forward passes. tflops, 1e12 FLOP a second, counts
+    forward and backward as 3 x gmacs x 2; compare it with the peak of the GPU.
     """
     sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, bool)
     for i in range(2):
@@ -832,17 +828,17 @@ def time_steps(step, n, batch, device, gmacs):
     sync()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
+    start = time.perf_counter()
     for i in range(n):
         step(i)
     sync()
-    seconds = (time.perf_counter() - began) / n
+    seconds = (time.perf_counter() - start) / n
     return {"ms_per_step": round(1000 * seconds, 2), "img_per_s": round(batch / seconds, 1),
             "tflops": round(0.006 * gmacs / seconds, 4), "peak_mb": peak_mb(device)}
 
 
 def peak_mb(device):
-    """Peak MiB: of the allocator on CUDA, of the whole process elsewhere, None on Windows."""
+    """Peak memory in MiB: of CUDA's allocator, or of the whole process; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
     try:
@@ -872,7 +868,7 @@ def vivid(colors):
 
     shown = [np.array((60.0, 60, 60))]
     used = [*shown, np.full(3, 200.0), np.full(3, 255.0), np.array((255.0, 0, 255))]
-    nearest = np.min([distance(color) for color in used], 0)        # used colour of each bright one
+    nearest = np.min([distance(color) for color in used], 0)    # distance to the nearest one used
     for color in np.asarray(colors, float)[1:]:
         color = color * 255 / max(1, color.max())
         if np.ptp(color) < 120 or np.linalg.norm(np.array(used) - color, axis=1).min() < 90:
@@ -892,9 +888,8 @@ def colorize(label, colors):
 
 
 def border(label):
-    """Pixels (H, W) bool at the borders of the regions of label (H, W): it has another value 1
-    pixel above, below, left or right; in images of 192 pixels 2 pixels, of 384 pixels 3, and so on.
-    """
+    """Which pixels of label (H, W) are at the border of a region: (H, W) bool. The border is one
+    pixel wide, and one more for every 192 pixels of the longer side."""
     width, found = 1 + max(label.shape) // 192, np.zeros(label.shape, bool)
     for a, b in ((np.s_[width:], np.s_[:-width]), (np.s_[:, width:], np.s_[:, :-width])):
         found[a] |= label[a] != label[b]
@@ -903,26 +898,24 @@ def border(label):
 
 
 def outline(image, mask, color=(255, 0, 255)):
-    """The image, uint8 (H, W, 3), with a line of `color` around what is True in mask (H, W)."""
+    """The image, uint8 (H, W, 3), with the borders of mask (H, W) bool in this colour."""
     return np.where((border(mask) & mask)[..., None], np.array(color, np.uint8), image)
 
 
 def overlay(image, label, colors):
-    """The image, uint8 (H, W, 3), with its labels (H, W) over it: a tint of 45 % of the class's
-    vivid colour, and a line of that colour inside the border of each region. Class 0 and void stay
-    as the image is."""
-    label, image = np.asarray(label), np.asarray(image)
-    share = np.where(border(label), 1, 0.45)
+    """The image, uint8 (H, W, 3), with its label (H, W) over it: 45 % of the class's vivid colour,
+    100 % at the borders of regions. Class 0 and void stay as the image is."""
+    share = np.where(border(label), np.float32(1), np.float32(0.45))[..., None]
     share[(label == 0) | (label == VOID)] = 0
-    mixed = image * (1 - share[..., None]) + colorize(label, colors) * share[..., None]
+    mixed = image * (1 - share) + colorize(label, colors) * share
     return mixed.round().astype(np.uint8)
 
 
 def save_image(path, array, palette=None):
-    """Write uint8 (H, W) or (H, W, 3) as PNG, an indexed one given a palette (a flat list)."""
+    """Write uint8 (H, W) or (H, W, 3) as PNG; with a palette (a flat list), as indices."""
     image = Image.fromarray(np.ascontiguousarray(array))
     if palette is not None:
-        image.putpalette(palette + [0] * (768 - len(palette)))  # a short one would cut higher ids
+        image.putpalette(palette + [0] * (768 - len(palette)))      # 256 colours: no id is cut
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write(path, buffer.getbuffer())
@@ -984,22 +977,22 @@ def legend(info, grey, width, most=20):
 
 
 def refuse_nonempty(to):
-    """Raises UserError if results for --to would come among other files."""
+    """Raises UserError if the folder for --to has files."""
     if Path(to).exists() and (not Path(to).is_dir() or any(Path(to).iterdir())):
-        raise UserError(f"--to {to} is not an empty folder: give a new one")
+        raise UserError(f"--to {to} is not an empty folder; give a new one")
 
 
 def pieces(label, classes):
-    """How many 4-connected pieces each class has in (H, W) integer labels: (C,) int.
+    """The number of 4-connected regions of each class in a label, (H, W) int -> (C,) int.
 
-    Runs of one class along a row are joined to those they touch in the next row: each takes the
-    smallest number it is joined to, until no two that are joined differ.
+    Runs of one class in a row are numbered. Runs that touch in two rows take the smaller number of
+    the two, until all numbers are equal within a region.
     """
     start = np.ones(label.shape, bool)
     start[:, 1:] = label[:, 1:] != label[:, :-1]
     run = start.cumsum().reshape(label.shape) - 1
-    meet = (label[1:] == label[:-1]) & (start[1:] | start[:-1])     # where two begin to touch
-    a, b, root = run[:-1][meet], run[1:][meet], np.arange(run[-1, -1] + 1)
+    touch = (label[1:] == label[:-1]) & (start[1:] | start[:-1])    # once for every two runs
+    a, b, root = run[:-1][touch], run[1:][touch], np.arange(run[-1, -1] + 1)
     while len(a):
         np.minimum.at(root, np.maximum(root[a], root[b]), np.minimum(root[a], root[b]))
         while (root[root] != root).any():
@@ -1011,63 +1004,63 @@ def pieces(label, classes):
 
 
 def predict_folder(cfg, origin, load, check, data, segment, *flags):
-    """--predict PATH .. --ckpt CKPT --to DIR: segment images, and those in folders, and exit.
+    """--predict PATH .. --ckpt CKPT --to DIR: segment images and folders of images, and exit.
 
-    load, check and segment are the method's, data is data.py, flags: as in checkpoint_config().
+    load, check and segment belong to the method, data is data.py, flags as in checkpoint_config().
     segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), and their
     confidence, float32 (H, W) in 0..1.
-    Writes DIR/NAME.png, class indices with the classes' colours as palette, DIR/overlay/NAME.png,
-    and DIR/confidence/NAME.png, 255 times the confidence, at the size of the image, which is
-    turned upright first if its EXIF data say so; the images of a folder in a folder into the same
-    tree. DIR/areas.csv has each class's share and mean confidence in percent, and number of
-    pieces. With a.jpg beside a.png, whole names are kept: a.jpg.png. What cannot be read is a line
-    on stderr, and the exit status is then 1.
+    Writes DIR/NAME.png (class indices, with the palette of the classes), DIR/overlay/NAME.png and
+    DIR/confidence/NAME.png (255 times the confidence), in the size and the folders of the images,
+    upright by their EXIF data. DIR/areas.csv: for each class its share and mean confidence in
+    percent and its number of regions. If a.jpg and a.png are given, they become a.jpg.png and
+    a.png.png. Files that cannot be read are a line on stderr each, and exit status 1.
     """
     if not (cfg.ckpt and cfg.to):
         raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "
                         "--ckpt CKPT --to DIR")
-    theirs, info, model, _ = load(cfg.ckpt)
+    trained, info, model, _ = load(cfg.ckpt)
     paths = cfg.predict
-    cfg = checkpoint_config(cfg, origin, cfg.ckpt, theirs, check, "predict", "ckpt", "to", *flags)
+    cfg = checkpoint_config(cfg, origin, cfg.ckpt, trained, check, "predict", "ckpt", "to", *flags)
     machine, to, failed, found, areas = Machine(cfg), Path(cfg.to), 0, [], []
     if machine.world > 1:
-        raise UserError("--predict works in one process: python in place of torchrun")
+        raise UserError("--predict runs in one process: start it with python, not torchrun")
     refuse_nonempty(to)
     for source in map(Path, paths):
         inside = data.tree(source) if source.is_dir() else [source] if source.exists() else []
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))
                   for path in inside]
         if not inside:
-            raise UserError(f"--predict {source}: no picture there")
+            raise UserError(f"--predict {source}: no image there")
         others = [p.name for p in source.rglob("*") if p.is_file() and p not in set(inside)]
         if others:
-            print(f"{source}: left out, as no pictures: {', '.join(others[:4])}"
+            print(f"{source}: skipped, not images: {', '.join(others[:4])}"
                   + f" and {len(others) - 4} more" * (len(others) > 4))
     model.to(machine.device)
-    alike = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
+    same_stem = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
     if len({name for _, name in found}) < len(found):
-        raise UserError("--predict: two of these have the same name: predict them one by one")
-    for path, name in Progress(found):
-        file, name = name, f"{name if alike else name.with_suffix('')}.png"
+        raise UserError("--predict: two images have the same name; predict them one by one")
+    for path, name in progress(found):
+        file, name = name, f"{name if same_stem else name.with_suffix('')}.png"
         try:
             image = data.read_image(path)
         except UserError as error:
             failed += 1
             print(f"{error} (skipped)", file=sys.stderr)
             continue
-        answer, sure = segment(model, image, cfg, machine)
-        save_image(to / "confidence" / name, (255 * sure).round().astype(np.uint8))
-        for c, n in enumerate(pieces(answer, len(info.classes))):
-            mean = round(100 * float(sure[answer == c].mean()), 2) if n else ""
-            areas.append((file, info.classes[c], round(100 * (answer == c).mean(), 4), mean, n))
-        save_image(to / name, answer, np.array(info.colors, np.uint8).ravel().tolist())
-        save_image(to / "overlay" / name, overlay(image, answer, info.colors))
+        label, confidence = segment(model, image, cfg, machine)
+        save_image(to / "confidence" / name, (255 * confidence).round().astype(np.uint8))
+        for c, n in enumerate(pieces(label, len(info.classes))):
+            mean = round(100 * float(confidence[label == c].mean()), 2) if n else ""
+            areas.append((file, info.classes[c], round(100 * (label == c).mean(), 4), mean, n))
+        save_image(to / name, label, np.array(info.colors, np.uint8).ravel().tolist())
+        save_image(to / "overlay" / name, overlay(image, label, info.colors))
     write_csv(to / "areas.csv", ("file", "class", "share", "confidence", "pieces"), areas)
     print(f"{len(found) - failed} segmented, {failed} failed -> {to}; classes "
           + ", ".join(f"{c} {name}" for c, name in enumerate(info.classes)))
     sys.exit(1 if failed else 0)
 
 
+# the colours of the lines of curves
 LINES = [(31, 90, 170), (200, 60, 30), (40, 140, 70), (140, 70, 160), (110, 110, 110),
          (190, 130, 10), (10, 150, 170), (220, 80, 150), (110, 70, 40), (90, 120, 0)]
 
@@ -1111,16 +1104,16 @@ def round_ticks(low, high, most=6):
 
 
 def draw_panel(draw, box, xs, series, x_title, y_title):
-    """One panel in box (left, top, right, bottom), the name of each line and its last value above
-    it. Baselines, whose names end in "nearest" or "nearest fill", are dashed. The x axis
-    starts at 0. A y axis in percent spans at least 10 points, so that noise looks small."""
+    """Draw a panel in box (left, top, right, bottom), with the lines' names and last values above.
+    Baselines are dashed: lines whose name ends in "nearest" or "nearest fill". The x axis starts at
+    0. A y axis in percent spans at least 10 points, so that noise looks small."""
     left, top, right, bottom = box
     finite = [v for values in series.values() for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(finite)
     if "%" in y_title:
         low = max(0, min(low, high - 10))
         high = max(high, low + 10)
-    ticks = round_ticks(low, high if high > low else low + 1e-6)
+    ticks = round_ticks(low, max(high, low + 1e-6 * max(1, abs(low))))
     end = xs[-1] or 1
 
     def place(x, y):
@@ -1130,9 +1123,11 @@ def draw_panel(draw, box, xs, series, x_title, y_title):
     for y in ticks:
         draw.line((place(0, y), place(end, y)), (222, 222, 222))
         draw.text((left - 8, place(0, y)[1]), f"{y:.10g}", "black", font(13), anchor="rm")
-    for x in (x for x in round_ticks(0, end) if x <= end):
-        draw.line((place(x, ticks[0]), (place(x, ticks[0])[0], bottom + 5)), "black")
-        draw.text((place(x, 0)[0], bottom + 14), f"{x:.10g}", "black", font(13), anchor="mm")
+    for x in round_ticks(0, end):
+        if x <= end:
+            at = place(x, 0)[0]
+            draw.line((at, bottom, at, bottom + 5), "black")
+            draw.text((at, bottom + 14), f"{x:.10g}", "black", font(13), anchor="mm")
     draw.line((left, bottom, right, bottom), "black")
     draw.text(((left + right) / 2, bottom + 36), x_title, "black", font(14), anchor="mm")
     draw.text((left - 56, top - 18), y_title, "black", font(14), anchor="lm")
@@ -1142,7 +1137,7 @@ def draw_panel(draw, box, xs, series, x_title, y_title):
         above = top - 36 - 18 * (len(series) - 1 - i)
         draw_line(draw, [(left + 8, above), (left + 34, above)], color, dashed)
         draw_line(draw, points, color, dashed)
-        for x, y in points if len(xs) <= 20 and not dashed else ():
+        for x, y in points if len(points) <= (1 if dashed else 20) else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
         draw.text((left + 42, above), f"{name} {last:.4g}", color, font(14), anchor="lm")

@@ -1316,7 +1316,7 @@ def complete(cfg, origin):
     print(f"{len(work)} labels, {len(done)} of them done, in windows of {first.crop} pixels "
           f"resized to {first.size}, with mask ratio "
           + ", ".join(f"{c.mask_ratio:g}" for c, _ in models))
-    for job in common.Progress(todo):
+    for job in common.progress(todo):
         try:
             one = repair_file if what == "complete" else suspect_file
             found, matrices = one(job, models, info, cfg, machine)

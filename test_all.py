@@ -2071,21 +2071,23 @@ def void_first_rows(mask):
     return np.vstack([np.full_like(mask[:3], 255), mask[3:]])
 
 
-def in_two_threads(f):
-    """[f(0, add), f(1, add)] of two threads, where add(tensor) is the sum of both threads'."""
-    barrier, sent = threading.Barrier(2, timeout=60), [None, None]
+def two_threads():
+    """(add, run): run(f) is [f(0), f(1)] of two threads, in which add(tensor) is the sum of both."""
+    barrier, sent = threading.Barrier(2, timeout=60), {}
 
-    def run(rank):
-        def add(sums):
-            sent[rank] = sums
-            barrier.wait()
-            total = sent[0] + sent[1]
-            barrier.wait()
-            return total
-        return f(rank, add)
+    def add(tensor):
+        sent[threading.get_ident()] = tensor
+        barrier.wait()
+        total = sum(sent.values())
+        barrier.wait()
+        return total
 
-    with ThreadPoolExecutor(2) as pool:
-        return [*pool.map(run, range(2))]
+    def run(f):
+        sent.clear()
+        with ThreadPoolExecutor(2) as pool:
+            return [*pool.map(f, range(2))]
+
+    return add, run
 
 
 def flooded(label):
@@ -2311,7 +2313,7 @@ class Predicts:
         self.runs(*self.predict(path))
         self.assertTrue((self.tmp / "to/a.png").exists())
         self.assertTrue((self.tmp / "to/overlay/a.png").exists())
-        self.refuses(self.predict(self.tmp / "gone", to="new"), "gone", "no picture")
+        self.refuses(self.predict(self.tmp / "gone", to="new"), "gone", "no image")
         self.assertFalse((self.tmp / "new").exists())
 
 
@@ -2354,7 +2356,7 @@ class Metrics(MethodCase):
                         right, wrong = (t == a).sum(), (t != a).sum()
                         into.append(100 * right / (right + 2 * wrong))
             for void, right in (True, expected), (False, without):
-                found = masksup.picture_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
+                found = masksup.image_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
                                             void)
                 np.testing.assert_allclose(found, right, rtol=1e-5)
 
@@ -2475,6 +2477,8 @@ class Drawing(Case):
             ys, xs = shown[70:360].all(-1).nonzero()        # below the names, above the axis
             self.assertLess(np.ptp(ys), 0.12 * 310)         # 1 of 10 points, and a line's width
             self.assertEqual(len({*xs}) > 0.9 * np.ptp(xs), whole, name)
+        for values in ([1e15, 1e15], [0.0, 0.0], [math.nan, 2.0], [math.nan, math.nan]):
+            common.draw_panels(path, [([0, 3], {"loss": values}, "step", "loss")])
 
 
 class CommandLine(MethodCase):
@@ -2511,8 +2515,8 @@ class CommandLine(MethodCase):
             run.stdout.close()                                          # as `| head` does
             self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
         (self.tmp / "x.png").unlink(missing_ok=True)
-        for more, line in (([], "standard output: No space left on device; mend that and run this "
-                                "again"),
+        for more, line in (([], "standard output: No space left on device; fix this and run the "
+                                "command again"),
                            (["--data", "camvit"], "--data camvit: neither a dataset (shapes, "
                             "materials, voc, cityscapes, camvid, nyuv2, glas, polyp) nor a folder, "
                             "here or in data (did you mean camvid?)")):
@@ -3695,7 +3699,7 @@ class MaskSupPretrained(Pretrained, MethodCase):
 
     def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
         _, after, text = self.load(self.write(self.release()), size=96)
-        self.assertIn("fresh at this size: blocks.0.m.attention_biases", text)
+        self.assertIn("zero at this size: blocks.0.m.attention_biases", text)
         self.assertEqual(after["levit.blocks.0.m.attention_biases"].abs().max(), 0)
 
     def test_imagenet_is_the_recipe_of_glas_and_polyp_for_levit_alone(self):
@@ -3886,16 +3890,16 @@ class MaskSupMasking(MethodCase):
         for remove, kept in (("dark", [0, 1, 1]), ("bright", [1, 0, 0])):
             cfg = masksup.Config(masks=str(self.tmp / "m"), size=16, masks_remove=remove)
             with printed() as text:
-                bank = masksup.mask_source(cfg)
+                bank = masksup.training_masks(cfg)
             self.assertEqual(bank.float().mean((1, 2)).tolist(), kept)
             for words in f"removes what is {remove}", "dark are 33.3 %", "bright 66.7 %":
                 self.assertIn(words, text.getvalue())
         (self.tmp / "empty").mkdir()
         save(self.tmp / "ones/a.png", self.noise(20, 30) % 2)           # 0 and 1 are both dark
-        for name, word in (("gone", "no such folder"), ("empty", "no pictures"),
+        for name, word in (("gone", "no such folder"), ("empty", "no image in it"),
                            ("ones", "255 where it is kept")):
             with self.fails(name, word):
-                masksup.mask_source(masksup.Config(masks=str(self.tmp / name)))
+                masksup.training_masks(masksup.Config(masks=str(self.tmp / name)))
 
 
 class MaskSupLoss(MethodCase):
@@ -3964,21 +3968,44 @@ class MaskSupLoss(MethodCase):
                         self.assertTrue(w.grad.isfinite().all() and w.grad.abs().max() > 0,
                                         (name, term, N))
 
-    def test_the_loss_of_two_processes_is_that_of_the_whole_batch(self):
-        for N in 2, 5:
-            *batch, label = self.batch(N, void=4)           # the halves weigh differently
-            whole, _ = masksup.loss_fn(*batch, label)
-            halves = [[t[i:i + 1] for t in (*batch, label)] for i in (0, 1)]
-            losses = in_two_threads(lambda rank, add: masksup.loss_fn(*halves[rank], add=add)[0])
-            for loss in losses:
-                self.assertAlmostEqual(loss.item(), whole.item(), places=5)
+    def stepped(self, cfg, image, label, holes, world=1):
+        """The losses and gradients of a train_step of one process of `world`."""
+        f = torch.nn.Conv2d(3, 5, 1)
+        with torch.no_grad():
+            f.weight.copy_(torch.linspace(-1, 1, 15).view(5, 3, 1, 1))
+            f.bias.zero_()
+        machine, optimizer = common.Machine(cfg), torch.optim.SGD(f.parameters(), 0.0)
+        machine.world = world
+        losses = masksup.train_step(masksup.MaskSup(f), optimizer, machine.scaler(), machine, cfg,
+                                    image, label, holes)
+        return losses, torch.cat([p.grad.flatten() for p in f.parameters()])
 
-    def test_painting_loss_against_a_loop(self):
-        painted, image, holes = (self.normal(2, 3, 4, 4), self.normal(2, 3, 4, 4),
-                                 self.where(0.3, 2, 1, 4, 4))
-        errors = [(painted[b, c, y, x] - image[b, c, y, x]).item() ** 2
+    def test_the_step_of_two_processes_is_that_of_the_whole_batch(self):
+        cfg = masksup.Config(device="cpu", alpha2=0.5, alpha3=3.0)
+        batch = (torch.from_numpy(self.noise(5, 3, 6, 6)), self.classes(5, 5, 6, 6),
+                 self.where(0.5, 5, 1, 6, 6))
+        batch[1][0, :4] = 255                           # the parts weigh differently
+        losses, gradient = self.stepped(cfg, *batch)
+        parts = [[t[:3] for t in batch], [t[3:] for t in batch]]
+        (add, run), messages = two_threads(), []
+
+        def all_reduce(values):
+            messages.append(1)
+            values.copy_(add(values.clone()))
+
+        with mock.patch("common.all_reduce", all_reduce):
+            found = run(lambda rank: self.stepped(cfg, *parts[rank], world=2))
+        self.assertEqual(len(messages), 2 * 2)
+        for part, _ in found:
+            torch.testing.assert_close(part, losses)
+        torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient)   # as DDP does
+
+    def test_reconstruction_loss_against_a_loop(self):
+        output, image, holes = (self.normal(2, 3, 4, 4), self.normal(2, 3, 4, 4),
+                                self.where(0.3, 2, 1, 4, 4))
+        errors = [(output[b, c, y, x] - image[b, c, y, x]).item() ** 2
                   for b, c, y, x in np.ndindex(2, 3, 4, 4) if not holes[b, 0, y, x]]
-        self.assertAlmostEqual(masksup.painting_loss(painted, image, holes).item(),
+        self.assertAlmostEqual(masksup.reconstruction_loss(output, image, holes).item(),
                                np.mean(errors), places=5)
 
     def test_base_computes_neither_further_term(self):
@@ -3997,6 +4024,76 @@ class MaskSupLoss(MethodCase):
                     label, None if method == "base" else torch.ones(2, 1, 32, 32))
             self.assertEqual((len(calls), similarity.call_count), (passes, similarities))
             self.assertEqual([t > 0 for t in terms[1:3].tolist()], [True, method != "base"])
+
+
+class PasteMaskSup(MethodCase):
+    """What the sections of the method are without the rest of the file."""
+
+    def setUp(self):
+        super().setUp()
+        self.text = (MAIN / "masksup.py").read_text()
+        _, *parts = re.split(r"^# -{9,} (.+)\n", self.text, flags=re.M)
+        self.sections = dict(zip(parts[::2], parts[1::2]))
+
+    def pasted(self, name):
+        """The names of a section, run after nothing but the imports that its first line lists."""
+        first, _, code = self.sections[name].partition("\n")
+        imports = first.removeprefix("# To paste this section: ").rstrip(".")
+        self.assertRegex(imports, "^import ")
+        for module in re.findall(r"(?:import|from) ([a-zA-Z]+)", imports):
+            self.assertIn(module, ("torch", "numpy", "PIL", "Image"))
+        names = {}
+        exec(f"{imports}\n{code}", names)
+        return names
+
+    def test_masking_alone(self):
+        masking = self.pasted("masking")
+        bank = masking["mask_bank"](7, 32, 0.2, 0.4, seed=0)
+        removed = 1 - bank.float().mean((1, 2))
+        self.assertTrue(((removed >= 0.2) & (removed <= 0.4)).all())
+        rng = np.random.default_rng(5)
+        self.assertTrue(0.5 <= 1 - masking["draw_mask"](rng, 32, 0.5, 0.75).mean() <= 0.75)
+        noise = masking["noise_of"]([4, 9])
+        noise[0] = torch.tensor([0.5, 0.25, 0.125, 0.9, 0.9, 0.9])      # mask 3, shifted by 8, 4
+        holes = masking["pick"](bank, noise)
+        arrays_equal(holes[0, 0], np.roll(bank[3].numpy(), (-8, -4), (0, 1)))
+        noise[0] = torch.tensor([0.5, 0.0, 0.0, 0.1, 0.9, 0.1])         # transposed, its x flipped
+        arrays_equal(masking["pick"](bank, noise)[0, 0], bank[3].numpy().T[::-1])
+
+    def test_model_and_loss_against_a_loop_over_pixels(self):
+        N, f = 3, torch.nn.Conv2d(3, 3, 1)
+        net, loss = self.pasted("model: MaskSup")["MaskSup"](f), self.pasted("loss")
+        image = self.uniform(2, 3, 4, 5).float()
+        holes, label = self.where(0.5, 2, 1, 4, 5), self.classes(N, 2, 4, 5)
+        label[1, :2] = 255
+        W, b = f.weight.detach()[:, :, 0, 0].double().numpy(), f.bias.detach().double().numpy()
+        seg = context = similar = 0.0
+        for i, y, x in np.ndindex(2, 4, 5):
+            p = np.exp(W @ image[i, :, y, x].numpy() + b)
+            q = p if holes[i, 0, y, x] else np.exp(b)           # f sees 0 where it is removed
+            p, q = p / p.sum(), q / q.sum()
+            similar += ((p - q) ** 2).sum() / 2
+            if (c := int(label[i, y, x])) != 255:
+                seg, context = seg - np.log(p[c]), context - np.log(q[c])
+        M_p, M_pm = net(image, holes)
+        total, terms = loss["loss_fn"](M_p, M_pm, label)
+        np.testing.assert_allclose(terms, [seg / 30, context / 30, similar / 40], rtol=1e-4)
+        self.assertAlmostEqual(total.item(), terms.sum().item(), places=5)
+        _, terms = loss["loss_fn"](M_p, M_pm, label, (2, 1, 1), torch.tensor(60), torch.tensor(10))
+        np.testing.assert_allclose(terms, [seg / 60, context / 60, similar / 10], rtol=1e-4)
+        total, _ = loss["loss_fn"](net(image)[0], None, label, (2, 1, 1))
+        self.assertAlmostEqual(total.item(), 2 * seg / 30, places=4)
+
+    def test_the_map_in_the_docstring_is_right(self):
+        first, last = map(int, re.search(r"lines (\d+) to (\d+) are the method",
+                                         " ".join(self.text.split('"""')[1].split())).groups())
+        lines = self.text.splitlines()
+        self.assertRegex(lines[first - 1], "^# -+ model: MaskSup$")
+        names = list(self.sections)
+        self.assertEqual(names[1:6], ["model: MaskSup", "masking", "loss", "training step",
+                                      "networks: U-Net and U-Net++"])
+        end = next(i for i, line in enumerate(lines) if line.endswith(f"- {names[5]}"))
+        self.assertEqual((lines[last - 1] != "", lines[last:end]), (True, ["", ""]))
 
 
 class MaskSupRuns(Runs, MethodCase):
@@ -4033,7 +4130,7 @@ class MaskSupRuns(Runs, MethodCase):
         probability = lambda x: f(x)[0].double().softmax(0).detach().numpy()
         for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
-                                     items.info, masks, holes)
+                                     masks, holes)
             answers, truths, of_images, far, losses = [], [], [], [], []
             for i in range(len(items)):
                 image, label, _ = items[i]
@@ -4122,7 +4219,7 @@ class MaskSupRuns(Runs, MethodCase):
         scores = {"miou": 12.3, "paper_iou": 45.6, "paper_iou_without_void": 78.9}
         for name, line in (("camvid", "mIoU 12.30"), ("glas", "mIoU 12.30, paper_iou 45.60"),
                            ("nyuv2", "mIoU 12.30, paper_iou 45.60, without void 78.90")):
-            self.assertEqual(masksup.said(scores, masksup.Config(data=name)), line)
+            self.assertEqual(masksup.score_line(scores, masksup.Config(data=name)), line)
 
     def test_pretraining_goes_on_after_a_kill_and_hands_over_all_but_the_head(self):
         flags = [*MASKSUP, "--pretrain", "mae", "--pretrain-epochs", 6, "--mae-patch", 8,
@@ -4703,7 +4800,7 @@ class S4mimLoss(MethodCase):
         fea, label, conf, removed, void = self.batch(range(C), B, D)
         void[0], void[B] = True, True                                   # the halves weigh unevenly
         p_m, p, r, x = (self.normal(3 * B, n, 4, 4) for n in (C, C, 3, 3))
-        y_l = torch.where(void, 255, label)
+        y_l, (add, run) = torch.where(void, 255, label), two_threads()
 
         def features(at, add):
             prototypes = s4mim.Prototypes(C, D)
@@ -4720,7 +4817,7 @@ class S4mimLoss(MethodCase):
                   features):
             whole = f(list(range(3 * B)), lambda sums: sums)
             # of two processes, each has every second image of each stream
-            for found in in_two_threads(lambda rank, add: f(list(range(rank, 3 * B, 2)), add)):
+            for found in run(lambda rank: f(list(range(rank, 3 * B, 2)), add)):
                 self.assertAlmostEqual(found.item(), whole.item(), places=5)
 
 
@@ -5334,11 +5431,11 @@ class S4mimRuns(Runs, MethodCase):
                 (["--size", 30], "--size 30"),
                 (["--predict", self.tmp], "--ckpt"), (["--to", "x"], "--predict"),
                 ([*evaluate, out / "last.pt"], "run-last", "rename"),
-                ([*evaluate, "--lr", 1], "--lr", "settled"),
-                ([*evaluate, "--size", 64], "--size", "settled"),
-                ([*evaluate, "--method", "mim"], "--method", "settled"),
+                ([*evaluate, "--lr", 1], "--lr", "fixed by"),
+                ([*evaluate, "--size", 64], "--size", "fixed by"),
+                ([*evaluate, "--method", "mim"], "--method", "fixed by"),
                 (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
-                  "--size", 64], "--size", "settled")):
+                  "--size", 64], "--size", "fixed by")):
             self.refuses(argv, *words)
         self.assertFalse((self.tmp / "to").exists())
 
@@ -5875,10 +5972,10 @@ class BadData(Case):
             torch.save({**good, "config": {**good["config"], "old": 1}}, self.tmp / "old.pt")
             (self.tmp / "cut.pt").write_bytes((out / "last.pt").read_bytes()[:-5000])
             bad = [(self.tmp / "gone.pt", ["no checkpoint", "train first"]),
-                   (self.tmp / "empty.pt", ["a whole checkpoint"]),
-                   (self.tmp / "cut.pt", ["a whole checkpoint", "take another one"]),
-                   (self.tmp / "evil.pt", ["a whole checkpoint", "take another one"]),
-                   (out / "samples.png", ["a whole checkpoint"]),
+                   (self.tmp / "empty.pt", ["a complete checkpoint"]),
+                   (self.tmp / "cut.pt", ["a complete checkpoint", "give another one"]),
+                   (self.tmp / "evil.pt", ["a complete checkpoint", "give another one"]),
+                   (out / "samples.png", ["a complete checkpoint"]),
                    (self.tmp / "list.pt", ["something else"]),
                    (runs[other] / "last.pt", [f"a checkpoint of {other[:-3]}, not of"])]
             uses = {"--init": [*brief, "--out", self.tmp / "new"], "--eval": ["--root", "."]}
@@ -5894,7 +5991,7 @@ class BadData(Case):
                                           "--lr", "1e-30", "--out", self.tmp / f"four {name}",
                                           "--init", out / "last.pt")
             self.assertEqual((status, error), (0, ""))
-            anew = re.search(r"start anew: (.*)", text)[1].split(", ")
+            anew = re.search(r"not loaded: (.*)", text)[1].split(", ")
             new = saved(self.tmp / f"four {name}/last.pt")["model"]
             for key, value in good["model"].items():        # all the rest is as it was
                 if key not in anew and value.is_floating_point() and "running" not in key:
@@ -5986,7 +6083,7 @@ class AsFoundFiles(Case):
         self.assertEqual((status, error.count("\n")), (1, 1), error)
         self.assertIn("z.heic", error)
         self.assertIn("16 segmented, 1 failed", text)
-        self.assertRegex(text, r"left out, as no pictures: .*notes.txt")
+        self.assertRegex(text, r"skipped, not images: .*notes.txt")
         for name in [*pairs, "one"]:
             self.assertTrue((self.tmp / f"to/{name}.png").exists(), name)
 
@@ -6111,7 +6208,7 @@ class AsFoundFiles(Case):
             shutil.copytree(self.tmp / "here", self.tmp / "there", dirs_exist_ok=True)
             status, _, error = outcome(script, *argv, self.tmp / "there", "--resume")
             self.assertEqual((status, error.count("\n")), (2, 1))
-            self.assertIn("was begun with --palette", error)
+            self.assertIn("was started with --palette", error)
             status, _, error = outcome(script, *argv, self.tmp / "there", *palette, "--resume")
             self.assertEqual((status, error), (0, ""))
 
@@ -6132,7 +6229,7 @@ class AsFoundFiles(Case):
 
     def test_devices(self):
         for script, brief in BRIEF.items():
-            for device, words in ("cuda:1", "torch finds none here"), ("gpu", "cuda:1, mps, cpu"):
+            for device, words in ("cuda:1", "torch does not find one"), ("gpu", "cuda:1, mps, cpu"):
                 status, _, error = outcome(script, *brief, "--device", device, "--out",
                                            self.tmp / "x")
                 self.assertEqual((status, error.count("\n")), (2, 1))
@@ -6445,7 +6542,7 @@ class Broken(Case):
             with mock.patch.object(module, "train_step", train_step):
                 status, text, error = outcome(name, *argv)
             self.assertEqual((status, error), (130, ""))
-            self.assertIn("stopped after step 5: the same command with --resume goes on", text)
+            self.assertIn("stopped after step 5: continue with the same command and --resume", text)
             self.assertEqual(saved(out / "last.pt")["step"], 5)
             self.refused(name, [*argv, "--resume", "--max-steps", 5], "--max-steps",
                          "at step 5 already", "give more")
@@ -6465,7 +6562,8 @@ class Broken(Case):
         with mock.patch.object(s4mim, "write_metrics", interrupted):
             status, text, error = outcome("s4mim.py", *argv)
         self.assertEqual((status, error), (130, ""))
-        self.assertIn("stopped after the baseline: the same command with --resume goes on", text)
+        self.assertIn("stopped after the baseline: continue with the same command and --resume",
+                      text)
         self.assertEqual([p.name for p in (self.tmp / "out").iterdir()], ["suponly"])
         status, text, error = outcome("s4mim.py", *argv, "--resume")
         self.assertEqual((status, error), (0, ""))
@@ -6522,8 +6620,8 @@ class Broken(Case):
                 self.assertEqual((status, error.count("\n")), (2, 1), error)
                 self.assertIn(f"step {bad}: " + {
                     "loss": "the loss is nan, after the batch ",
-                    "weights": "weights that are not finite are left, after"}[what], error)
-                self.assertIn(f"{out} is as it was saved before", error)
+                    "weights": "some weights are not finite, after"}[what], error)
+                self.assertIn(f"{out} has the last state saved before", error)
                 # the loaders drew the batches of steps 5, 6, .. in turn: four pictures each
                 streams = {dataset for dataset, _ in sampled}
                 batch = [path for d in streams for path in
@@ -6600,7 +6698,7 @@ class Broken(Case):
             for part in "images", "masks":
                 (self.root / f"train/{part}/p000.png").rename(self.root / f"train/{part}/q.png")
             self.refused(name, [*argv, "--out", out, "--resume"], self.root,
-                         "other training pictures", out)
+                         "other training images", out)
             for part in "images", "masks":
                 (self.root / f"train/{part}/q.png").rename(self.root / f"train/{part}/p000.png")
             self.refused(name, ["--eval", out / "last.pt", "--out", out], out, "already holds",
