@@ -2072,7 +2072,7 @@ def void_first_rows(mask):
 
 
 def two_threads():
-    """(add, run): run(f) is [f(0), f(1)] of two threads, in which add(tensor) is the sum of both."""
+    """(add, run): run(f) is [f(0), f(1)], in two threads; add(tensor) is the sum of theirs."""
     barrier, sent = threading.Barrier(2, timeout=60), {}
 
     def add(tensor):
@@ -2177,7 +2177,7 @@ class Runs:
         self.assertIn(words, text)
         for method in self.methods:
             found, _ = self.bench(1, *self.flags, *method, "--batch-size", 4)
-            self.assertAlmostEqual(found["img_per_s"] * found["ms_per_step"] / 4000, 1, delta=0.02)
+            self.assertAlmostEqual(found["img_per_s"], 4000 / found["ms_per_step"], delta=0.06)
 
     def two_as_one(self, *flags):
         """Train in two processes, and evaluate in one; both scores, what the two print."""
@@ -2357,7 +2357,7 @@ class Metrics(MethodCase):
                         into.append(100 * right / (right + 2 * wrong))
             for void, right in (True, expected), (False, without):
                 found = masksup.image_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
-                                            void)
+                                          void)
                 np.testing.assert_allclose(found, right, rtol=1e-5)
 
     def test_nearest_fill_against_all_distances(self):
