@@ -928,14 +928,15 @@ def draw_sheet(path, rows, names, info=None, title="", grey="void"):
     """Write a contact sheet as one PNG: rows of images, the name of each row before it, a title
     above, and, given the Info of a dataset, a legend of its classes below.
 
-    rows: lists of uint8 (H, W, 3). Small images are enlarged by whole steps to almost 160 pixels,
-    so that patches stay square. grey: what light grey stands for in the legend.
+    rows: lists of uint8 (H, W, 3); none for a legend alone. Small images are enlarged by whole
+    steps to almost 160 pixels, so that patches stay square. grey: the meaning of light grey.
     """
     gap, tile, size = 4, 160, 15
     rows = [[ImageOps.scale(Image.fromarray(p), max(1, tile // max(p.shape[:2])), Image.NEAREST)
              for p in row] for row in rows]
-    left = 4 * gap + max(int(font(size).getlength(name)) for name in names)
-    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    left = 4 * gap + max((int(font(size).getlength(name)) for name in names), default=0)
+    widths = [max(row[i].width for row in rows if i < len(row))
+              for i in range(max(map(len, rows), default=0))]
     heights = [max(image.height for image in row) for row in rows]
     W = max(left + sum(widths) + gap * len(widths), 480)
     head = textwrap.wrap(title, W // 8)
@@ -1011,9 +1012,10 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     confidence, float32 (H, W) in 0..1.
     Writes DIR/NAME.png (class indices, with the palette of the classes), DIR/overlay/NAME.png and
     DIR/confidence/NAME.png (255 times the confidence), in the size and the folders of the images,
-    upright by their EXIF data. DIR/areas.csv: for each class its share and mean confidence in
-    percent and its number of regions. If a.jpg and a.png are given, they become a.jpg.png and
-    a.png.png. Files that cannot be read are a line on stderr each, and exit status 1.
+    upright by their EXIF data. DIR/overlay/legend.png names the colours of the overlays.
+    DIR/areas.csv: for each class its share and mean confidence in percent and its number of
+    regions. If a.jpg and a.png are given, they become a.jpg.png and a.png.png. Files that cannot be
+    read are a line on stderr each, and exit status 1.
     """
     if not (cfg.ckpt and cfg.to):
         raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "
@@ -1026,7 +1028,8 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
         raise UserError("--predict runs in one process: start it with python, not torchrun")
     refuse_nonempty(to)
     for source in map(Path, paths):
-        inside = data.tree(source) if source.is_dir() else [source] if source.exists() else []
+        inside = (data.images_below(source) if source.is_dir() else
+                  [source] if source.exists() else [])
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))
                   for path in inside]
         if not inside:
@@ -1036,6 +1039,7 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
             print(f"{source}: skipped, not images: {', '.join(others[:4])}"
                   + f" and {len(others) - 4} more" * (len(others) > 4))
     model.to(machine.device)
+    draw_sheet(to / "overlay/legend.png", [], [], info, "Class 0 is left as the image is")
     same_stem = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
     if len({name for _, name in found}) < len(found):
         raise UserError("--predict: two images have the same name; predict them one by one")

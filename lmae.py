@@ -3,62 +3,76 @@
     image, label  ->  one plane a class, stacked on the image        stack fuse       Eq. 1
                   ->  patches, some of them removed                  mask strategy
                   ->  encoder on the patches that are left           L-MAE encoder    Eq. 2-9
-                  ->  the image alone put back where they were       IPS
+                  ->  the image of the removed patches put back      IPS
                   ->  decoder on all patches -> a class per pixel    L-MAE decoder    Eq. 4-9
     loss: cross entropy, a weight per class                                           Eq. 10-12
 
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-    python lmae.py                                          # embedded dataset, CPU, two minutes
+Lines 174 to 521 are the method, the rest is plumbing.
+
+    python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
     python lmae.py --complete my/folder --ckpt out/lmae-folder/best.pt --to REPAIRED
     python lmae.py --complete LABELS --images IMAGES --ckpt out/lmae-folder/best.pt --to REPAIRED
-    python lmae.py --data voc --mask-ratio 0.5              # the paper's recipe
-    python lmae.py --eval A.pt B.pt --ratios 0.3 0.5 0.7    # Fig. 6 and 8
-    python lmae.py --augment --ckpt out/lmae-voc/best.pt    # Table 4
-    python lmae.py --data voc --bench 20                    # Tables 5 and 8
     torchrun --nproc_per_node=4 lmae.py --data voc          # several GPUs
 
 The paper's own model is built and counted but has not been trained here. What small ones repair,
 with commands, is in README.md.
 
 Departures from the paper:
-- --supplement nearest and --punch are ours, for repairing labels: see LMAE, punch() and damage().
-  They are what a folder and, but for --punch, camvid train with; voc and cityscapes have IPS.
+- --supplement nearest and --punch are additions for repairing labels: see LMAE, punch(), damage().
+  A folder trains with both, camvid with the first; voc and cityscapes with IPS.
 - Eq. 10 as printed gives Pascal VOC's background a weight of 1e-13 and drops it from the loss, yet
   the tables count it. V(x) is taken as the standard deviation, and background counts.
 - beta and gamma of Eq. 10 stay at 1 (--class-weights fixed; the paper's is learned). They are
-  trained to lower the loss that they weigh, so gamma falls while rare classes are the harder ones:
-  with VOC's shares and errors that stay it is 0 after 10,000 steps and -2.6 after the paper's
+  trained to lower the loss that they weigh, so gamma falls while rare classes have larger errors:
+  with VOC's shares and constant errors it is 0 after 10,000 steps and -2.6 after the paper's
   41,600, where rare classes weigh 0.05 and 98 % of the loss is background (test_all.py, LmaeLoss).
   log.csv has both. The plateau schedule follows the cross entropy without class weights, val_ce.
-- Each head has D / 8 dimensions (the text also says 64, which 1440 and 720 do not give).
+- A head has D / 8 dimensions (the text also says 64, which 1440 and 720 do not give).
 - 8 and 6 blocks, the best of the tables; the text's default is 12 and 8.
-- Positions are added before the decoder too: what IPS puts back has no other sign of its place.
-- Repairing, an object pixel in a rebuilt patch stays as it was drawn (the paper rebuilds the whole
-  patch), and all patches with background for half or more are rebuilt, in passes.
+- Positions are also added before the decoder: IPS alone does not say where a patch belongs.
+- In repairs, an object pixel in a rebuilt patch keeps its label (the paper rebuilds the whole
+  patch), and all patches that are at least half background are rebuilt, in passes.
 - Table 4 trains small FCN and U-Net for a number of epochs (the paper: 300 iterations), and adds
-  what the paper leaves out: the nearest fill, void for background, and the whole labels.
-- cityscapes is scored on all of each picture, in crops side by side.
-What the texts leave open: the learning rate and the side of a patch (here 1e-4 and 16), the rate of
-DropPath (0.1 at the last block), mirrored crops, the initial weights (Xavier), which classes are
-background where there is none (the "stuff" of Cityscapes and CamVid), and the masks of the
+  the nearest fill, void for background, and the complete labels.
+- cityscapes is scored on the whole of each image, in crops next to each other.
+The texts leave open: the learning rate and the patch size (here 1e-4 and 16), the rate of DropPath
+(0.1 at the last block), mirrored crops, the initial weights (Xavier), which classes are background
+where no class has that name (the "stuff" of Cityscapes and CamVid), and the masks of the
 evaluation (random, fixed by seed and index). Crops of 448 pad VOC's 500 x 375: 16 % is black and
-void. The "preservation status" of Fig. 2 is in none of Eq. 4-8. BUS-M2AE (Table 7) is not here.
-Slips: the sort orders of background-first and label-first are swapped in the Patterns text (here
-they do what their names and the rest of the text say); Table 4's column heads are swapped; Table
-9's last row is "layer", its columns are swapped; the text to Fig. 6 says "with IPS" for "without";
-Cityscapes' row for m = 0.5 averages 89.0, not 86.4.
+void. The "preservation status" of Fig. 2 is in none of Eq. 4-8.
+
+Slips of the paper: the sort orders of background-first and label-first are swapped in the Patterns
+text (here they do what their names and the rest of the text say); Table 4's column heads are
+swapped; Table 9's last row is "layer", its columns are swapped; the text on Fig. 6 says "with IPS"
+for "without"; Cityscapes' row for m = 0.5 averages 89.0, not 86.4.
+
+Paper item | python lmae.py ..  (the rows of other methods in Tables 1 to 3 are quoted: not here)
+Fig. 1     | --data voc                                    # OUT/samples.png
+Fig. 2, 3  | not here: drawings of the network and of IPS, which are class LMAE
+Fig. 4     | --complete LABELS --images IMAGES --ckpt A.pt B.pt --to DIR --broken background
+Fig. 5     | not here: a drawing of the experiment of Table 4
+Fig. 6, 7  | --eval A.pt B.pt --ratios 0.3 0.5 0.7         # A, B: with --supplement image, none
+Fig. 8     | --eval A.pt --ratios 0.5                      # worst.png
+Table 1    | --data voc --mask-ratio 0.5                   # or 0.6; pa_class_iou in metrics.json
+Table 2    | --data cityscapes --mask-ratio 0.5            # or 0.6
+Table 3    | --data voc --mask-ratio 0.8                   # or 0.7, 0.5
+Table 4    | --augment --ckpt out/lmae-voc/best.pt
+Table 5    | --data voc --enc-blocks 12 --dec-blocks 8 --enc-dim 1024 --dec-dim 512    # and so on
+Table 6    | --data voc --mask-strategy random             # or label, background, mixed
+Table 7    | not here: BUS-M2AE masks by another method; L-MAE's rows are "mixed" of Table 6
+Table 8    | --data voc --bench 20                         # and for Table 5 --bench 0 only counts
+Table 9    | --data voc --mask-strategy random --fuse direct     # or insert, layer
 """
-import csv
-import io
 import json
 import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -76,15 +90,14 @@ from common import UserError
 @dataclass
 class Config:
     data: str = "shapes"           # a dataset that data.py lists, or your own folder
-    root: str = "data"             # where datasets live
+    root: str = "data"             # folder of the datasets
     out: str = ""                  # run folder; empty: out/lmae-DATA
-    model: Literal["auto", "small", "base", "paper"] = "auto"  # size: of a folder small, else paper
-    epochs: int = 400              # as all that follows down to mask_ratio, the paper's for VOC;
-    #                                0: as many as make 3000 steps
-    batch_size: int = 24           # pictures a step, over all processes
-    lr: float = 1e-4               # of Adam
-    crop: int = 448                # side of the random crop, in pixels of the picture; 0: size, or
-    #                                a third of the pictures' shorter side if that is more
+    model: Literal["auto", "small", "base", "paper"] = "auto"  # auto: small for folders, else paper
+    # down to mask_ratio: the paper's values for VOC
+    epochs: int = 400              # 0: as many as make 3000 steps
+    batch_size: int = 24           # images a step, over all processes
+    lr: float = 1e-4               # learning rate of Adam
+    crop: int = 448                # side of the crop in pixels; 0: size, or 1/3 of the shorter side
     size: int = 224                # the crop is resized to this side
     patch: int = 16                # side of a patch: L = (size / patch)^2 tokens
     enc_blocks: int = 8            # EB of Table 5
@@ -93,25 +106,24 @@ class Config:
     dec_dim: int = 720             # DD
     heads: int = 8                 # h of Eq. 8, in encoder and decoder
     weight_decay: float = 1e-4     # Adam's own, not decoupled
-    plateau_factor: float = 0.8    # the rate falls by this factor ...
-    plateau_patience: int = 5      # ... when for so many evaluations ...
-    plateau_threshold: float = 1e-3  # ... the validation loss has not fallen by this share
+    plateau_factor: float = 0.8    # factor of the learning rate when the validation loss stalls
+    plateau_patience: int = 5      # evaluations without a lower validation loss before that
+    plateau_threshold: float = 1e-3  # the share by which it must fall to count as lower
     mask_ratio: float = 0.5        # share of the patches that is removed
     mask_strategy: Literal["mixed", "random", "background", "label"] = "mixed"  # mixed is 1:2:2
-    fuse: Literal["layer", "direct", "insert"] = "layer"  # Eq. 1, or what Table 9 compares it with
-    supplement: Literal["none", "image", "nearest"] = "image"  # what the decoder gets of a removed
-    #                                patch: nothing, its image (IPS), or the nearest labels as well
+    fuse: Literal["layer", "direct", "insert"] = "layer"  # Eq. 1, or the other rows of Table 9
+    supplement: Literal["none", "image", "nearest"] = "image"  # given to the decoder: see LMAE
     punch: float = 0.0             # half of the labels lose up to this share in cells, not patches
     class_weights: Literal["learned", "fixed", "none", "literal"] = "fixed"  # of Eq. 10
     drop_path: float = 0.1         # of the last block, rising from 0 at the first; our choice
     flip: bool = True              # mirror half of the training crops; our choice
     schedule: Literal["plateau", "cosine"] = "plateau"  # the paper's; cosine suits short runs
-    warmup: int = 0                # steps over which the rate rises to lr
+    warmup: int = 0                # steps over which the learning rate rises to lr
     eval_every: int = 1            # epochs between evaluations
     seed: int = 0                  # of weights, masks, crops and order
-    workers: int = -1              # loader processes; -1: one a processor with CUDA, or else none
-    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
-    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
+    workers: int = -1              # loader processes; -1: one a processor with CUDA, otherwise none
+    threads: int = 0               # of torch on the CPU; 0: one for each idle processor
+    in_memory: float = 2.0         # a split of up to so many GB is decoded once and kept
     device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
     compile: bool = False          # torch.compile the model
@@ -122,35 +134,35 @@ class Config:
     palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
     eval: tuple = ()               # evaluate these checkpoints and do nothing else
     ratios: tuple = ()             # --eval: also at these mask ratios, for a plot like Fig. 6
-    scored: Literal["centre", "all"] = "centre"  # of a picture: its centre crop, or all crops of it
+    scored: Literal["centre", "all"] = "centre"  # the centre crop of an image, or all its crops
     bench: int = -1                # time N training steps on random tensors; 0: only count
-    complete: tuple = ()           # broken labels to repair: files, or folders and what is in them
-    suspect: tuple = ()            # labels to look through for mistakes, as --complete takes them
-    images: tuple = ()             # --complete: their pictures, with the same names
+    complete: tuple = ()           # broken labels to repair: files, or folders of them
+    suspect: tuple = ()            # labels to search for mistakes, given as for --complete
+    images: tuple = ()             # --complete: the images of the labels, with the same names
     ckpt: tuple = ()               # --complete, --augment: checkpoints, e.g. one per mask ratio
     to: str = ""                   # --complete: new folder for the repaired labels
     truth: tuple = ()              # --complete: true labels, only to score the result
     broken: Literal["255", "background"] = "255"  # --complete: what to rebuild, see complete()
-    sure: float = 0.0              # --complete: where it is less sure than this, nothing is filled
+    sure: float = 0.0              # --complete: fill only pixels of at least this confidence
     augment: bool = False          # the label augmentation experiment (Table 4)
     augment_epochs: int = 300      # --augment: epochs of each of its segmentation networks
 
 
-# small models from scratch: see RECIPES["shapes"]; and they are there to repair labels
+# small models trained from scratch, for repairing labels
 SMALL = dict(crop=0, epochs=0, lr=1e-3, schedule="cosine", warmup=100, weight_decay=0.0,
              drop_path=0.0, mask_strategy="random", supplement="nearest", punch=0.9)
 RECIPES = {                        # what differs from the defaults above, by dataset
-    # two minutes on two CPU cores: small patches and few of them, a small model, and "random", for
-    # a model that must first learn to look at its neighbours learns that later from "mixed"
+    # two minutes on two CPU cores: small patches and few of them, a small model, and "random":
+    # with "mixed" it takes longer to learn to look at the neighbours
     "shapes": dict(epochs=44, batch_size=16, lr=2e-3, crop=48, size=48, patch=4, enc_blocks=1,
                    dec_blocks=2, enc_dim=128, dec_dim=128, heads=4, drop_path=0.0,
                    weight_decay=0.0, schedule="cosine", warmup=50, mask_strategy="random",
                    supplement="nearest", eval_every=4),
     "voc": {}, "nyuv2": {}, "glas": {},
     "cityscapes": dict(batch_size=48, size=448, scored="all", eval_every=10),
-    "camvid": dict(crop=320, supplement="nearest"),     # its pictures are 480 x 360
+    "camvid": dict(crop=320, supplement="nearest"),     # its images are 480 x 360
     "polyp": dict(crop=288),       # CVC-ClinicDB's are 384 x 288
-    # --model: for a folder of your own, on a laptop: ten minutes; on one GPU; the paper's
+    # --model: for your own folder, on a laptop: ten minutes; on one GPU; the paper's
     "small": dict(SMALL, enc_blocks=2, dec_blocks=4, enc_dim=256, dec_dim=192, heads=4,
                   batch_size=8),
     "base": dict(SMALL, enc_blocks=6, dec_blocks=4, enc_dim=512, dec_dim=256, lr=5e-4),
@@ -160,30 +172,93 @@ RECIPES["materials"] = RECIPES["shapes"]
 
 
 # ----------------------------------------------------------------------------------------- model
+# To paste this section: import math, torch, torch.nn as nn, torch.nn.functional as F.
 
-def patchify(x, p):
-    """(B, C, H, W) -> (B, L, C * p * p): patches row by row, each flattened as a conv reads it."""
-    B, C, H, W = x.shape
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)      # (B, H/p, W/p, C, p, p)
-    return x.reshape(B, (H // p) * (W // p), C * p * p)
+class LMAE(nn.Module):
+    """Encoder on the kept patches of image and label, decoder on all patches, N classes a pixel.
 
+    supplement: what the decoder is given where a patch was removed. "image" is the paper's IPS,
+    the image of the patch; "none" is zeros. "nearest", an addition, gives all patches the image,
+    the planes of the nearest shown labels and the distance to these; and the logit of the nearest
+    label gets a learned bonus for each distance, so that the network learns where it is wrong.
 
-def unpatchify(x, p):
-    """(B, L, p * p) -> (B, S, S), for a square of L patches."""
-    B, L, _ = x.shape
-    n = math.isqrt(L)
-    return x.view(B, n, n, p, p).transpose(2, 3).reshape(B, n * p, n * p)
+    The patch embeddings are convolutions with stride = kernel, written as Linear layers over
+    flattened patches: only the patches that are used are embedded, as the paper's GFLOPs imply.
+    """
 
+    def __init__(self, classes, size=224, patch=16, enc_blocks=8, dec_blocks=6, enc_dim=1440,
+                 dec_dim=720, heads=8, drop_path=0.1, fuse="layer", supplement="image"):
+        super().__init__()
+        self.classes, self.patch, self.fuse, self.supplement = classes, patch, fuse, supplement
+        L, channels = (size // patch) ** 2, {"layer": classes + 3, "direct": 4, "insert": 6}[fuse]
+        added = {"none": 0, "image": 3, "nearest": classes + 4}[supplement]        # channels
 
-def take(x, ids):
-    """Rows `ids` (B, K) of x (B, L, D) -> (B, K, D)."""
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+        def blocks(n, dim):
+            rates = [drop_path * i / max(1, n - 1) for i in range(n)]
+            return nn.ModuleList(Block(dim, heads, rate) for rate in rates)
 
+        self.embed = nn.Linear(channels * patch ** 2, enc_dim)
+        self.encoder, self.enc_norm = blocks(enc_blocks, enc_dim), nn.LayerNorm(enc_dim)
+        self.enc_to_dec = nn.Linear(enc_dim, dec_dim)
+        self.ips = nn.Linear(added * patch ** 2, dec_dim) if added else None
+        self.trust = nn.Parameter(torch.full((17,), 4.0)) if supplement == "nearest" else None
+        self.decoder, self.dec_norm = blocks(dec_blocks, dec_dim), nn.LayerNorm(dec_dim)
+        self.head = nn.Linear(dec_dim, patch ** 2 * classes)
+        self.register_buffer("enc_pos", positions(L, enc_dim), persistent=False)
+        self.register_buffer("dec_pos", positions(L, dec_dim), persistent=False)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
 
-def positions(L, dim):
-    """Fixed 1-D sine-cosine positions (L, dim) of Eq. 2-3: even columns sine, odd ones cosine."""
-    angle = torch.arange(L)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+    def planes(self, label):
+        """(B, K, p * p) -> (B, K, N, p * p) bool, one plane a class."""
+        return label[:, :, None] == torch.arange(self.classes, device=label.device)[:, None]
+
+    def fuse_map(self, image, label):
+        """Eq. 1 on patches: (B, K, 3 * p * p), (B, K, p * p) -> F, (B, K, channels * p * p).
+
+        A void pixel (255) is zero in every label plane.
+        """
+        if self.fuse == "layer":                # l_1 .. l_N, one plane a class, then the image
+            return torch.cat([self.planes(label).flatten(2).to(image.dtype), image], -1)
+        one = torch.where(label < self.classes, (label + 1.0) / self.classes, 0.0).to(image.dtype)
+        if self.fuse == "direct":               # the label as a fourth channel
+            return torch.cat([image, one], -1)
+        r, g, b = image.chunk(3, -1)            # "insert": a copy of it after each of R, G and B
+        return torch.cat([r, one, g, one, b, one], -1)
+
+    def forward(self, image, label, keep, removed):
+        """
+        image: (B, 3, S, S) float in [-1, 1].  label: (B, S, S) integer, the shown part of it, 255
+        = void or hidden. keep, removed: (B, K), (B, L - K) int64, which together hold every patch
+        once; only "nearest" reads shown labels in removed patches.
+        Returns logits (B, L, p * p, N), the pixels of each patch row by row.
+        """
+        pixels = patchify(image, self.patch)                                        # (B, L, 3 pp)
+        labels = patchify(label[:, None], self.patch)                               # (B, L, pp)
+        x = self.embed(self.fuse_map(take(pixels, keep), take(labels, keep)))       # (B, K, ED)
+        x = x + self.enc_pos[keep]                                                  # Eq. 2-3
+        for block in self.encoder:
+            x = block(x)
+        x = self.enc_to_dec(self.enc_norm(x))                                       # (B, K, DD)
+        supplement = x.new_zeros(*removed.shape, x.shape[-1])
+        if self.supplement == "image":      # IPS: the image of the removed patches, no label
+            supplement = self.ips(take(pixels, removed)).to(x.dtype)                # (B, L-K, DD)
+        restore = torch.cat([keep, removed], 1).argsort(1)
+        x = take(torch.cat([x, supplement], 1), restore) + self.dec_pos             # (B, L, DD)
+        if self.supplement == "nearest":
+            near, distance = (patchify(t[:, None], self.patch) for t in nearest_label(label))
+            planes = self.planes(near).flatten(2).to(pixels.dtype)
+            x = x + self.ips(torch.cat([planes, pixels, (distance / self.patch).clamp(max=4)], -1))
+        for block in self.decoder:
+            x = block(x)
+        x = self.head(self.dec_norm(x))
+        x = x.view(*x.shape[:2], self.classes, self.patch ** 2)                     # (B, L, N, pp)
+        if self.supplement == "nearest":
+            trust = self.trust[distance.clamp(max=len(self.trust) - 1)]             # (B, L, pp)
+            x = x.float().scatter_add(2, near[:, :, None].long(), trust[:, :, None])
+        return x.transpose(2, 3)
 
 
 class Block(nn.Module):
@@ -214,8 +289,34 @@ class Block(nn.Module):
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(kept) / kept
 
     def forward(self, x):
+        """(B, L, D) -> (B, L, D)."""
         x = x + self.drop(self.attention(self.norm1(x)))                                   # Eq. 4
         return x + self.drop(self.ffn(self.norm2(x)))                                      # Eq. 5
+
+
+def patchify(x, p):
+    """(B, C, H, W) -> (B, L, C * p * p): patches row by row, each flattened as a conv reads it."""
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)      # (B, H/p, W/p, C, p, p)
+    return x.reshape(B, (H // p) * (W // p), C * p * p)
+
+
+def unpatchify(x, p):
+    """(B, L, p * p) -> (B, S, S), for a square of L patches."""
+    B, L, _ = x.shape
+    n = math.isqrt(L)
+    return x.view(B, n, n, p, p).transpose(2, 3).reshape(B, n * p, n * p)
+
+
+def take(x, ids):
+    """Rows `ids` (B, K) of x (B, L, D) -> (B, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def positions(L, dim):
+    """Fixed 1-D sine-cosine positions (L, dim) of Eq. 2-3: even columns sine, odd ones cosine."""
+    angle = torch.arange(L)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 
 def nearest_label(label):
@@ -223,116 +324,28 @@ def nearest_label(label):
     distance (|dx| + |dy|); of equally near ones, with the smallest.
 
     label: (B, H, W) integer, 255 = void.  Returns the filled label, uint8, and the distance in
-    pixels, int32, both (B, H, W); with no label in a picture these are 0 and at least 2^16.
+    pixels, int32, both (B, H, W); with no label in an image these are 0 and at least 2^16.
 
     Two cumulative minima an axis, of distance and label in one number: no loop, no wait for the
     device. nearest_fill() below is Euclidean and takes 20 to 70 times as long (101 x 112 x 112:
     17 ms against 350 to 1170), and on CamVid its fill is no better: 58.1 against 58.4.
     """
-    void = label == 255
-    key = label.int().masked_fill(void, 1 << 24)                    # distance * 256 + label
+    key = label.int().masked_fill(label == 255, 1 << 24)            # distance * 256 + label
     for axis in 1, 2:
         at = 256 * torch.arange(label.shape[axis], device=label.device, dtype=torch.int32)
         at = at if axis == 2 else at[:, None]
         before = (key - at).cummin(axis).values + at
-        behind = (key + at).flip(axis).cummin(axis).values.flip(axis) - at
-        key = torch.minimum(before, behind)
+        after = (key + at).flip(axis).cummin(axis).values.flip(axis) - at
+        key = torch.minimum(before, after)
     return (key & 255).to(torch.uint8), key >> 8
 
 
-class LMAE(nn.Module):
-    """Encoder on the kept patches of image and label, decoder on all patches, N classes a pixel.
-
-    supplement: what the decoder is given where a patch was removed. "image" is the paper's IPS,
-    the image of the patch; "none" is zeros. "nearest", ours, is the image, the planes of the
-    nearest labels and how far away these are, for all patches; and the answer starts from the
-    nearest label, with a learned trust for each distance, so that the network learns where it is
-    wrong. Nothing leaks: a nearest label is one that is shown.
-
-    The patch embeddings are convolutions with stride = kernel, written as Linear layers over
-    flattened patches: so only the patches that go on are embedded, as the paper's GFLOPs imply.
-    """
-
-    def __init__(self, classes, size=224, patch=16, enc_blocks=8, dec_blocks=6, enc_dim=1440,
-                 dec_dim=720, heads=8, drop_path=0.1, fuse="layer", supplement="image"):
-        super().__init__()
-        self.classes, self.patch, self.fuse, self.supplement = classes, patch, fuse, supplement
-        L, planes = (size // patch) ** 2, {"layer": classes + 3, "direct": 4, "insert": 6}[fuse]
-
-        def blocks(n, dim):
-            rates = [drop_path * i / max(1, n - 1) for i in range(n)]
-            return nn.ModuleList(Block(dim, heads, rate) for rate in rates)
-
-        self.embed = nn.Linear(planes * patch ** 2, enc_dim)
-        self.encoder, self.enc_norm = blocks(enc_blocks, enc_dim), nn.LayerNorm(enc_dim)
-        self.enc_to_dec = nn.Linear(enc_dim, dec_dim)
-        given = {"none": 0, "image": 3, "nearest": classes + 4}[supplement]
-        self.ips = nn.Linear(given * patch ** 2, dec_dim) if given else None
-        self.trust = nn.Parameter(torch.full((17,), 4.0)) if supplement == "nearest" else None
-        self.decoder, self.dec_norm = blocks(dec_blocks, dec_dim), nn.LayerNorm(dec_dim)
-        self.head = nn.Linear(dec_dim, patch ** 2 * classes)
-        self.register_buffer("enc_pos", positions(L, enc_dim), persistent=False)
-        self.register_buffer("dec_pos", positions(L, dec_dim), persistent=False)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
-
-    def planes(self, label):
-        """(B, K, p * p) -> (B, K, N, p * p) bool, one plane a class."""
-        return label[:, :, None] == torch.arange(self.classes, device=label.device)[:, None]
-
-    def fuse_map(self, image, label):
-        """Eq. 1 on patches: (B, K, 3 * p * p), (B, K, p * p) -> F, (B, K, planes * p * p).
-
-        A void pixel (255) is zero in every label plane.
-        """
-        if self.fuse == "layer":                # l_1 .. l_N, one plane a class, then the image
-            return torch.cat([self.planes(label).flatten(2).to(image.dtype), image], -1)
-        one = torch.where(label < self.classes, (label + 1.0) / self.classes, 0.0).to(image.dtype)
-        if self.fuse == "direct":               # the label as a fourth channel
-            return torch.cat([image, one], -1)
-        r, g, b = image.chunk(3, -1)            # "insert": a copy of it after each of R, G and B
-        return torch.cat([r, one, g, one, b, one], -1)
-
-    def forward(self, image, label, keep, removed):
-        """
-        image: (B, 3, S, S) float in [-1, 1].  label: (B, S, S) integer, what is shown of it, 255 =
-        void or hidden. keep, removed: (B, K), (B, L - K) int64, which together hold every patch
-        once; of the label in `removed` only "nearest" reads what is shown there, if anything is.
-        Returns logits (B, L, p * p, N), the pixels of each patch row by row.
-        """
-        pixels = patchify(image, self.patch)                                        # (B, L, 3 pp)
-        labels = patchify(label[:, None], self.patch)                               # (B, L, pp)
-        x = self.embed(self.fuse_map(take(pixels, keep), take(labels, keep)))       # (B, K, ED)
-        x = x + self.enc_pos[keep]                                                  # Eq. 2-3
-        for block in self.encoder:
-            x = block(x)
-        x = self.enc_to_dec(self.enc_norm(x))                                       # (B, K, DD)
-        supplement = x.new_zeros(*removed.shape, x.shape[-1])
-        if self.supplement == "image":      # IPS: the image of the removed patches, no label
-            supplement = self.ips(take(pixels, removed)).to(x.dtype)                # (B, L-K, DD)
-        back = torch.cat([keep, removed], 1).argsort(1)
-        x = take(torch.cat([x, supplement], 1), back) + self.dec_pos                # (B, L, DD)
-        if self.supplement == "nearest":
-            near, distance = (patchify(t[:, None], self.patch) for t in nearest_label(label))
-            planes = self.planes(near).flatten(2).to(pixels.dtype)
-            x = x + self.ips(torch.cat([planes, pixels, (distance / self.patch).clamp(max=4)], -1))
-        for block in self.decoder:
-            x = block(x)
-        x = self.head(self.dec_norm(x))
-        x = x.view(*x.shape[:2], self.classes, self.patch ** 2)                     # (B, L, N, pp)
-        if self.supplement == "nearest":
-            trust = self.trust[distance.clamp(max=len(self.trust) - 1)]             # (B, L, pp)
-            x = x.float().scatter_add(2, near[:, :, None].long(), trust[:, :, None])
-        return x.transpose(2, 3)
-
-
 # --------------------------------------------------------------------------------------- masking
+# To paste this section: import torch. Take along patchify(), unpatchify() of the model.
 
 def draw(seeds, L, punched=False):
-    """The random numbers of masks: (B, L + 1) in [0, 1), each row from a seed of its own, so that
-    a sample's mask depends on neither its batch nor the process nor the device. For punch() there
+    """The random numbers of masks: (B, L + 1) in [0, 1), each row from its own seed, so that the
+    mask of a sample depends on neither the batch nor the process nor the device. For punch() there
     are 3 + 16 L more."""
     n = L + 1 + (3 + 16 * L) * punched
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -370,13 +383,14 @@ def mask_of(removed, L, patch):
     return unpatchify(m[..., None].expand(-1, -1, patch * patch), patch)
 
 
-def punch(patch, most, noise, S):
-    """Damage that no patch bounds: which pixels of a label to hide, (B, S, S) bool. Ours.
+def punch(patch, max_share, noise, S):
+    """Damage that does not follow the patches: the pixels to hide, (B, S, S) bool. An addition.
 
-    Half of the samples lose nothing. Of the others a share, drawn from 0..most, of the cells of a
-    grid goes, whose side is drawn from a quarter of a patch to four patches, evenly by its
-    logarithm.  noise: (B, L + 4 + 16 L) from draw(): after those of select() whether, how much,
-    how large, and one for each cell.  Returns also which samples are punched, (B,) bool.
+    Half of the samples lose nothing. The others lose a share, drawn from 0..max_share, of the
+    cells of a grid, whose side is drawn from a quarter of a patch to four patches, uniformly in
+    its logarithm.  noise: (B, L + 4 + 16 L) from draw(): after the numbers of select() one each
+    for whether, how much and how large, and one for each cell.  Returns also which samples are
+    punched, (B,) bool.
     """
     L = (S // patch) ** 2
     whether, share, side = noise[:, L + 1:L + 4].T
@@ -385,64 +399,32 @@ def punch(patch, most, noise, S):
     index = cell[:, :, None] * (cell[:, -1:, None] + 1) + cell[:, None, :]          # (B, S, S)
     chance = noise[:, L + 4:].gather(1, index.flatten(1)).view_as(index)
     punched = whether < 0.5
-    return (chance < most * share[:, None, None]) & punched[:, None, None], punched
+    return (chance < max_share * share[:, None, None]) & punched[:, None, None], punched
 
 
-def damage(label, cfg, background, noise):
-    """What a training step removes and hides: (keep, removed, what is shown of the label).
+def damage(label, patch, ratio, strategy, max_share, background, noise):
+    """What a training step removes and hides: (keep, removed, the label that is shown).
 
-    By the paper the patches that select() removes lose their whole label. In a sample that punch()
-    damages the emptiest patches are removed instead, as in repairing, and their other pixels stay
-    shown ("nearest" reads them).
+    In the paper the patches that select() removes lose their whole label. In a sample that punch()
+    damages (max_share > 0) the emptiest patches are removed instead, as in repairs, and their
+    other pixels stay shown ("nearest" reads them). Shapes as in select() and punch().
     """
-    keep, removed = select(label, cfg.patch, cfg.mask_ratio, cfg.mask_strategy, background, noise)
-    hidden = mask_of(removed, patches(cfg), cfg.patch)
-    if cfg.punch:
-        holes, punched = punch(cfg.patch, cfg.punch, noise, cfg.size)
-        empty = patchify((holes | (label == 255))[:, None].float(), cfg.patch).sum(-1)
-        order = (empty + noise[:, :empty.shape[1]]).argsort(dim=1, descending=True, stable=True)
-        emptiest, others = order[:, :removed.shape[1]], order[:, removed.shape[1]:]
-        keep = torch.where(punched[:, None], others, keep)
-        removed = torch.where(punched[:, None], emptiest, removed)
+    keep, removed = select(label, patch, ratio, strategy, background, noise)
+    M, L = removed.shape[1], keep.shape[1] + removed.shape[1]
+    hidden = mask_of(removed, L, patch)
+    if max_share:
+        holes, punched = punch(patch, max_share, noise, label.shape[-1])
+        empty = patchify((holes | (label == 255))[:, None].float(), patch).sum(-1)
+        order = (empty + noise[:, :L]).argsort(dim=1, descending=True, stable=True)
+        keep = torch.where(punched[:, None], order[:, M:], keep)
+        removed = torch.where(punched[:, None], order[:, :M], removed)
         hidden = torch.where(punched[:, None, None], holes, hidden)
     return keep, removed, label.masked_fill(hidden, 255)
 
 
-def nearest_fill(label, removed):
-    """Give each removed pixel the label of the nearest kept one: what no learning would answer.
-
-    label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
-    Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
-    (of equally near ones, the first found). With no source in a picture the answer is class 0.
-
-    Exact in two passes: the nearest source within each row, then the best row. The second stops as
-    soon as no farther row can win, after some 30 of 224 for patches of 16.
-    """
-    if label.device.type == "mps":                    # has no cummax of integers
-        return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
-    _, H, W = label.shape
-    far = 2 * (H + W)                                 # farther than any pixel
-    source = ~removed & (label != 255)
-    x = torch.arange(W, device=label.device, dtype=torch.int32)
-    left = torch.where(source, x, -far).cummax(-1).values
-    right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
-    column = torch.where(x - left <= right - x, left, right)
-    row_d2 = (column - x).square().clamp(max=far * far)
-    row_label = label.gather(-1, column.clamp(0, W - 1).long())
-    row_label = row_label.masked_fill(row_d2 >= far * far // 4, 0)
-    best_d2, best = row_d2.clone(), row_label.clone()
-    for k in range(1, H):
-        if not (best_d2[removed] > k * k).any():
-            break
-        for to, frm in (slice(k, None), slice(None, -k)), (slice(None, -k), slice(k, None)):
-            d2 = row_d2[:, frm] + k * k
-            closer = d2 < best_d2[:, to]
-            best_d2[:, to] = torch.where(closer, d2, best_d2[:, to])
-            best[:, to] = torch.where(closer, row_label[:, frm], best[:, to])
-    return torch.where(removed, best, label)
-
-
 # ------------------------------------------------------------------------------------------ loss
+# To paste this section: import torch, torch.nn as nn, torch.nn.functional as F. Take along
+# patchify() of the model.
 
 class ClassWeights(nn.Module):
     """w_i = 1 - 1 / (1 + beta exp(-(x_i - E x) / (V + xi))^gamma)                         Eq. 10
@@ -478,68 +460,100 @@ def class_sums(logits, label, patch):
 
     logits: (B, L, p * p, N).  label: (B, S, S) integer, 255 = void.
     Returns (2, N) float32: the sums over the pixels of each class of -log p(y), and of 1. Sums add
-    up over batches and processes, where means would not.
+    up over batches, means would not.
     """
     N = logits.shape[-1]
     y = patchify(label[:, None].long(), patch)                        # in the order of the logits
-    # as they lie in memory, planes of classes: of 11 classes last, log_softmax alone took 122 ms
-    # of a step of 8 x 224 x 224 on one core, and so 3
+    # in memory order, class before pixel: with 11 classes last, log_softmax alone took 122 ms of a
+    # step of 8 x 224 x 224 on one core, and 3 ms this way
     ce = F.cross_entropy(logits.float().transpose(2, 3).flatten(0, 1), y.flatten(0, 1),
                          ignore_index=255, reduction="none").view_as(y)                 # Eq. 11
     # A row of bins for each patch, then their sum: one bin a class for the whole batch is 1 % off
     # in float32 at 448 x 448 and batch 48, this is right to 1e-7, and on CUDA fewer threads wait
-    # for the same bin. The last is of void.
+    # for the same bin. The last bin is void.
     bins = ce.new_zeros(2, *y.shape[:2], N + 1)
     bins = bins.scatter_add(3, y.clamp(max=N).expand(2, -1, -1, -1),
                             torch.stack([ce, torch.ones_like(ce)]))
     return bins[..., :N].sum((1, 2))
 
 
-def loss_fn(logits, label, weights, patch, add=lambda sums: sums):
+def loss_fn(logits, label, weights, patch, denominator=None):
     """Weighted cross entropy, Eq. 12, a float32 scalar; 0 where nothing is labelled.
 
-    weights: (N,).  The rest as in class_sums().  add: sums a tensor over processes, where the loss
-    is to be that of all their batches.
+    logits: (B, L, p * p, N).  label: (B, S, S) integer, 255 = void.  weights: (N,).
+    denominator: scalar; None: the sum of the weights of this batch's pixels. With the mean of
+    these sums over processes, the mean of the losses is the loss of all their batches together.
     """
-    numerator, denominator = (add(class_sums(logits, label, patch)) * weights).sum(1)
-    return numerator / denominator.clamp(min=1e-12)
+    numerator, own = (class_sums(logits, label, patch) * weights).sum(1)
+    return numerator / (own if denominator is None else denominator).clamp(min=1e-12)
 
 
-# ----------------------------------------------------------------------------------- data, model
+# --------------------------------------------------------------------------------- training step
 
-def dataset(cfg, split):
-    train = split == "train"
+def to_input(image, device):
+    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device."""
+    return image.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+def train_step(net, weights, optimizer, scaler, machine, cfg, background, image, label, noise):
+    """One step on uint8 (B, 3, S, S) and (B, S, S); noise: from draw(). Returns the loss, which
+    stays on the device. Under torchrun it is that of the batches of all processes together."""
+    device = machine.device
+    image, label = to_input(image, device), label.to(device, non_blocking=True)
+    keep, removed, shown = damage(label, cfg.patch, cfg.mask_ratio, cfg.mask_strategy, cfg.punch,
+                                  background, noise.to(device, non_blocking=True))
+    with machine.autocast():
+        logits = net(image, shown, keep, removed)
+    w, denominator = weights(), None
+    if machine.world > 1:       # the counts do not depend on what is learned, the weights may
+        counts = torch.stack([(label == c).sum() for c in range(len(w))]).float()
+        common.all_reduce(counts)
+        denominator = (counts / machine.world * w).sum()
+    loss = loss_fn(logits, label, w, cfg.patch, denominator)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    if weights.gamma.requires_grad:             # DistributedDataParallel averages those of net
+        common.average_gradients(weights, machine.world)
+    scaler.step(optimizer)
+    scaler.update()
+    loss = loss.detach()
+    common.all_reduce(loss)
+    return loss / machine.world
+
+
+# ------------------------------------------------------------------------------------------ data
+
+def dataset(cfg, split, train=False, whole=False):
     return data.Dataset(cfg.data, cfg.root, split, size=cfg.size, crop=cfg.crop, train=train,
-                        flip=cfg.flip, seed=cfg.seed, protocol="lmae",
+                        flip=cfg.flip, seed=cfg.seed, protocol="lmae", whole=whole,
                         palette=cfg.palette or None, in_memory=cfg.in_memory)
 
 
 class Crops(torch.utils.data.Dataset):
-    """All of the pictures of a split, cut into crops side by side, as (image, label, index): of
-    2048 x 1024 pixels a centre crop of 448 is a tenth."""
+    """The whole images of a split, cut into crops next to each other, as (image, label, index):
+    of 2048 x 1024 pixels a centre crop of 448 is a tenth."""
 
     def __init__(self, cfg, split):
-        self.pictures = data.Dataset(cfg.data, cfg.root, split, size=cfg.size, whole=True,
-                                     palette=cfg.palette or None, in_memory=cfg.in_memory)
-        self.cfg, self.info, self.last = cfg, self.pictures.info, (None, None)
-        self.at = [(i, y, x) for i, (h, w) in enumerate(self.pictures.shapes)
-                   for y in range(0, h, cfg.crop) for x in range(0, w, cfg.crop)]
+        self.images = dataset(cfg, split, whole=True)
+        self.cfg, self.info, self.last = cfg, self.images.info, (None, None)
+        self.crops = [(i, y, x) for i, (h, w) in enumerate(self.images.shapes)
+                      for y in range(0, h, cfg.crop) for x in range(0, w, cfg.crop)]
 
     def __len__(self):
-        return len(self.at)
+        return len(self.crops)
 
     def __getitem__(self, index):
-        i, y, x = self.at[index]
+        i, y, x = self.crops[index]
         if self.last[0] != i:                               # decoded once for all of its crops
-            image, label, _ = self.pictures[i]
+            image, label, _ = self.images[i]
             self.last = i, (image.permute(1, 2, 0).numpy(), label.numpy())
         image, label = (a[y:y + self.cfg.crop, x:x + self.cfg.crop] for a in self.last[1])
         image, label = data.geometry(image, label, self.cfg.size, self.cfg.crop, place=(0, 0))
         return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label), index
 
 
-def scored(cfg):
-    """What a model is scored on: (image, label, index), see --scored."""
+def validation_set(cfg):
+    """(image, label, index) of the split that a model is scored on, as --scored says."""
     split = data.eval_split(cfg.data)
     return Crops(cfg, split) if cfg.scored == "all" else dataset(cfg, split)
 
@@ -554,11 +568,12 @@ def parameters(model):
 
 
 def patches(cfg):
+    """L, the number of patches."""
     return (cfg.size // cfg.patch) ** 2
 
 
 def class_share(dataset, most=500):
-    """x of Eq. 10, (N,): the classes' shares of the labelled pixels, in about `most` pictures."""
+    """x of Eq. 10, (N,): the classes' shares of the labelled pixels, in about `most` images."""
     some = range(0, len(dataset), max(1, len(dataset) // most))
     with data.waiting("counting the pixels of each class"):
         counts = sum(torch.bincount(dataset[i][1].flatten(), minlength=256) for i in some)
@@ -567,19 +582,49 @@ def class_share(dataset, most=500):
 
 
 def background_table(info):
+    """(256,) bool: which labels are background."""
     table = torch.zeros(256, dtype=torch.bool)
     table[list(info.background)] = True
     return table
 
 
-def to_input(image, device):
-    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device."""
-    return image.to(device, non_blocking=True).float() / 127.5 - 1
-
-
-# ------------------------------------------------------------------------------- train, evaluate
+# ------------------------------------------------------------------------------------ evaluation
 
 SCORES = ("miou", "pa_miou", "pasted_miou", "miou_nearest", "pa_miou_nearest")
+
+
+def nearest_fill(label, removed):
+    """Give each removed pixel the label of the nearest kept one: the baseline.
+
+    label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
+    Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
+    (of equally near ones, the first found). With no source in an image the answer is class 0.
+
+    Exact in two passes: the nearest source within each row, then the best row. The second stops as
+    soon as no farther row can be nearer, after some 30 of 224 for patches of 16.
+    """
+    if label.device.type == "mps":                    # has no cummax of integers
+        return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
+    _, H, W = label.shape
+    far = 2 * (H + W)                                 # farther than any pixel
+    source = ~removed & (label != 255)
+    x = torch.arange(W, device=label.device, dtype=torch.int32)
+    left = torch.where(source, x, -far).cummax(-1).values
+    right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
+    column = torch.where(x - left <= right - x, left, right)
+    row_d2 = (column - x).square().clamp(max=far * far)
+    row_label = label.gather(-1, column.clamp(0, W - 1).long())
+    row_label = row_label.masked_fill(row_d2 >= far * far // 4, 0)
+    best_d2, best = row_d2.clone(), row_label.clone()
+    for k in range(1, H):
+        if not (best_d2[removed] > k * k).any():
+            break
+        for to, source in (slice(k, None), slice(None, -k)), (slice(None, -k), slice(k, None)):
+            d2 = row_d2[:, source] + k * k
+            closer = d2 < best_d2[:, to]
+            best_d2[:, to] = torch.where(closer, d2, best_d2[:, to])
+            best[:, to] = torch.where(closer, row_label[:, source], best[:, to])
+    return torch.where(removed, best, label)
 
 
 def predict(model, image, label, seeds, cfg, machine, info, strategy="random"):
@@ -606,50 +651,31 @@ def evaluate(model, loader, cfg, machine, info, weights, strategy="random", near
     """
     model.eval()
     N, device = len(info.classes), machine.device
-    counts = torch.zeros(5, N, N, dtype=torch.int64, device=device)
+    counts = {name: torch.zeros(N, N, dtype=torch.int64, device=device)
+              for name in (SCORES if nearest else SCORES[:3])}
     sums = torch.zeros(2, N, device=device)
     for image, label, index in loader:
         seeds = [common.seed_of(cfg.seed, i) for i in index.tolist()]
         logits, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
         label = label.to(device)
         sums += class_sums(logits, label, cfg.patch)
-        target = label.masked_fill(~m, common.VOID)                   # all that PA-mIoU counts
-        answers = [(predicted, target), (predicted, label), (label.where(~m, predicted), label)]
+        target = label.masked_fill(~m, common.VOID)                   # the pixels of PA-mIoU
+        pairs = [(predicted, label), (predicted, target), (label.where(~m, predicted), label)]
         if nearest:
             filled = nearest_fill(label, m)
-            answers += [(filled, target), (filled, label)]
-        for matrix, (answer, truth) in zip(counts, answers):
+            pairs += [(filled, label), (filled, target)]
+        for matrix, (answer, truth) in zip(counts.values(), pairs):
             matrix += common.confusion(answer, truth, N)
-    common.all_reduce(counts, sums)
-    pa, everywhere, pasted, pa_near, near = counts
-    scores = {"pa_miou": common.miou(pa), "miou": common.miou(everywhere),
-              "pasted_miou": common.miou(pasted),
-              **{name: (top / bottom.clamp(min=1e-9)).item() for name, (top, bottom) in
-                 (("loss", (sums * weights()).sum(1)), ("ce", sums.sum(1)))},
-              "pa_class_iou": common.class_iou(pa).tolist(),
-              "class_iou": common.class_iou(everywhere).tolist()}
-    if nearest:
-        scores |= {"pa_miou_nearest": common.miou(pa_near), "miou_nearest": common.miou(near)}
-    return scores
+    common.all_reduce(*counts.values(), sums)
+    scores = {name: common.miou(matrix) for name, matrix in counts.items()}
+    for name, w in ("loss", weights()), ("ce", 1):
+        numerator, denominator = (sums * w).sum(1)
+        scores[name] = (numerator / denominator.clamp(min=1e-9)).item()
+    return scores | {"pa_class_iou": common.class_iou(counts["pa_miou"]).tolist(),
+                     "class_iou": common.class_iou(counts["miou"]).tolist()}
 
 
-def train_step(net, weights, optimizer, scaler, machine, cfg, background, image, label, noise):
-    """One step on uint8 (B, 3, S, S) and (B, S, S); noise: from draw(). Returns the loss, which
-    stays on the device. Under torchrun it is that of the batches of all processes together."""
-    device = machine.device
-    image, label = to_input(image, device), label.to(device, non_blocking=True)
-    keep, removed, shown = damage(label, cfg, background, noise.to(device, non_blocking=True))
-    with machine.autocast():
-        logits = net(image, shown, keep, removed)
-    loss = loss_fn(logits, label, weights(), cfg.patch, add=machine.sum)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    if weights.gamma.requires_grad:             # of net torchrun's processes do so by themselves
-        common.average_gradients(weights, machine.world)
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.detach()
-
+# -------------------------------------------------------------------------------------- training
 
 def make_optimizer(model, weights, cfg, fused=None):
     """Adam with its own weight decay; beta and gamma of Eq. 10 are not decayed."""
@@ -659,8 +685,8 @@ def make_optimizer(model, weights, cfg, fused=None):
                             lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 
-def rate(step, cfg, total):
-    """The learning rate of a step: rising over the warm-up, then falling to 0 on a half cosine."""
+def learning_rate(step, cfg, total):
+    """Of a step: rising over the warm-up, then falling to 0 on a half cosine."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     done = (step - cfg.warmup) / max(1, total - cfg.warmup)
@@ -671,7 +697,7 @@ def train(cfg):
     """The training run, from top to bottom."""
     machine = common.Machine(cfg)
     out, device, resuming = Path(cfg.out), machine.device, common.resuming(cfg)
-    train_set, val_set = dataset(cfg, "train"), scored(cfg)
+    train_set, val_set = dataset(cfg, "train", train=True), validation_set(cfg)
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.default_epochs(cfg, per_epoch)
     total, N = cfg.epochs * per_epoch, len(info.classes)
@@ -681,7 +707,7 @@ def train(cfg):
     model = build(cfg, N).to(device)
     if cfg.init and not resuming:
         common.load_weights(model, cfg.init, "lmae", N)
-    # counted once: the checkpoint has it, and so, soon, have the other processes
+    # counted once: a resumed run has it from the checkpoint, other processes from the first one
     share = class_share(train_set) if machine.main and not resuming else torch.full((N,), 1 / N)
     weights = ClassWeights(share, cfg.class_weights, info.background).to(device)
     common.same_buffers(weights, machine)
@@ -699,15 +725,15 @@ def train(cfg):
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
     run.announce(f"{parameters(model) / 1e6:.1f} M parameters, {len(train_set)} training and "
-                 f"{len(val_set)} validation pictures")
+                 f"{len(val_set)} validation images")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
-        # 1. the rate: "plateau" has it from the warm-up on, and moves it in part 3
+        # 1. learning rate: after the warm-up "plateau" keeps it, and lowers it in part 3
         if step < cfg.warmup or cfg.schedule == "cosine":
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, cfg, total)
+                group["lr"] = learning_rate(step, cfg, total)
 
-        # 2. one step: its draws hang on (seed, step) and on (seed, epoch, index), nothing else,
-        #    so that a resumed run repeats what an unbroken one does
+        # 2. one step: random numbers depend on (seed, step) and on (seed, epoch, index) only, so
+        #    that a resumed run repeats an uninterrupted one
         net.train()
         torch.manual_seed(common.seed_of(cfg.seed, step, machine.rank))             # DropPath
         noise = draw([common.seed_of(cfg.seed, step // per_epoch, i) for i in index.tolist()],
@@ -721,7 +747,7 @@ def train(cfg):
             # the nearest fill never changes: once is enough
             scores = run.scores | evaluate(model, val_loader, cfg, machine, info, weights,
                                            nearest="pa_miou_nearest" not in run.scores)
-            # not the loss, whose weights may move; and not where --max-steps ends an epoch early
+            # ce, as the weights of the loss may change; not where --max-steps ends within an epoch
             if cfg.schedule == "plateau" and run.step % (per_epoch * cfg.eval_every) == 0:
                 plateau.step(scores["ce"])
             run.log(scores, "pa_miou", f"validation {scores['loss']:.4f}  mIoU "
@@ -740,20 +766,19 @@ def train(cfg):
 def write_metrics(out, state, cfg, strategy):
     """OUT/metrics.json of a checkpoint's state, and its scores on the screen."""
     scores, weights = state["scores"], state["weights"]
-    objects = [iou for c, iou in enumerate(scores["pa_class_iou"])      # Table 1; Tables 3 and 5
-               if c not in state["info"]["background"] and not math.isnan(iou)]     # have all
-    objects = sum(objects) / max(1, len(objects))
-    metrics = {**{name: scores[name] for name in SCORES}, "class_iou": scores["class_iou"],
-               "pa_class_iou": scores["pa_class_iou"], "pa_miou_objects": objects,
-               "epoch": state["history"][-1]["epoch"],
-               "steps": state["step"], "seconds": state["seconds"],
-               "params": sum(p.numel() for p in state["model"].values()),
-               "mask_ratio": cfg.mask_ratio, "mask_strategy": strategy,
-               "beta": weights["log_beta"].exp().item(), "gamma": weights["gamma"].item()}
-    common.write_json(Path(out) / "metrics.json", metrics)
-    without = f", of the objects alone {objects:.2f}" if cfg.data == "voc" else ""
+    objects = [iou for c, iou in enumerate(scores["pa_class_iou"])
+               if c not in state["info"]["background"] and not math.isnan(iou)]
+    objects = sum(objects) / max(1, len(objects))       # Table 1; Tables 3 and 5 have all classes
+    common.write_json(Path(out) / "metrics.json", {
+        **{name: scores[name] for name in (*SCORES, "class_iou", "pa_class_iou")},
+        "pa_miou_objects": objects, "epoch": state["history"][-1]["epoch"],
+        "steps": state["step"], "seconds": state["seconds"],
+        "params": sum(p.numel() for p in state["model"].values()),
+        "mask_ratio": cfg.mask_ratio, "mask_strategy": strategy,
+        "beta": weights["log_beta"].exp().item(), "gamma": weights["gamma"].item()})
+    of_objects = f", of the objects alone {objects:.2f}" if cfg.data == "voc" else ""
     print(f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f}"
-          f"{without}), mIoU {scores['miou']:.2f}, with the kept labels "
+          f"{of_objects}), mIoU {scores['miou']:.2f}, with the kept labels "
           f"{scores['pasted_miou']:.2f} (nearest fill {scores['miou_nearest']:.2f})  -> {out}")
     if line := warning(scores):
         print(line)
@@ -788,28 +813,32 @@ def draw_samples(model, val_set, cfg, machine, info, scores, path, strategy="ran
         f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f})")
 
 
-# ----------------------------------------------------------------------------- the other commands
+# ------------------------------------------------------------------------------ --eval, --bench
 
 def load(path):
     return common.load(path, "lmae", Config, data.Info, build)
 
 
 def evaluate_only(cfg, origin):
-    """--eval A [B ..]: as each was trained, but for what flags say of the evaluation. With --ratios
-    also ratios.png, PA-mIoU against the mask ratio (Fig. 6), and ratios.json; and worst.png, the
-    pictures with the lowest PA-mIoU (Fig. 8)."""
+    """--eval A [B ..]: each with its own configuration, except for the flags of the evaluation.
+    With --ratios also ratios.png, PA-mIoU against the mask ratio (Fig. 6), and ratios.json; and
+    worst.png, the images with the lowest PA-mIoU (Fig. 8)."""
     strategy = cfg.mask_strategy if origin.get("mask_strategy") == "flag" else "random"
-    asked, at, lines = cfg, sorted(float(r) for r in cfg.ratios), {}
+    asked, lines = cfg, {}
+    try:
+        ratios = sorted(map(float, cfg.ratios))
+    except ValueError:
+        raise UserError(f"--ratios {' '.join(cfg.ratios)}: expected numbers, as 0.3 0.5") from None
     first = cfg if origin.get("mask_ratio") == "flag" else load(cfg.eval[0])[0]
     folder = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.eval[0]).parent
               / f"eval-{first.mask_ratio:g}-{strategy}")
     folders = common.result_folders(cfg.eval, folder)
     for path in cfg.eval:
-        theirs, info, model, state = load(path)
-        cfg = common.checkpoint_config(asked, origin, path, theirs, check, "eval", "data",
+        trained, info, model, state = load(path)
+        cfg = common.checkpoint_config(asked, origin, path, trained, check, "eval", "data",
                                        "palette", "seed", "batch_size", "mask_ratio",
                                        "mask_strategy", "ratios", "scored")
-        machine, val_set, out = common.Machine(cfg), scored(cfg), folders[path]
+        machine, val_set, out = common.Machine(cfg), validation_set(cfg), folders[path]
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {cfg.data} has other classes than {path} was trained for")
         weights = ClassWeights(torch.ones(len(info.classes)), cfg.class_weights)
@@ -822,38 +851,37 @@ def evaluate_only(cfg, origin):
             check(now)
             return evaluate(model, loader, now, machine, info, weights, strategy)
 
-        scores = score(cfg.mask_ratio)
-        several = [score(ratio) for ratio in at]
-        if machine.main:
-            draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png",
-                         strategy)
-            write_metrics(out, {**state, "scores": scores}, cfg, strategy)
-        if at and machine.main:
+        scores, several = score(cfg.mask_ratio), [score(ratio) for ratio in ratios]
+        if not machine.main:
+            continue
+        draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png", strategy)
+        write_metrics(out, {**state, "scores": scores}, cfg, strategy)
+        if ratios:
             name = Path(path).resolve().parent.name
             lines[name if name not in lines else path] = [s["pa_miou"] for s in several]
-            lines["nearest fill"] = [s["pa_miou_nearest"] for s in several]
-            worst = worst_pictures(model, val_set, cfg, machine, info, strategy)
+            nearest = [s["pa_miou_nearest"] for s in several]
+            worst = worst_images(model, val_set, cfg, machine, info, strategy)
             draw_samples(model, val_set, cfg, machine, info, scores, out / "worst.png", strategy,
                          worst)
     if lines:
-        lines["nearest fill"] = lines.pop("nearest fill")
-        common.write_json(folder / "ratios.json", {"mask_ratio": at, "pa_miou": lines})
+        lines["nearest fill"] = nearest
+        common.write_json(folder / "ratios.json", {"mask_ratio": ratios, "pa_miou": lines})
         common.draw_panels(folder / "ratios.png", [
-            ([100 * ratio for ratio in at], lines, "share of the patches removed, %",
+            ([100 * ratio for ratio in ratios], lines, "share of the patches removed, %",
              "PA-mIoU, %")])
 
 
 @torch.no_grad()
-def worst_pictures(model, val_set, cfg, machine, info, strategy, n=6):
-    """The indices of the n pictures whose own PA-mIoU is lowest."""
-    pa = []
+def worst_images(model, val_set, cfg, machine, info, strategy, n=6):
+    """The indices of the n images with the lowest PA-mIoU."""
+    scores = {}
     for i in range(len(val_set)):
         image, label, _ = val_set[i]
         _, predicted, m = predict(model, image[None], label[None], [common.seed_of(cfg.seed, i)],
                                   cfg, machine, info, strategy)
         target = label[None].to(machine.device).masked_fill(~m, common.VOID)
-        pa.append(common.miou(common.confusion(predicted, target, len(info.classes))))
-    return sorted((i for i in range(len(pa)) if not math.isnan(pa[i])), key=pa.__getitem__)[:n]
+        scores[i] = common.miou(common.confusion(predicted, target, len(info.classes)))
+    return sorted((i for i in scores if not math.isnan(scores[i])), key=scores.get)[:n]
 
 
 def bench(cfg):
@@ -863,19 +891,18 @@ def bench(cfg):
     N, L, S, B, device = len(info.classes), patches(cfg), cfg.size, cfg.batch_size, machine.device
     M = int(L * cfg.mask_ratio)
 
-    def gmacs(M):
-        """Multiply-adds (1e9) of one picture with M patches removed."""
-        with torch.device("meta"):           # shapes without numbers: counting takes no memory
-            ids = torch.empty(1, L, dtype=torch.int64)
-            return common.macs(build(cfg, N), torch.empty(1, 3, S, S), torch.empty(1, S, S),
-                               ids[:, M:], ids[:, :M])
+    with torch.device("meta"):               # shapes without numbers: counting takes no memory
+        counted, ids = build(cfg, N), torch.empty(1, L, dtype=torch.int64)
+        inputs = torch.empty(1, 3, S, S), torch.empty(1, S, S)
 
-    with torch.device("meta"):
-        result = {"params": parameters(build(cfg, N)), "gmacs": round(gmacs(M), 3)}
+    def gmacs(M):
+        """Multiply-adds (1e9) of one image with M patches removed."""
+        return common.macs(counted, *inputs, ids[:, M:], ids[:, :M])
 
     def blocks(n, dim, tokens):
         return n * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim) / 1e9
 
+    result = {"params": parameters(counted), "gmacs": round(gmacs(M), 3)}
     print(f"G operations: stack fuse {S * S * N / 1e9:.4f} (Eq. 13), masking "
           f"{(S * S + L * math.log2(L)) / 1e9:.4f} (Eq. 14), encoder "
           f"{blocks(cfg.enc_blocks, cfg.enc_dim, L - M):.2f} (Eq. 15), decoder "
@@ -892,9 +919,9 @@ def bench(cfg):
         label[torch.rand(B, S, S, device=device) < 0.73] = 0     # VOC's background
         noise = draw(range(B), L, cfg.punch > 0)
         for ratio in (0.3, 0.5, 0.6, 0.7, cfg.mask_ratio):       # the last is the one reported
-            at = replace(cfg, mask_ratio=ratio)
+            now = replace(cfg, mask_ratio=ratio)
             timed = common.time_steps(
-                lambda i: train_step(net, weights, optimizer, scaler, machine, at, background,
+                lambda i: train_step(net, weights, optimizer, scaler, machine, now, background,
                                      image, label, noise), cfg.bench, B, device,
                 B * gmacs(int(L * ratio)))
             print(f"mask ratio {ratio:.2f}: {timed['ms_per_step']:.1f} ms for a batch of {B}, "
@@ -903,17 +930,17 @@ def bench(cfg):
     print(json.dumps(result))
 
 
-# ------------------------------------------------- --complete: repair labels; --suspect: doubt them
+# --------------------------------------- --complete: repair labels; --suspect: search for mistakes
 
 def patch_span(cfg):
-    """The side of a patch in pixels of the picture."""
+    """The side of a patch in pixels of the image."""
     return max(1, round(cfg.crop * cfg.patch / cfg.size))
 
 
 def windows(length, side, step):
-    """Where windows of `side` start so that they cover `length` and overlap by half: about evenly
-    spaced, on multiples of `step` (what a patch spans), so that damage in such cells meets whole
-    patches; but the last ends where the picture does: training has seen no padding."""
+    """The starts of windows of `side` pixels that cover `length` and overlap by half: about evenly
+    spaced, on multiples of `step` (the span of a patch), so that damage in such cells covers whole
+    patches. The last one ends where the image ends, so that it needs no padding."""
     rest = max(0, length - side)
     n = math.ceil(rest / max(step, side // 2 // step * step))
     return [math.ceil(rest * i / n / step) * step for i in range(n)] + [rest]
@@ -923,14 +950,14 @@ def rebuild(models, image, label, missing, broken, share, machine):
     """Complete one window with the model whose mask ratio is nearest to the broken share.
 
     models: list of (cfg, LMAE).  image: (S, S, 3) uint8.  label: (S, S) uint8, 255 = void.
-    missing: (S, S) bool, the pixels asked for.  share: that of background in the whole label.
-    A pass removes at most int(L * ratio) patches, those first that know most of their 8 neighbours,
-    and what it answers, the next one sees. broken, which patches get an answer:
-      "255"         that miss a pixel. Of a model trained with --punch only the wholly void ones
-                    are removed, the others keep what they know; otherwise all of them are.
-      "background"  of which at least half is missing, that is, background.
-      "suspect"     that have a known pixel, in passes that do not see each other's answers.
-    Returns probabilities (N, S, S), 0 outside the answered patches, the passes, and the ratio.
+    missing: (S, S) bool, the pixels to predict.  share: that of background in the whole label.
+    A pass removes at most int(L * ratio) patches, those with the most complete neighbours first,
+    and the next pass sees its predictions. broken says which patches are predicted:
+      "255"         those that miss a pixel. With a model trained with --punch only the entirely
+                    void ones are removed, the others keep their labels; otherwise all are removed.
+      "background"  those of which at least half is missing, that is, background.
+      "suspect"     those with a known pixel, in passes that do not see each other's predictions.
+    Returns probabilities (N, S, S), 0 outside the predicted patches, the passes, and the ratio.
     """
     p, device = models[0][0].patch, machine.device
     missing = patchify(torch.from_numpy(missing)[None, None], p)[0].to(device)      # (L, pp)
@@ -939,78 +966,72 @@ def rebuild(models, image, label, missing, broken, share, machine):
     if broken == "255":
         share, label = todo.float().mean().item(), label.masked_fill(missing, common.VOID)
     cfg, model = min(models, key=lambda pair: abs(pair[0].mask_ratio - share))
-    L, n, most = len(todo), math.isqrt(len(todo)), int(len(todo) * cfg.mask_ratio)
-    keeps = broken == "255" and cfg.punch > 0               # patches that miss a part stay
+    L, n, limit = len(todo), math.isqrt(len(todo)), int(len(todo) * cfg.mask_ratio)
+    partial = broken == "255" and cfg.punch > 0         # patches that miss only a part stay
     known = (label != common.VOID) & ~missing
     image = to_input(torch.from_numpy(image).permute(2, 0, 1)[None], device)
     answer = torch.zeros(*label.shape, model.classes, device=device)                # (L, pp, N)
     ties, passes = 1e-3 * torch.rand(L, generator=torch.Generator().manual_seed(0)).to(device), 0
     while todo.any():
         full = known.float().mean(1)
-        whole = todo & ~known.any(1) if keeps else todo
-        around = F.avg_pool2d(full.view(1, 1, n, n), 3, 1, 1).flatten()
-        order = torch.where(whole, 2 + around, -full) + ties
+        remove = todo & ~known.any(1) if partial else todo
+        neighbours = F.avg_pool2d(full.view(1, 1, n, n), 3, 1, 1).flatten()
+        order = torch.where(remove, 2 + neighbours, -full) + ties
         order = order.argsort(descending=True)
-        chosen = order[:min(most, int(whole.sum()))]
-        # "nearest" is trained with the emptiest patches removed, however much these know
-        removed = order[:most] if keeps and cfg.supplement == "nearest" else chosen
+        chosen = order[:min(limit, int(remove.sum()))]
+        # "nearest" is trained with the emptiest patches removed, even if they know something
+        removed = order[:limit] if partial and cfg.supplement == "nearest" else chosen
         keep = torch.ones_like(todo).index_fill_(0, removed, False).nonzero()[:, 0]
         shown = unpatchify(label.index_fill(0, chosen, common.VOID)[None], p)
         with machine.autocast():
             logits = model(image, shown, keep[None], removed[None])
-        answered = (todo & ~whole).index_fill_(0, chosen, True)
+        answered = (todo & ~remove).index_fill_(0, chosen, True)
         answer[answered] = logits[0, answered].float().softmax(-1)
         if broken != "suspect":
             guess = answer.argmax(-1).to(label.dtype)
             label = torch.where(answered[:, None] & missing, guess, label)
             known = known | answered[:, None]
         todo, passes = todo & ~answered, passes + 1
-    answer = answer.view(n, n, p, p, -1).permute(4, 0, 2, 1, 3).reshape(-1, n * p, n * p)
-    return answer, passes, cfg.mask_ratio
+    return unpatchify(answer.permute(2, 0, 1), p), passes, cfg.mask_ratio
 
 
 @torch.no_grad()
 def repair(models, image, label, missing, broken, machine):
-    """Complete one picture of any size, in windows as large as the crops of training and resized
-    as those were; where windows overlap their probabilities are added. They are done in bands of
-    rows: memory grows with the width of a picture, not with its area.
+    """Complete one image of any size, in windows as large as the training crops and resized like
+    them; where windows overlap their probabilities are added. They are processed in bands of rows:
+    memory grows with the width of an image, not with its area.
 
     image: (H, W, 3) uint8.  label: (H, W) uint8, 255 = void.  missing: (H, W) bool.
     broken: as in rebuild().  Returns the class (H, W) uint8 and its confidence (H, W) float32,
-    which is 0 where nothing was answered; and a dict of facts for review.csv.
+    which is 0 where nothing was predicted; and a dict of columns for review.csv.
     """
     (cfg, model), (H, W), side = models[0], label.shape, models[0][0].crop
-    step = patch_span(cfg)
-    ys, xs = windows(H, side, step), windows(W, side, step)
+    ys, xs = (windows(length, side, patch_span(cfg)) for length in (H, W))
     index, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.float32)
     share, square, passes, ratios = missing.mean().item(), (cfg.size, cfg.size), 0, set()
     total = torch.zeros(model.classes, side, xs[-1] + side, device=machine.device)
-
-    def cut(array, y, x, fill):
-        part = array[y:y + side, x:x + side]
-        pad = (0, side - part.shape[0]), (0, side - part.shape[1]), (0, 0)
-        return np.pad(part, pad[:part.ndim], constant_values=fill)
-
-    for y, after in zip(ys, [*ys[1:], ys[-1] + side]):
+    pad = (0, ys[-1] + side - H), (0, xs[-1] + side - W)        # of an image smaller than a window
+    image, label = np.pad(image, (*pad, (0, 0))), np.pad(label, pad, constant_values=common.VOID)
+    missing = np.pad(missing, pad)
+    for y, next_y in zip(ys, [*ys[1:], ys[-1] + side]):
         for x in xs:
-            hole = cut(missing, y, x, False)
-            if not hole.any():
+            at = np.s_[y:y + side, x:x + side]
+            if not missing[at].any():
                 continue
-            small = np.array(Image.fromarray(cut(image, y, x, 0)).resize(square, Image.BILINEAR))
-            marks = cut(label, y, x, common.VOID)
-            marks = np.array(Image.fromarray(marks).resize(square, Image.NEAREST))
-            asked = F.adaptive_max_pool2d(torch.from_numpy(hole)[None].float(), square)[0]
-            asked = asked.bool().numpy()
-            answer, n, ratio = rebuild(models, small, marks, asked, broken, share, machine)
-            whole = (answer.sum(0) > 0).float()[None, None]       # bilinear would leak out of it
-            whole = F.interpolate(whole, (side, side))[0]
+            hole = F.adaptive_max_pool2d(torch.from_numpy(missing[at])[None].float(), square)[0]
+            answer, n, ratio = rebuild(
+                models, np.array(Image.fromarray(image[at]).resize(square, Image.BILINEAR)),
+                np.array(Image.fromarray(label[at]).resize(square, Image.NEAREST)),
+                hole.bool().numpy(), broken, share, machine)
+            predicted = (answer.sum(0) > 0).float()[None, None]     # bilinear would leak out of it
+            predicted = F.interpolate(predicted, (side, side))[0]
             answer = F.interpolate(answer[None], (side, side), mode="bilinear")[0]
-            total[:, :, x:x + side] += answer * whole
+            total[:, :, x:x + side] += answer * predicted
             passes, ratios = max(passes, n), ratios | {ratio}
-        rows = total[:, :min(after, H) - y, :W]                   # no later window reaches these
-        best, index[y:after] = (t.cpu().numpy() for t in rows.max(0))
-        confidence[y:after] = best / rows.sum(0).clamp(min=1e-6).cpu().numpy()
-        total = torch.cat([total[:, after - y:], torch.zeros_like(total[:, :after - y])], 1)
+        rows = total[:, :min(next_y, H) - y, :W]                # no later window reaches these
+        best, index[y:next_y] = (t.cpu().numpy() for t in rows.max(0))
+        confidence[y:next_y] = best / rows.sum(0).clamp(min=1e-6).cpu().numpy()
+        total = torch.cat([total[:, next_y - y:], torch.zeros_like(total[:, :next_y - y])], 1)
     return index, confidence, {"passes": passes,
                                "mask_ratio": " ".join(f"{r:g}" for r in sorted(ratios))}
 
@@ -1019,7 +1040,7 @@ def regions(mask, ids=None):
     """Number the 4-connected regions of a mask, or join each of its pixels to an object.
 
     mask: (H, W) bool.  ids: (H, W) int, objects outside the mask (0: none); a region that touches
-    some is shared out among them, each pixel to the one that reaches it first, and keeps no number
+    objects is divided among them, each pixel to the one that reaches it first, and gets no number
     of its own.  Returns (H, W) int: ids outside the mask; in it those of the objects, and for
     other regions numbers from the largest id + 1 on.
     """
@@ -1028,68 +1049,54 @@ def regions(mask, ids=None):
     at = np.where(mask, first + np.arange(mask.size).reshape(mask.shape), np.where(ids, ids, none))
     at = np.pad(at, 1, constant_values=none)
     inner, free = at[1:-1, 1:-1], mask
-    while True:             # every pixel takes the smallest number beside it, until nothing moves
+    while True:     # every pixel takes the smallest number next to it, until nothing changes
         least = np.minimum.reduce([at[:-2, 1:-1], at[2:, 1:-1], at[1:-1, :-2], at[1:-1, 2:], inner])
-        moved = free & (least < inner)
-        if not moved.any():
+        changed = free & (least < inner)
+        if not changed.any():
             break
-        inner[moved] = least[moved]
-        free = mask & (inner >= first)                  # who has joined an object stays with it
+        inner[changed] = least[changed]
+        free = mask & (inner >= first)                  # a pixel that has joined an object stays
     out = np.where(mask, inner, ids)
     new = np.unique(out[out >= first])
     return np.where(out >= first, first + np.searchsorted(new, out), out)
 
 
-class Job(NamedTuple):
-    """A label to repair: its file, that of its picture and of its truth (None: there is none), and
-    where results go below --to, without a suffix."""
-    label: Path
-    image: Path | None
-    truth: Path | None
-    name: str
-
-
 def tree(paths):
-    """{path below its folder, without the suffix: file} of the pictures in files and folders.
-    Raises UserError for a path that is not there or has none, and for two of one name."""
+    """{path below its folder, without the suffix: file} of the images in files and folders.
+    Raises UserError for a path that does not exist or has no images, and for two of one name."""
     found = {}
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: neither a file nor a folder of this name")
-        files = [path] if path.is_file() else data.tree(path)
+        files = data.images_below(path) if path.is_dir() else [path] if path.exists() else []
         if not files:
-            raise UserError(f"{path}: no pictures in it")
+            raise UserError(f"{path}: no such file, or no images in this folder")
         for file in files:
-            name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("")
+            name = file.relative_to(path if path.is_dir() else path.parent).with_suffix("")
             if (other := found.setdefault(name.as_posix(), file)) != file:
                 raise UserError(f"{file} and {other} share a name: remove or rename one")
     return found
 
 
-def jobs(labels, images, truth, named):
-    """The Jobs of --complete and --suspect. Without images the one folder of labels is laid out
-    like a dataset: as `named`, that of the checkpoint, or as a folder of one's own."""
-    truths = tree(truth) if truth else {}
+def labels_and_images(labels, images, dataset):
+    """data.Items of the labels, stem: where results go below --to. Without images the folder of
+    labels is a dataset, with the layout of `dataset` (the checkpoint's) or of your own folder."""
     if images:
-        pictures = tree(images)
-        return [Job(path, pictures.get(name), truths.get(name), name)
-                for name, path in tree(labels).items()]
-    folder, found = Path(labels[0]), []
+        images = tree(images)
+        return [data.Item(name, images.get(name), path) for name, path in tree(labels).items()]
+    folder, items = Path(labels[0]), []
     if len(labels) > 1 or not folder.is_dir():
-        raise UserError("give --images IMAGES too: the pictures of these labels, of equal names")
-    own = named not in data.SOURCES
-    for split in data.source_of(named if not own else str(folder)).splits:
-        for item in data.list_items(str(folder) if own else named, str(folder), split):
+        raise UserError("give --images IMAGES too: the images of these labels, with the same names")
+    name = dataset if dataset in data.SOURCES else str(folder)
+    for split in data.source_of(name).splits:
+        for item in data.list_items(name, str(folder), split):
             if item.mask:
-                name = item.mask.resolve().relative_to(folder.resolve()).with_suffix("")
-                found.append(Job(item.mask, item.image, truths.get(name.as_posix()),
-                                 name.as_posix()))
-    return found
+                path = item.mask.resolve().relative_to(folder.resolve()).with_suffix("")
+                items.append(item._replace(stem=path.as_posix()))
+    return items
 
 
 class Mask:
-    """A label file as it is: .label, class indices and 255 (H, W); .missing, what it says is
-    missing; .raw, its ids (H, W) or its colours (H, W, 3 or 4), to be painted into and saved."""
+    """A label file: .label, class indices and 255 (H, W); .missing, the pixels that it marks as
+    missing; .raw, its ids (H, W) or its colours (H, W, 3 or 4), for painting and saving."""
 
     def __init__(self, path, info):
         self.info, self.path, self.label = info, path, data.read_label(path, info)
@@ -1108,11 +1115,11 @@ class Mask:
         if self.colored:
             self.raw[where, :3] = np.array(info.colors, np.uint8)[classes[where]]
             self.raw[where, 3:] = 255
-        elif info.threshold == 0:       # numbers of objects: join what is there
+        elif info.threshold == 0:       # numbers of objects: join the existing ones
             drawn = regions(where & (classes > 0), np.where(where, 0, known))
             if drawn.max() > 255 and known.max() > 1:
                 raise UserError(f"{self.path}: more than 255 objects after the repair; skipped")
-            # 0 and 1 alone that fall into more pieces are no numbers of objects
+            # 0 and 1 alone that fall into more pieces are not numbers of objects
             self.raw = (drawn if drawn.max() < 256 else np.where(where, classes, known)).astype(
                 np.uint8)
         else:
@@ -1120,7 +1127,7 @@ class Mask:
             self.raw = np.where(where, ids[classes], known)
 
     def save(self, path):
-        """As PNG, with the palette it had; colours stored as greys or indices are so again."""
+        """As PNG, with its palette; colours that were stored as greys or indices stay so."""
         raw, palette = self.raw, None
         if self.colored and self.mode in ("1", "L") and (raw == raw[..., :1]).all():
             raw = raw[..., 0]
@@ -1134,13 +1141,13 @@ class Mask:
         common.save_image(path, raw, palette)
 
 
-def opened(job, info, images):
-    """The Mask and the picture (H, W, 3) of a Job. Raises UserError if they do not fit."""
-    if job.image is None:
-        raise UserError(f"{job.label}: no picture called {job.name} in {' '.join(images)}; skipped")
-    mask = Mask(job.label, info)
-    image = data.read_image(job.image, mask.label.shape)
-    data.same_size(data.Item(job.name, job.image, job.label), image.shape, mask.label.shape)
+def open_pair(item, info, images):
+    """The Mask and the image (H, W, 3) of an Item. Raises UserError if they do not fit."""
+    if item.image is None:
+        raise UserError(f"{item.mask}: no image called {item.stem} in {' '.join(images)}; skipped")
+    mask = Mask(item.mask, info)
+    image = data.read_image(item.image, mask.label.shape)
+    data.check_sizes(item, image.shape, mask.label.shape)
     return mask, image
 
 
@@ -1151,49 +1158,48 @@ def worst_place(doubt, side):
     return f"{x} {y} {min(x + side, doubt.shape[1])} {min(y + side, doubt.shape[0])}"
 
 
-def repair_file(job, models, info, cfg, machine):
-    """Repair one label: DIR/NAME.png, confidence/, overlay/ and, of ids, preview/ beside it.
+def repair_file(item, truth, models, info, cfg, machine):
+    """Repair one label: DIR/NAME.png, confidence/, overlay/ and, for ids, preview/.
     Returns its row of review.csv, in a list, and the confusion matrices (2, N, N) of L-MAE and the
-    nearest fill on the answered pixels, if there is a true label."""
-    (mask, image), to, N = opened(job, info, cfg.images), Path(cfg.to), len(info.classes)
-    label = mask.label
+    nearest fill on the predicted pixels, if there is a true label, a file."""
+    (mask, image), to, N = open_pair(item, info, cfg.images), Path(cfg.to), len(info.classes)
+    label, name = mask.label, f"{item.stem}.png"
     missing = mask.missing if cfg.broken == "255" else np.isin(label, info.background)
-    index, confidence, facts = repair(models, image, label, missing, cfg.broken, machine)
+    index, confidence, columns = repair(models, image, label, missing, cfg.broken, machine)
     answered = missing & (confidence > 0)
     rebuilt = answered & (confidence >= cfg.sure)
     fixed = np.where(rebuilt, index, label)
     changed, doubt = rebuilt & (fixed != label), np.where(answered, 1 - confidence, 0)
     mask.paint(rebuilt, fixed)
-    mask.save(to / f"{job.name}.png")
-    common.save_image(to / "confidence" / f"{job.name}.png", (255 * (1 - doubt)).astype(np.uint8))
-    common.save_image(to / "overlay" / f"{job.name}.png",
+    mask.save(to / name)
+    common.save_image(to / "confidence" / name, (255 * (1 - doubt)).astype(np.uint8))
+    common.save_image(to / "overlay" / name,
                       common.outline(common.overlay(image, fixed, info.colors), changed))
     if not info.palette:                                # grey ids look black
-        common.save_image(to / "preview" / f"{job.name}.png",
-                          common.colorize(fixed, info.colors))
+        common.save_image(to / "preview" / name, common.colorize(fixed, info.colors))
     counts = np.bincount(fixed[changed], minlength=N).tolist()
-    share = lambda pixels: round(100 * float(pixels.mean()), 2)
-    row = {"file": f"{job.name}.png", "doubt": share(doubt[answered]) if answered.any() else 0.0,
-           "missing": share(missing), "rebuilt": share(rebuilt),
-           "worst": worst_place(doubt, patch_span(models[0][0])), **facts,
-           **{f"to {name}": n for name, n in zip(info.classes, counts)}}
+    percent = lambda pixels: round(100 * float(pixels.mean()), 2)
+    row = {"file": name, "doubt": percent(doubt[answered]) if answered.any() else 0.0,
+           "missing": percent(missing), "rebuilt": percent(rebuilt),
+           "worst": worst_place(doubt, patch_span(models[0][0])), **columns,
+           **{f"to {title}": n for title, n in zip(info.classes, counts)}}
     matrices = torch.zeros(2, N, N, dtype=torch.int64)
-    if job.truth:
-        truth = data.read_label(job.truth, info)
-        data.same_size(data.Item(job.name, job.label, job.truth), label.shape, truth.shape)
+    if truth:
+        target = data.read_label(truth, info)
+        data.check_sizes(data.Item(item.stem, item.mask, truth), label.shape, target.shape)
         hidden = torch.from_numpy(answered)
-        truth = torch.from_numpy(truth).masked_fill(~hidden, common.VOID)
+        target = torch.from_numpy(target).masked_fill(~hidden, common.VOID)
         near = nearest_fill(torch.from_numpy(label)[None], hidden[None])[0]
-        matrices = torch.stack([common.confusion(answer, truth, N)
+        matrices = torch.stack([common.confusion(answer, target, N)
                                 for answer in (torch.from_numpy(index), near)])
     return [row], matrices
 
 
-def suspect_file(job, models, info, cfg, machine):
-    """The regions of a label that the model, which does not see them, takes for another class with
-    a confidence of at least --sure (0.9): rows of suspects.csv, and overlay/ with their outlines.
-    """
-    mask, image = opened(job, info, cfg.images)
+def suspect_file(item, truth, models, info, cfg, machine):
+    """The regions of a label that the model, which does not see them, predicts as another class
+    with a confidence of at least --sure (0.9). Returns rows of suspects.csv, and no matrices;
+    overlay/ has their outlines."""
+    mask, image = open_pair(item, info, cfg.images)
     known = mask.label != common.VOID
     index, confidence, _ = repair(models, image, mask.label, known, "suspect", machine)
     doubted = known & (index != mask.label) & (confidence >= (cfg.sure or 0.9))
@@ -1201,19 +1207,19 @@ def suspect_file(job, models, info, cfg, machine):
     for number in range(1, found.max() + 1):
         ys, xs = (found == number).nonzero()
         drawn, seen = (np.bincount(a[ys, xs]).argmax() for a in (mask.label, index))
-        rows.append({"file": str(job.label), "pixels": len(xs), "box": f"{xs.min()} {ys.min()} "
+        rows.append({"file": str(item.mask), "pixels": len(xs), "box": f"{xs.min()} {ys.min()} "
                      f"{xs.max() + 1} {ys.max() + 1}", "label": info.classes[drawn],
                      "predicted": info.classes[seen],
                      "confidence": round(100 * float(confidence[ys, xs].mean()), 2)})
     if rows:
-        common.save_image(Path(cfg.to) / "overlay" / f"{job.name}.png", common.outline(
+        common.save_image(Path(cfg.to) / "overlay" / f"{item.stem}.png", common.outline(
             common.overlay(image, mask.label, info.colors), doubted))
     return rows, torch.zeros(2, 1, 1, dtype=torch.int64)
 
 
-def masks_of(cfg, path, info):
-    """How the masks to repair are read and written: as the checkpoint's were, or by --palette,
-    whose classes have to be the checkpoint's."""
+def mask_info(cfg, path, info):
+    """How the masks to repair are read and written: like the checkpoint's, or by --palette, which
+    must have the checkpoint's classes."""
     if not cfg.palette:
         return info
     given = data.load_palette(cfg.palette)
@@ -1227,107 +1233,109 @@ def masks_of(cfg, path, info):
                                                 for color, c in given.palette))
 
 
-def begin(what, cfg, labels):
-    """The rows of files that are done already, where --resume goes on in DIR; else DIR is made."""
-    kept, settings = Path(cfg.to) / f"{what}.jsonl", [
+def finished_files(what, cfg, labels):
+    """The file in DIR that lists what is finished, and its lines, each of a label, where --resume
+    goes on in DIR; otherwise DIR is made."""
+    path, settings = Path(cfg.to) / f"{what}.jsonl", [
         what, *labels, *cfg.images, *cfg.ckpt, cfg.broken, cfg.sure, cfg.palette]
-    if not cfg.resume or not kept.exists():
+    if not cfg.resume or not path.exists():
         common.refuse_nonempty(cfg.to)
-        common.write(kept, json.dumps(settings) + "\n")
-        return kept, []
-    lines = kept.read_text("utf-8").split("\n")[:-1]               # what a kill cut off is left out
+        common.write(path, json.dumps(settings) + "\n")
+        return path, []
+    lines = path.read_text("utf-8").split("\n")[:-1]               # without an incomplete last line
     if json.loads(lines[0]) != settings:
-        raise UserError(f"--resume: {cfg.to} was begun with other flags ({lines[0]}); give those, "
-                        "or another --to")
-    common.write(kept, "\n".join(lines) + "\n")
-    return kept, [json.loads(line) for line in lines[1:]]
+        raise UserError(f"--resume: {cfg.to} was started with other flags ({lines[0]}); give "
+                        "those, or another --to")
+    common.write(path, "\n".join(lines) + "\n")
+    return path, [json.loads(line) for line in lines[1:]]
 
 
-def finish(what, rows, failed, cfg):
-    """review.csv or suspects.csv, and the last lines."""
-    key, name, title = {"complete": ("doubt", "review.csv", "most doubtful first"),
-                        "suspect": ("pixels", "suspects.csv", "largest first")}[what]
-    found, text = [row for done in rows for row in done["rows"]], io.StringIO()
-    if found:
-        writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(found, key=lambda row: -row[key]))
-    common.write(Path(cfg.to) / name, text.getvalue())
-    if cfg.truth:
-        counts = torch.tensor([done["counts"] for done in rows]).sum(0)
-        print(f"mIoU on the rebuilt pixels {common.miou(counts[0]):.2f}, nearest fill "
-              f"{common.miou(counts[1]):.2f}")
-    done = (f"{len(rows)} repaired" if what == "complete" else
-            f"{len(found)} suspect regions in {len(rows)} labels")
-    print(f"{done}, {failed} failed -> {cfg.to}; {name}: {title}")
-
-
-def complete(cfg, origin):
-    """--complete LABELS --images IMAGES --ckpt A.pt [B.pt ..] --to DIR: repair labels (Fig. 4).
-
-    LABELS and IMAGES are files or folders, with folders in them; a label and its picture have the
-    same path below them. Without --images LABELS is a whole dataset, laid out as data.py has it.
-    Masks are read by the palette that the checkpoint was trained with, or by --palette, and written
-    in it again.
-    --broken 255: pixels of 255, or of a void colour, are missing. --broken background: the paper's
-    case, what is background may be a forgotten object; patches of which it is at least half are
-    rebuilt, and only background may change: the one choice for masks that have no void. Each
-    window takes the checkpoint with the mask ratio that is nearest.
-    Writes DIR/NAME.png (size, ids or colours, and palette as they were), confidence/, overlay/
-    (outlined: what changed), for ids preview/ in colours, and review.csv, the most doubtful first.
-    --suspect LABELS, with the same flags, changes nothing: DIR/suspects.csv lists the regions that
-    the model, without seeing them, is sure are something else.
-    What cannot be done is a line on stderr, and the exit status is then 1. The folders given are
-    only read. --resume goes on in DIR.
-    """
-    what = "complete" if cfg.complete else "suspect"
-    labels = cfg.complete or cfg.suspect
+def load_models(what, cfg, origin):
+    """(cfg, info, models) for --complete and --suspect: the configuration of the checkpoints with
+    the flags that may change it, how masks are read, and [(cfg, LMAE)]. Raises UserError."""
     for name in "ckpt", "to":
         if not getattr(cfg, name):
             raise UserError(f"--{what} needs --{name} too: "
                             f"--{what} LABELS --images IMAGES --ckpt A.pt [B.pt ..] --to DIR")
-    family = [load(path) for path in cfg.ckpt]
-    first, info, *_ = family[0]
-    for path, (c, i, *_) in zip(cfg.ckpt, family):
+    loaded = [load(path) for path in cfg.ckpt]
+    first, info, *_ = loaded[0]
+    for path, (c, i, *_) in zip(cfg.ckpt, loaded):
         if (i, c.crop, c.size, c.patch) != (info, first.crop, first.size, first.patch):
             raise UserError(f"{path} and {cfg.ckpt[0]} differ in classes, crop, size or patch: "
                             "give checkpoints that differ in their mask ratio only")
-    info = masks_of(cfg, cfg.ckpt[0], info)
+    info = mask_info(cfg, cfg.ckpt[0], info)
     cfg = common.checkpoint_config(cfg, origin, cfg.ckpt[0], first, check, what, "images", "ckpt",
                                    "to", "truth", "broken", "seed", "sure", "palette", "resume")
     if what == "complete" and cfg.broken == "255" and (
             info.threshold is not None
             or info.palette and common.VOID not in dict(info.palette).values()):
-        raise UserError(f"--broken 255: in the masks of {first.data} nothing is void, so that "
+        raise UserError(f"--broken 255: the masks of {first.data} have no void, so that "
                         f"{', '.join(info.classes)} are all there is, and nothing is missing: give "
                         "--broken background, or --palette FILE with a line `R G B void`, the "
                         "colour of what is missing")
-    machine = common.Machine(cfg)
-    if machine.world > 1:
-        raise UserError(f"--{what} works in one process: python in place of torchrun")
-    work = jobs(labels, cfg.images, cfg.truth, first.data)
-    kept, rows = begin(what, cfg, labels)
-    models = [(c, model.to(machine.device)) for c, _, model, _ in family]
-    for path, (*_, s) in zip(cfg.ckpt, family):
-        if line := warning(s["scores"]):
+    for path, (*_, state) in zip(cfg.ckpt, loaded):
+        if line := warning(state["scores"]):
             print(f"{path}: {line}")
-    done, failed = {row["name"] for row in rows}, 0
-    todo = [job for job in work if job.name not in done]
-    print(f"{len(work)} labels, {len(done)} of them done, in windows of {first.crop} pixels "
-          f"resized to {first.size}, with mask ratio "
+    return cfg, info, [(c, model) for c, _, model, _ in loaded]
+
+
+def complete(cfg, origin):
+    """--complete LABELS --images IMAGES --ckpt A.pt [B.pt ..] --to DIR: repair labels (Fig. 4).
+
+    LABELS and IMAGES are files or folders, with subfolders; a label and its image have the same
+    path below them. Without --images LABELS is a whole dataset in a layout that data.py reads.
+    Masks are read by the palette of the checkpoint's training, or by --palette, and written in it.
+    --broken 255: pixels of 255, or of a void colour, are missing. --broken background: the paper's
+    case, background may be a forgotten object; patches that are at least half background are
+    rebuilt, and only background may change: the only choice for masks without void. For each
+    window the checkpoint with the nearest mask ratio is used.
+    Writes DIR/NAME.png (size, ids or colours, and palette of the label), confidence/, overlay/
+    (changes are outlined), for ids preview/ in colours, and review.csv, the most doubtful first.
+    --suspect LABELS, with the same flags, changes nothing: DIR/suspects.csv lists the regions that
+    the model, without seeing them, predicts with confidence as another class.
+    A label that cannot be repaired is a line on stderr, and the exit status is then 1. The given
+    folders are only read. --resume goes on in DIR.
+    """
+    what, labels = ("complete", cfg.complete) if cfg.complete else ("suspect", cfg.suspect)
+    cfg, info, models = load_models(what, cfg, origin)
+    machine, trained = common.Machine(cfg), models[0][0]
+    if machine.world > 1:
+        raise UserError(f"--{what} works in one process: python instead of torchrun")
+    items = labels_and_images(labels, cfg.images, trained.data)
+    truths = tree(cfg.truth) if cfg.truth else {}
+    path, finished = finished_files(what, cfg, labels)
+    common.draw_sheet(Path(cfg.to) / "overlay/legend.png", [], [], info,
+                      "Class 0 and void are left as the image is. Outlined in magenta: "
+                      + ("changed" if what == "complete" else "in doubt"))
+    for _, model in models:
+        model.to(machine.device)
+    done, failed = {line["name"] for line in finished}, 0
+    print(f"{len(items)} labels, {len(done)} of them done, in windows of {trained.crop} pixels "
+          f"resized to {trained.size}, with mask ratio "
           + ", ".join(f"{c.mask_ratio:g}" for c, _ in models))
-    for job in common.progress(todo):
+    for item in common.progress([item for item in items if item.stem not in done]):
         try:
-            one = repair_file if what == "complete" else suspect_file
-            found, matrices = one(job, models, info, cfg, machine)
+            rows, matrices = (repair_file if what == "complete" else suspect_file)(
+                item, truths.get(item.stem), models, info, cfg, machine)
         except UserError as error:
             failed += 1
             print(error, file=sys.stderr)
             continue
-        rows.append({"name": job.name, "rows": found, "counts": matrices.tolist()})
-        with open(kept, "a", encoding="utf-8") as file:     # once all its pictures are written
-            file.write(json.dumps(rows[-1]) + "\n")
-    finish(what, rows, failed, cfg)
+        finished.append({"name": item.stem, "rows": rows, "counts": matrices.tolist()})
+        with open(path, "a", encoding="utf-8") as file:         # after all its images are written
+            file.write(json.dumps(finished[-1]) + "\n")
+
+    key, name, order = {"complete": ("doubt", "review.csv", "most doubtful first"),
+                        "suspect": ("pixels", "suspects.csv", "largest first")}[what]
+    rows = sorted((row for line in finished for row in line["rows"]), key=lambda row: -row[key])
+    common.write_csv(Path(cfg.to) / name, rows[0] if rows else [], [row.values() for row in rows])
+    if cfg.truth and finished:
+        counts = torch.tensor([line["counts"] for line in finished]).sum(0)
+        print(f"mIoU on the rebuilt pixels {common.miou(counts[0]):.2f}, nearest fill "
+              f"{common.miou(counts[1]):.2f}")
+    result = (f"{len(finished)} repaired" if what == "complete" else
+              f"{len(rows)} suspect regions in {len(finished)} labels")
+    print(f"{result}, {failed} failed -> {cfg.to}; {name}: {order}")
     sys.exit(1 if failed else 0)
 
 
@@ -1345,7 +1353,8 @@ def enlarge(x, like):
 
 
 class FCN(nn.Module):
-    """A small FCN-8s: class scores at strides 32, 16 and 8, enlarged and added up."""
+    """A small FCN-8s: class scores at strides 32, 16 and 8, enlarged and added up.
+    (B, 3, S, S) -> (B, N, S, S), S at least 32."""
 
     def __init__(self, classes, widths=(32, 64, 128, 256, 256)):
         super().__init__()
@@ -1353,7 +1362,6 @@ class FCN(nn.Module):
         self.scores = nn.ModuleList(nn.Conv2d(w, classes, 1) for w in widths[2:])
 
     def forward(self, x):
-        """(B, 3, S, S) -> (B, N, S, S), S at least 32."""
         maps = [x]
         for stage in self.stages:
             maps.append(F.max_pool2d(stage(maps[-1]), 2))
@@ -1363,7 +1371,7 @@ class FCN(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small U-Net, upsampling bilinearly."""
+    """A small U-Net, upsampling bilinearly. (B, 3, S, S) -> (B, N, S, S), S a multiple of 8."""
 
     def __init__(self, classes, widths=(32, 64, 128, 256)):
         super().__init__()
@@ -1373,7 +1381,6 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], classes, 1)
 
     def forward(self, x):
-        """(B, 3, S, S) -> (B, N, S, S), S a multiple of 8."""
         skips = []
         for stage in self.down:
             x = stage(F.max_pool2d(x, 2) if skips else x)
@@ -1386,16 +1393,13 @@ class UNet(nn.Module):
 def segmentation_miou(network, classes, train_pair, val_pair, cfg, machine, batch=16):
     """Train FCN or UNet on (n, 3, S, S) and (n, S, S) uint8, cfg.augment_epochs; mIoU on val."""
     torch.manual_seed(cfg.seed)
-    net, device = network(classes).to(machine.device).train(), machine.device
-    per_epoch = data.steps_per_epoch(len(train_pair[0]), batch)
-    steps, made = cfg.augment_epochs * per_epoch, torch.Generator().manual_seed(cfg.seed)
-    optimizer = torch.optim.Adam(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    scaler = machine.scaler()
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(train_pair[0]), generator=made)
-        ids = order[step % per_epoch * batch:][:batch]
+    net, device, n = network(classes).to(machine.device).train(), machine.device, len(train_pair[0])
+    generator, per_epoch = torch.Generator().manual_seed(cfg.seed), data.steps_per_epoch(n, batch)
+    batches = [ids for _ in range(cfg.augment_epochs)
+               for ids in torch.randperm(n, generator=generator).split(batch)[:per_epoch]]
+    optimizer, scaler = torch.optim.Adam(net.parameters()), machine.scaler()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=len(batches))
+    for step, ids in enumerate(batches):
         image, label = to_input(train_pair[0][ids], device), train_pair[1][ids].to(device).long()
         if step % 2:
             image, label = image.flip(-1), label.flip(-1)
@@ -1416,18 +1420,16 @@ def segmentation_miou(network, classes, train_pair, val_pair, cfg, machine, batc
 
 @torch.no_grad()
 def label_sets(model, images, labels, cfg, info, machine):
-    """{name: labels (n, S, S) uint8}: half of the patches hidden for good, filled in five ways."""
-    cfg, masks, answers, near = replace(cfg, mask_ratio=0.5), [], [], []
+    """{name: labels (n, S, S) uint8}: half of the patches removed once, filled in five ways."""
+    cfg, parts = replace(cfg, mask_ratio=0.5), []
     for i in range(0, len(labels), cfg.batch_size):
         image, label = images[i:i + cfg.batch_size], labels[i:i + cfg.batch_size]
         seeds = [common.seed_of(cfg.seed, 1, i + k) for k in range(len(label))]
         _, predicted, m = predict(model, image, label, seeds, cfg, machine, info)
-        masks.append(m.cpu())
-        answers.append(predicted.cpu())
-        near.append(nearest_fill(label, masks[-1]))
-    m = torch.cat(masks)
+        parts.append((m.cpu(), predicted.cpu(), nearest_fill(label, m.cpu())))
+    m, predicted, near = map(torch.cat, zip(*parts))
     sets = {"complete": labels, "broken (void)": labels.masked_fill(m, common.VOID),
-            "nearest fill": torch.cat(near), "L-MAE": labels.where(~m, torch.cat(answers))}
+            "nearest fill": near, "L-MAE": labels.where(~m, predicted)}
     if len(info.background) == 1:
         sets["broken (background)"] = labels.masked_fill(m, info.background[0])
     return sets
@@ -1436,34 +1438,35 @@ def label_sets(model, images, labels, cfg, info, machine):
 def augment(cfg, origin):
     """--augment --ckpt CKPT: Table 4 and Fig. 5, on the checkpoint's dataset.
 
-    Half of the patches of each training label are hidden for good. FCN and U-Net are then trained
-    on what is left (hidden = void, or = background, as if forgotten), on the nearest fill, on
+    Half of the patches of each training label are removed once. FCN and U-Net are then trained on
+    what is left (removed = void, or = background, like forgotten objects), on the nearest fill, on
     L-MAE's completion, and on the complete labels, and scored on the true validation labels. The
-    paper's Table 4 compares the completion with the broken labels only. As there, the L-MAE was
-    trained on the complete labels of the same pictures: the experiment is kind to it.
+    paper's Table 4 compares the completion with the broken labels only. As in the paper, the L-MAE
+    was trained on the complete labels of the same images: this favours it.
     """
     if len(cfg.ckpt) != 1:
         raise UserError("--augment needs --ckpt CKPT, one checkpoint of lmae.py")
-    theirs, info, model, _ = load(cfg.ckpt[0])
-    if theirs.size < 32:
-        raise UserError(f"--augment: {cfg.ckpt[0]} has --size {theirs.size}, and FCN needs 32")
-    cfg = common.checkpoint_config(cfg, origin, cfg.ckpt[0], theirs, check, "augment",
+    trained, info, model, _ = load(cfg.ckpt[0])
+    if trained.size < 32:
+        raise UserError(f"--augment: {cfg.ckpt[0]} has --size {trained.size}, and FCN needs 32")
+    cfg = common.checkpoint_config(cfg, origin, cfg.ckpt[0], trained, check, "augment",
                                    "augment_epochs", "ckpt", "seed")
-    out = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.ckpt[0]).parent / "augment")
+    out = Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.ckpt[0]).parent / "augment"
     common.refuse_results(out)
     machine = common.Machine(cfg)
     model = model.to(machine.device)
-    pairs, val = {}, data.eval_split(cfg.data)
-    for split in ("train", val):
-        pictures = dataset(cfg, split)
-        pictures.train = False                            # centre crops, the same in every epoch
-        image, label, _ = zip(*(pictures[i] for i in range(len(pictures))))
-        pairs[split] = torch.stack(image), torch.stack(label)
-    results = {}
-    for name, labels in label_sets(model, *pairs["train"], cfg, info, machine).items():
+
+    def pair(split):
+        """Centre crops (n, 3, S, S) and their labels (n, S, S)."""
+        images = dataset(cfg, split)
+        image, label, _ = zip(*(images[i] for i in range(len(images))))
+        return torch.stack(image), torch.stack(label)
+
+    (images, labels), val_pair, results = pair("train"), pair(data.eval_split(cfg.data)), {}
+    for name, labels in label_sets(model, images, labels, cfg, info, machine).items():
         for network in FCN, UNet:
-            score = segmentation_miou(network, len(info.classes), (pairs["train"][0], labels),
-                                      pairs[val], cfg, machine)
+            score = segmentation_miou(network, len(info.classes), (images, labels), val_pair, cfg,
+                                      machine)
             results.setdefault(network.__name__, {})[name] = score
             print(f"{network.__name__:4s} trained on {name:19s} mIoU {score:.2f}", flush=True)
     common.write_json(out / "augment.json", results)
@@ -1472,7 +1475,7 @@ def augment(cfg, origin):
 # ------------------------------------------------------------------------------------------ main
 
 def check(cfg):
-    """What the parser cannot judge. Raises UserError."""
+    """Values that the parser cannot judge. Raises UserError."""
     common.at_least(cfg, 1, "batch_size", "size", "patch", "enc_blocks", "dec_blocks", "enc_dim",
                     "dec_dim", "heads", "eval_every", "augment_epochs")
     common.at_least(cfg, -1, "bench")
@@ -1494,7 +1497,7 @@ def check(cfg):
                             f"2 x --heads {cfg.heads}")
     if not 1 <= patches(cfg) * cfg.mask_ratio < patches(cfg):
         raise UserError(f"--mask-ratio {cfg.mask_ratio}: of {patches(cfg)} patches at least one "
-                        "must go and one must stay")
+                        "must be removed and one kept")
 
 
 def main():
@@ -1511,10 +1514,10 @@ def main():
     if cfg.eval:
         return evaluate_only(cfg, origin)
     check(cfg)
-    if not cfg.crop:        # a whole number of pixels a patch
+    if not cfg.crop:        # a multiple of the patches per side, so that a patch is whole pixels
         short, n = data.short_side(cfg.data, cfg.root) or cfg.size, cfg.size // cfg.patch
         cfg.crop = max(n, min(short, max(cfg.size, short // 3)) // n * n)
-        print(f"crops of {cfg.crop} pixels, for pictures whose shorter side is {short}")
+        print(f"crops of {cfg.crop} pixels, for images whose shorter side is {short}")
     common.show_config(cfg, origin)
     bench(cfg) if cfg.bench >= 0 else train(cfg)
 

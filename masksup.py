@@ -102,7 +102,7 @@ from common import UserError
 
 @dataclass
 class Config:
-    data: str = "shapes"           # a dataset that data.py lists, or your own folder
+    data: str = "materials"        # a dataset that data.py lists, or your own folder
     root: str = "data"             # folder of the datasets
     out: str = ""                  # run folder; empty: out/masksup-DATA
     method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
@@ -158,10 +158,10 @@ class Config:
 
 SCENES = dict(model="unetpp", optimizer="sgd", lr=0.1, batch_size=8)
 RECIPES = {                        # what differs from the defaults above, by dataset
-    # about a minute and a half on one CPU core; "high" would hide most shapes at this size
-    "shapes": dict(model="unet", width=16, size=32, epochs=24, batch_size=8, lr=5e-3,
-                   schedule="cosine", warmup=30, coverage="low", eval_every=4, mae_patch=8,
-                   pretrain_epochs=10),
+    # a minute and a half on one CPU core
+    "materials": dict(model="unet", width=16, size=48, epochs=12, batch_size=8, lr=5e-3,
+                      schedule="cosine", warmup=30, coverage="low", eval_every=4, mae_patch=8,
+                      pretrain_epochs=10),
     "glas": dict(pretrained="imagenet"), "polyp": dict(pretrained="imagenet"),  # of LeViT alone
     "nyuv2": SCENES,                                    # the paper's
     "voc": SCENES, "camvid": SCENES, "cityscapes": SCENES,      # not in the paper
@@ -169,7 +169,7 @@ RECIPES = {                        # what differs from the defaults above, by da
     "small": dict(model="unet", width=16, size=128, epochs=0, batch_size=8, lr=1e-3,
                   schedule="cosine", warmup=50, coverage="low", flip=True),
 }
-RECIPES["materials"] = dict(RECIPES["shapes"], size=48)     # its 13 stripes a side need it
+RECIPES["shapes"] = dict(RECIPES["materials"], size=32, epochs=24)
 
 
 # --------------------------------------------------------------------------------- model: MaskSup
@@ -626,7 +626,7 @@ def load_pretrained(f, cfg, whole=False):
     (0, z). Raises UserError if the weights are those of another network.
     """
     url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
-    read = data.published(cfg.pretrained, url, "model")
+    read = data.read_weights(cfg.pretrained, url, "model")
     released = {our_name(k.removeprefix("module."), cfg.model): read[k] for k in sorted(read)
                 if torch.is_tensor(read[k])}
     weights = f.state_dict()
@@ -689,12 +689,13 @@ def evaluate(f, loader, cfg, machine, corrupt=None, bank=None):
     of each class by name), from one confusion matrix over all images at size S; paper_iou
     (image_iou) and the same without void; constant, the miou of the best prediction that is one
     class everywhere; and the loss, CE. Void is not counted, except in paper_iou of more than two
-    classes. With a bank also tasksim, L_tasksim between M_p and M_pm.
+    classes. With a bank also tasksim, L_tasksim between M_p and M_pm, and miou_holes, the miou of
+    M_pm.
     """
     net = MaskSup(f).eval()
     classes, device = loader.dataset.info.classes, machine.device
     N = len(classes)
-    counts = torch.zeros(N, N, dtype=torch.int64, device=device)
+    counts = torch.zeros(2, N, N, dtype=torch.int64, device=device)     # of M_p and of M_pm
     sums = torch.zeros(6, device=device)
     for image, label, index in loader:
         image, label = to_input(image, device), label.to(device, non_blocking=True)
@@ -704,28 +705,31 @@ def evaluate(f, loader, cfg, machine, corrupt=None, bank=None):
         with machine.autocast():
             M_p, M_pm = net(image, None if bank is None else pick(bank, noise))
         prediction, valid = M_p.argmax(1), (label != common.VOID).sum()
-        counts += common.confusion(prediction, label, N)
+        counts[0] += common.confusion(prediction, label, N)
+        if M_pm is not None:
+            counts[1] += common.confusion(M_pm.argmax(1), label, N)
         iou, no_void = (image_iou(prediction, label, N, void).sum() for void in (True, False))
         tasksim = iou * 0 if M_pm is None else task_similarity(M_p, M_pm) * len(label)
         sums += torch.stack([cross_entropy(M_p, label) * valid, valid.float(), iou, no_void,
                              tasksim, torch.full_like(iou, len(label))])
     common.all_reduce(counts, sums)
     ce, pixels, iou, no_void, tasksim, images = sums
-    class_iou = common.class_iou(counts)
+    class_iou = common.class_iou(counts[0])
     dice = 200 * class_iou / (100 + class_iou)
     return {"miou": class_iou.nanmean().item(), "dice": dice.nanmean().item(),
             "class_iou": class_iou.tolist(),
             "classes": {name: {"iou": a, "dice": b} for name, a, b in
                         zip(classes, class_iou.tolist(), dice.tolist())},
-            "paper_iou": (iou / images).item(), "constant": common.constant_miou(counts),
+            "paper_iou": (iou / images).item(), "constant": common.constant_miou(counts[0]),
             "paper_iou_without_void": (no_void / images).item(),
             "loss": (ce / pixels.clamp(min=1)).item(),
-            **({} if bank is None else {"tasksim": (tasksim / images).item()})}
+            **({} if bank is None else {"tasksim": (tasksim / images).item(),
+                                        "miou_holes": common.miou(counts[1])})}
 
 
 def score_line(scores, cfg):
     """The scores in a line; paper_iou for the paper's sets only."""
-    shown = {"mIoU": "miou"}
+    shown = {"mIoU": "miou"} | ({"with holes": "miou_holes"} if "miou_holes" in scores else {})
     if cfg.data in ("glas", "polyp", "nyuv2"):
         shown["paper_iou"] = "paper_iou"
     if cfg.data == "nyuv2":
@@ -789,7 +793,7 @@ def training_masks(cfg):
     if not Path(cfg.masks).is_dir():
         raise UserError(f"--masks {cfg.masks}: no such folder")
     images = [Image.fromarray(data.read_image(path)).convert("L")
-              for path in data.pictures(Path(cfg.masks))]
+              for path in data.images_in(Path(cfg.masks))]
     bright = torch.tensor(np.array([image.resize((cfg.size, cfg.size), Image.BILINEAR)
                                     for image in images])) >= 128
     if bright.all() or not bright.any():
@@ -827,7 +831,7 @@ def train(cfg):
     machine = common.Machine(cfg)
     device, split = machine.device, data.eval_split(cfg.data)
     train_set, val_set = dataset(cfg, "train"), dataset(cfg, split)
-    other_sets = {name: dataset(cfg, name) for name in data.splits_beside(cfg.data)}
+    other_sets = {name: dataset(cfg, name) for name in data.source_of(cfg.data).splits[2:]}
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
@@ -1029,7 +1033,7 @@ def evaluate_only(cfg, origin):
             low, high = max(0, share - 0.01), share + 0.01
             curve[share] = score(val_set, masks(low, high, round(1000 * share)))
         extra = {split: score(dataset(run_cfg, split))
-                 for split in data.splits_beside(run_cfg.data)}
+                 for split in data.source_of(run_cfg.data).splits[2:]}
         if shares:
             extra["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
                                 for share, scores in curve.items()}

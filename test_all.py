@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unittest
 import warnings
 import zipfile
@@ -290,12 +292,10 @@ class Reading(Case):
                 upright = turn(image)
                 arrays_equal(data.read_image(path), upright)
                 arrays_equal(data.read_image(path, upright.shape[:2]), upright)
-                mask = save(self.tmp / "upright.png", upright[..., 0])
-                self.assertEqual(data.shape_of(path, mask), upright.shape[:2])
+                self.assertEqual(data.shape_of(path, upright.shape[:2]), upright.shape[:2])
                 if upright.shape != image.shape and kind != "tif":      # Pillow turns a TIFF
                     arrays_equal(data.read_image(path, (4, 9)), image)
-                    mask = save(self.tmp / "stored.png", image[..., 0])
-                    self.assertEqual(data.shape_of(path, mask), (4, 9))
+                    self.assertEqual(data.shape_of(path, (4, 9)), (4, 9))
 
     def test_sixteen_bits_are_never_black(self):
         deep = self.rng.integers(0, 2**16, (5, 7), np.uint16)
@@ -338,7 +338,7 @@ class Reading(Case):
                  "without a sign"),
                 ("float.tif", tiff(5, 4, bytes(80), 32, sign=3), "32 bits"),
                 ("a.heic", b"\0\0\0\x18ftypheic", "Pillow cannot read", "RGB"),
-                ("a.dng", tiff(5, 4, bytes(20), sign=1), "a camera's own?")):
+                ("a.dng", tiff(5, 4, bytes(20), sign=1), "a camera's raw format?")):
             (self.tmp / name).write_bytes(content)
             with self.fails(name, *words):
                 data.read_image(self.tmp / name)
@@ -912,7 +912,7 @@ class Voc(Case):
         with printed() as out:
             dataset = data.Dataset("voc", self.tmp, "train", size=8)
         self.assertEqual([i.stem for i in dataset.items], ["2007_b"])
-        self.assertIn("1 pictures without a mask left out", out.getvalue())
+        self.assertIn("1 images without a mask left out", out.getvalue())
         (root / "SegmentationClass/2007_b.png").unlink()
         with self.fails("2007_a.jpg", "no mask", "train"), printed():
             data.Dataset("voc", self.tmp, "train", size=8)
@@ -1414,7 +1414,7 @@ class Check(Case):
         self.assertEqual((done.returncode, done.stderr), (1, ""))
         problems = done.stdout[done.stdout.index("PROBLEM"):]
         for word in ("images/p000.png", "masks/p001.png", "5x5", "masks/p002.png", "--palette",
-                     "masks/p003.png", "id 77", "masks/p004.png", "no picture", "images/p006.jpg",
+                     "masks/p003.png", "id 77", "masks/p004.png", "no image", "images/p006.jpg",
                      "masks/p007.png", "images/p009.png", "masks/p009.png"):
             self.assertIn(word, problems)
         self.assertNotIn("p005", problems)                      # an unlabelled image is no fault
@@ -1433,7 +1433,7 @@ class Check(Case):
         self.assertIn("20x2 to 16x12", text)
         rows = {" ".join(words[:-3]): words[-2:] for words in map(str.split, text.splitlines())}
         for column, (split, items) in enumerate(good.items()):
-            self.assertIn(f"{split}: {len(items)} pictures", text)
+            self.assertIn(f"{split}: {len(items)} images", text)
             pixels = np.concatenate([array_of(i.mask).ravel() for i in items])
             for title, i in ("class 0", 0), ("class 1", 1), ("void", 255):
                 self.assertEqual(rows[title][column], f"{100 * (pixels == i).mean():.2f}")
@@ -1449,7 +1449,7 @@ class Check(Case):
         rewrite(root / "val/masks", lambda ids: self.noise(12, 16) // 128 * np.uint8(255))
         self.assertEqual(len(dataset_of(root, "val")), 2)
         (line,), _ = self.problems(root)            # but 0 and 255 alone may be a mistake
-        self.assertIn("the masks of val hold nothing but void (255) and class 0", line)
+        self.assertIn("the masks of val hold only void (255) and class 0", line)
         rewrite(root / "val/masks", np.zeros_like)
         self.assertEqual(self.problems(root)[0], [])
 
@@ -1666,7 +1666,7 @@ class SemiData(Case):
             self.assertEqual(data.labeled_split("glas", self.tmp, again)[0], chosen)
 
     def test_mistakes_in_what_is_labelled(self):
-        for labeled, *words in (("0", "40 pictures", "1 to 40"), ("-3", "40"), ("41", "1 to 40"),
+        for labeled, *words in (("0", "40 images", "1 to 40"), ("-3", "40"), ("41", "1 to 40"),
                                 ("0/4", "above 0", "1/16"), ("5/4", "at most 1"), ("1/0", "1/16"),
                                 ("-1/2", "above 0"), ("some", "--labeled some", "number", "1/16"),
                                 ("", "number"), (str(self.tmp), "no such file"),
@@ -1682,7 +1682,7 @@ class SemiData(Case):
         bare = [Item("a", Path("a.jpg"), None), Item("b", Path("b.jpg"), Path("b.png"))]
         with self.fails(path, "line 2", "a has no mask"):
             self.split(self.lines("b", "a.jpg a.png"), bare)
-        with self.fails("c.png", "no picture called c"):
+        with self.fails("c.png", "no image is called c"):
             self.split("1", [*bare, Item("c", None, Path("c.png"))])
         with self.fails("a.jpg", "no mask", "train"):
             self.split("1/8", bare[:1])
@@ -1847,7 +1847,7 @@ class SemiData(Case):
         u[:, 0] = 0
         return u
 
-    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
+    @mock.patch("data.share_of_321", lambda side: 1)              # a blur as in crops of 321
     def test_each_change_of_the_strong_view_against_pillow(self):
         rough = Image.fromarray(self.noise(9, 12, 3)).resize((60, 45), Image.BICUBIC)
         pixels = np.asarray(rough)
@@ -1878,7 +1878,7 @@ class SemiData(Case):
             self.assertLess(wrong.mean(), 1)
         self.assertLess(differs(9, 0.1, rough.convert("L").convert("RGB")).max(), 1)
 
-    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
+    @mock.patch("data.share_of_321", lambda side: 1)              # a blur as in crops of 321
     def test_the_strong_view_against_a_loop_over_pixels(self):
         noise = torch.from_numpy(self.rng.random((72, 12), np.float32))
         image = torch.from_numpy(self.rng.random((72, 3, 6, 5), np.float32))
@@ -1898,7 +1898,7 @@ class SemiData(Case):
         orders = {tuple(row) for row in noise[:, 5:9].argsort(1).tolist()}
         self.assertGreater(len(orders), 18)                             # of 24
 
-    @mock.patch("data.of_321", lambda side: 1)              # a blur as in crops of 321
+    @mock.patch("data.share_of_321", lambda side: 1)              # a blur as in crops of 321
     def test_how_often_and_how_much_the_strong_view_changes(self):
         n = 2000
         image = torch.from_numpy(self.rng.random((1, 3, 2, 2), np.float32)).repeat(n, 1, 1, 1)
@@ -1993,8 +1993,8 @@ TINY = dict(size=32, patch=8, enc_blocks=2, dec_blocks=2, enc_dim=32, dec_dim=16
 TINY_FLAGS = ("--size 32 --crop 32 --patch 8 --eval-every 1 --enc-blocks 1 --dec-blocks 1 "
               "--enc-dim 32 --dec-dim 32 --heads 2 --batch-size 128 --epochs 3 --save-every 0 "
               "--drop-path 0.1").split()
-MASKSUP = ("--model unet --width 4 --size 32 --batch-size 128 --epochs 3 --eval-every 1 "
-           "--bank 16 --save-every 0").split()
+MASKSUP = ("--data shapes --model unet --width 4 --size 32 --batch-size 128 --epochs 3 "
+           "--eval-every 1 --bank 16 --save-every 0").split()
 S4MIM = ("--data shapes --labeled 8 --width 4 --size 32 --batch-size 8 --baseline none "
          "--save-every 0").split()
 
@@ -2175,9 +2175,10 @@ class Runs:
         found, text = self.bench(0, *flags)
         self.assertEqual(found, found | counted)
         self.assertIn(words, text)
-        for method in self.methods:
+        for images, method in self.methods:
             found, _ = self.bench(1, *self.flags, *method, "--batch-size", 4)
-            self.assertAlmostEqual(found["img_per_s"], 4000 / found["ms_per_step"], delta=0.06)
+            self.assertAlmostEqual(found["img_per_s"], 1000 * images / found["ms_per_step"],
+                                   delta=0.06)
 
     def two_as_one(self, *flags):
         """Train in two processes, and evaluate in one; both scores, what the two print."""
@@ -2313,6 +2314,9 @@ class Predicts:
         self.runs(*self.predict(path))
         self.assertTrue((self.tmp / "to/a.png").exists())
         self.assertTrue((self.tmp / "to/overlay/a.png").exists())
+        legend = array_of(self.tmp / "to/overlay/legend.png").reshape(-1, 3)
+        self.assertLessEqual({*map(tuple, common.vivid(self.colors).tolist())},
+                             {*map(tuple, legend.tolist())})
         self.refuses(self.predict(self.tmp / "gone", to="new"), "gone", "no image")
         self.assertFalse((self.tmp / "new").exists())
 
@@ -2702,14 +2706,14 @@ class LmaeModel(MethodCase):
         image = ((image + 1) * 127).byte()
         many, noise = self.classes(6, 40, 32, 32), lmae.draw(range(40), 16, True)
         for supplement in "none", "image", "nearest":
-            cfg = lmae.Config(**{**TINY, "supplement": supplement, "mask_strategy": "random",
-                                 "punch": 0.9})
+            cfg = lmae.Config(**{**TINY, "supplement": supplement})
             torch.manual_seed(0)
             model = lmae.build(cfg, 6).eval()
             answer = lambda label: lmae.predict(model, image, label, range(3), cfg, machine, info)
             logits, _, m = answer(label)
             same_bits(answer(torch.where(m, (label + 1) % 6, label))[0], logits)
-            damage = lambda label: lmae.damage(label, cfg, lmae.background_table(info), noise)
+            damage = lambda label: lmae.damage(
+                label, 8, 0.5, "random", 0.9, lmae.background_table(info), noise)
             *_, shown = damaged = damage(many)
             same_bits(damage(torch.where(shown == 255, (many + 1) % 6, many)), damaged)
 
@@ -2808,7 +2812,6 @@ class LmaeMasking(MethodCase):
     def test_punched_labels(self):
         """Half of the samples; in square cells of each side from a quarter of a patch to four
         patches; shares evenly from 0 to the most; and the emptiest patches are those removed."""
-        cfg = lmae.Config(**{**TINY, "size": 64, "punch": 0.8, "mask_strategy": "random"})
         noise = lmae.draw(range(600), 64, True)
         same_bits(noise[:, :65], lmae.draw(range(600), 64))
         holes, punched = lmae.punch(8, 0.8, noise, 64)
@@ -2822,7 +2825,7 @@ class LmaeMasking(MethodCase):
             for y, x in itertools.product(range(0, 64, side), repeat=2):
                 self.assertEqual(len(holes[b, y:y + side, x:x + side].unique()), 1)
         label = torch.zeros(600, 64, 64, dtype=torch.uint8)
-        keep, removed, shown = lmae.damage(label, cfg, lmae.background_table(
+        keep, removed, shown = lmae.damage(label, 8, 0.5, "random", 0.8, lmae.background_table(
             data.info("shapes")), noise)
         same_bits(shown[punched] == 255, holes[punched])
         empty = (shown == 255).view(600, 8, 8, 8, 8).sum((2, 4)).flatten(1)
@@ -2920,11 +2923,84 @@ class LmaeLoss(MethodCase):
         self.assertEqual([q.requires_grad for q in fixed.parameters()], [False, False])
 
 
+class PasteLmae(MethodCase):
+    """Model, masking and loss of lmae.py, cut out by their header lines, run without the rest."""
+
+    def setUp(self):
+        super().setUp()
+        self.lines = (MAIN / "lmae.py").read_text("utf-8").split("\n")
+        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
+                       if line.startswith("# ---")}
+
+    def pasted(self, name):
+        """The names of a section, run after what its first comment says to take along alone."""
+        end = min(i for i in self.starts.values() if i > self.starts[name])
+        code = "\n".join(self.lines[self.starts[name] + 1:end])
+        comment = " ".join(re.match("(# .*\n)+", code)[0].replace("#", "").split())
+        imports, helpers = re.fullmatch(r"To paste this section: (import [\w., ]*?)\."
+                                        r"(?: Take along (.*) of the model\.)?", comment).groups()
+        for module in re.findall(r"[\w.]+(?: as)?", imports.removeprefix("import ")):
+            self.assertIn(module.split(".")[0].split()[0], ("torch", "math", "nn", "F"))
+        names = {}
+        exec(imports, names)
+        model = self.pasted("model") if helpers else {}
+        names |= {helper: model[helper] for helper in re.findall(r"(\w+)\(\)", helpers or "")}
+        exec(code, names)
+        return names
+
+    def test_the_docstring_says_where_the_method_is(self):
+        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
+                                         lmae.__doc__).groups())
+        self.assertEqual(list(self.starts)[:6], ["config", "model", "masking", "loss",
+                                                 "training step", "data"])
+        self.assertEqual(first, self.starts["model"] + 1)
+        source, start = inspect.getsourcelines(lmae.train_step)
+        self.assertEqual(last, start + len(source) - 1)
+
+    def test_the_sections_against_loops_over_pixels(self):
+        model, masking, loss = map(self.pasted, ("model", "masking", "loss"))
+        label, background = self.classes(3, 4, 16, 16), torch.arange(256) == 0
+        label[0, :3] = 255
+        keep, removed, shown = masking["damage"](label, 4, 0.4, "random", 0, background,
+                                                 masking["draw"](range(4), 16))
+        self.assertEqual((removed.shape, keep.shape), ((4, 6), (4, 10)))        # int(16 * 0.4)
+        m = masking["mask_of"](removed, 16, 4)
+        self.assertEqual(m.float().mean().item(), 6 / 16)
+        for b, y, x in np.ndindex(4, 16, 16):
+            self.assertEqual(m[b, y, x], y // 4 * 4 + x // 4 in removed[b])
+            self.assertEqual(shown[b, y, x], 255 if m[b, y, x] else label[b, y, x])
+
+        net = model["LMAE"](3, 16, 4, 1, 1, 16, 16, 2)
+        weights = loss["ClassWeights"](torch.tensor([0.6, 0.3, 0.1]))
+        logits = net(self.uniform(4, 3, 16, 16).float(), shown, keep, removed)
+        w, numerator, denominator = weights().tolist(), [0.0] * 4, [0.0] * 4    # of each sample
+        for b, y, x in np.ndindex(4, 16, 16):
+            if (c := int(label[b, y, x])) != 255:
+                z = logits[b, y // 4 * 4 + x // 4, y % 4 * 4 + x % 4].double()
+                numerator[b] -= w[c] * (z[c] - z.exp().sum().log()).item()
+                denominator[b] += w[c]
+        whole = loss["loss_fn"](logits, label, weights(), 4)
+        self.assertAlmostEqual(whole.item(), sum(numerator) / sum(denominator), places=5)
+
+        # two parts, divided by the mean of their denominators: mean loss and gradient of the whole
+        learned = list(weights.parameters())
+        expected, gradients = torch.autograd.grad(whole, learned, retain_graph=True), []
+        counts = torch.tensor([(label == c).sum().item() for c in range(3)])
+        for part in slice(0, 1), slice(1, 4):
+            one = loss["loss_fn"](logits[part], label[part], weights(), 4,
+                                  (counts * weights()).sum() / 2)
+            self.assertAlmostEqual(one.item(), 2 * sum(numerator[part]) / sum(denominator),
+                                   places=5)
+            gradients.append(torch.autograd.grad(one, learned, retain_graph=True))
+        for a, b, mean in zip(*gradients, expected):
+            torch.testing.assert_close((a + b) / 2, mean)
+
+
 class LmaeRuns(Runs, MethodCase):
     flags = TINY_FLAGS
     counts = ["params"]
     paper = ["--data", "cityscapes", "--size", 224], {}, "(Eq. 13)"     # see Table 5 above
-    methods = [], ["--data", "voc"]
+    methods = (4, []), (4, ["--data", "voc"])       # images a step, flags
 
     def test_a_folder_trains_a_small_model_on_crops_that_follow_its_images(self):
         mine, run = self.tmp / "mine", self.tmp / "run"
@@ -3068,7 +3144,7 @@ class LmaeRuns(Runs, MethodCase):
         out, root = self.tmp / "run", ["--root", self.tmp]
         text = self.runs(*TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2, "--max-steps", 1,
                          "--out", out)
-        self.assertIn("6 training and 3 validation pictures", text)
+        self.assertIn("6 training and 3 validation images", text)
         self.runs(*root, "--eval", out / "last.pt", "--out", self.tmp / "eval")
         again = scores(self.tmp / "eval")
         self.assertEqual((again["pa_class_iou"], len(again["class_iou"])),
@@ -3179,8 +3255,8 @@ class LmaeComplete(MethodCase):
         status, text, error = outcome("lmae.py", *self.flags())
         lines = error.splitlines()
         self.assertEqual((status, len(lines)), (1, 4), lines)   # an image alone is no fault
-        for name, word in (("unknown", "3..7"), ("alone", "no picture called alone"),
-                           ("other", "30x32"), ("text", "not a whole picture")):
+        for name, word in (("unknown", "3..7"), ("alone", "no image called alone"),
+                           ("other", "30x32"), ("text", "not a complete image")):
             self.assertTrue(any(name in line and word in line for line in lines), (name, lines))
         self.assertIn("4 failed", text)
         self.assertEqual(len(list((self.tmp / "fixed").glob("p*.png"))), 3)
@@ -3772,7 +3848,7 @@ class MaskSupRelease(MethodCase):
             f = masksup.build(cfg, max(2, expected["classes"])).eval()
             x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
             with self.subTest(name), torch.no_grad(), \
-                    mock.patch("data.published", return_value=self.filled(name)), \
+                    mock.patch("data.read_weights", return_value=self.filled(name)), \
                     printed():
                 masksup.load_pretrained(f, cfg, whole=True)
                 logits = f(2 * x - 1)
@@ -4097,7 +4173,7 @@ class PasteMaskSup(MethodCase):
 
 
 class MaskSupRuns(Runs, MethodCase):
-    script, flags, methods = "masksup.py", MASKSUP, [[]]
+    script, flags, methods = "masksup.py", MASKSUP, [(4, [])]
     counts = ["params"]
     paper = ["--data", "nyuv2"], {"params": 9_164_616}, ""
 
@@ -4131,14 +4207,14 @@ class MaskSupRuns(Runs, MethodCase):
         for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
                                      masks, holes)
-            answers, truths, of_images, far, losses = [], [], [], [], []
+            answers, of_holed, truths, of_images, far, losses = [], [], [], [], [], []
             for i in range(len(items)):
                 image, label, _ = items[i]
                 x, truth = image[None].float() / 127.5 - 1, label.numpy()
                 holed = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
                 p, q = (probability(t) for t in (x if masks is None else holed, holed))
                 far.append(((p - q) ** 2).sum(0).mean() / 2)
-                answers.append(p.argmax(0)), truths.append(truth)
+                answers.append(p.argmax(0)), of_holed.append(q.argmax(0)), truths.append(truth)
                 of_images.append(naive_iou(answers[-1], truth, 2)[1])
                 losses += [-np.log(p[c][truth == c]) for c in range(2)]
             iou = naive_iou(np.stack(answers), np.stack(truths), 2)
@@ -4147,6 +4223,8 @@ class MaskSupRuns(Runs, MethodCase):
             self.assertAlmostEqual(found["dice"], dice.mean(), places=3)
             if holes is not None:
                 self.assertAlmostEqual(found["tasksim"], np.mean(far), places=5)
+                self.assertAlmostEqual(found["miou_holes"], naive_iou(
+                    np.stack(of_holed), np.stack(truths), 2).mean(), places=3)
             self.assertEqual(list(found["classes"]), ["class 0", "class 1"])
             for c in range(2):
                 of = found["classes"][f"class {c}"]
@@ -4681,7 +4759,7 @@ class S4mimLoss(MethodCase):
                             for b, y, x in (y_l != 255).nonzero().tolist()])
             self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), mean, places=5)
             # few pixels are all among the 100,000 hardest of a crop
-            self.assertAlmostEqual(s4mim.supervised(p_l, y_l, ohem=True).item(), mean, places=5)
+            same_bits(s4mim.hard_pixels(p_l, y_l), y_l)
 
     def test_hard_examples_by_sorting(self):
         """OHEM: the pixels below a probability of 0.7, or the 100,000 hardest a crop if these are
@@ -4696,9 +4774,9 @@ class S4mimLoss(MethodCase):
             kept = {"0.7": p[p < 0.7], "200000": p[:200_000], "all": p}[rule]
             if rule != "all":
                 self.assertEqual((p < 0.7).sum() > 200_000, rule == "0.7")
-            self.assertAlmostEqual(
-                s4mim.supervised(p_l, torch.from_numpy(y_l), ohem=True).item(),
-                -np.log(kept).mean(), delta=2e-5 * -np.log(kept).mean())
+            hard = s4mim.hard_pixels(p_l, torch.from_numpy(y_l))
+            self.assertAlmostEqual(s4mim.supervised(p_l, hard).item(), -np.log(kept).mean(),
+                                   delta=2e-5 * -np.log(kept).mean())
 
     def test_equation_2_against_a_loop(self):
         p, void = self.normal(3, 4, 5, 5), self.where(0.3, 3, 5, 5)
@@ -4757,7 +4835,8 @@ class S4mimLoss(MethodCase):
                     removed[:B][label[:B] == 1] = True                  # not in sight this time
                     removed[0, 1, 1], void[0, 1, 1], label[0, 1, 1] = False, False, 2
                 leaf, leaf2 = fea.clone().requires_grad_(), fea.double().requires_grad_()
-                prototypes.update(leaf[:B], label[:B], conf[:B], ~(removed | void)[:B])
+                prototypes.update(prototypes.sums(leaf[:B], label[:B], conf[:B],
+                                                  ~(removed | void)[:B]))
                 found = prototypes(leaf, label, conf, removed & ~void)
                 found.backward()
                 terms, v = equations_9_to_11(leaf2, label, conf.double(), removed, void,
@@ -4776,7 +4855,8 @@ class S4mimLoss(MethodCase):
         y, conf = torch.zeros(N, 5, 5).long(), torch.rand(N, 5, 5)
         prototypes = s4mim.Prototypes(C, C)
         for loss in (lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255)),
-                     lambda p: s4mim.supervised(p, torch.full((N, 5, 5), 255), True),
+                     lambda p: s4mim.supervised(p, s4mim.hard_pixels(p, torch.full((N, 5, 5),
+                                                                                   255))),
                      lambda p: s4mim.consistency(p, y, conf, everything),
                      lambda p: s4mim.consistency(p, y, conf, ~everything, 1.1),
                      lambda p: s4mim.semantic_loss(p, p.detach().argmax(1), everything),
@@ -4786,39 +4866,165 @@ class S4mimLoss(MethodCase):
             found = loss(p)
             found.backward()
             self.assertEqual((found.item(), p.grad.abs().max().item()), (0, 0))
-        prototypes.update(torch.randn(N, C, 5, 5), y, conf, ~everything)
+        prototypes.update(prototypes.sums(torch.randn(N, C, 5, 5), y, conf, ~everything))
         self.assertFalse(prototypes.v.any())
-        prototypes.update(torch.randn(N, C, 5, 5), y, conf, everything)
+        prototypes.update(prototypes.sums(torch.randn(N, C, 5, 5), y, conf, everything))
         dark = torch.zeros(N, C, 5, 5, requires_grad=True)              # after a ReLU, it happens
         found = prototypes(dark, y, conf, everything)
         found.backward()
         self.assertAlmostEqual(found.item(), 0.1, places=6)
         self.assertTrue(dark.grad.isfinite().all())
 
-    def test_the_losses_of_two_processes_are_those_of_the_whole_batch(self):
+    def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
+        """And its gradient, if each divides by the mean of their numbers of pixels."""
         B, C, D = 4, 4, 5
         fea, label, conf, removed, void = self.batch(range(C), B, D)
-        void[0], void[B] = True, True                                   # the halves weigh unevenly
+        void[0], void[B] = True, True                           # the halves have unlike numbers
         p_m, p, r, x = (self.normal(3 * B, n, 4, 4) for n in (C, C, 3, 3))
-        y_l, (add, run) = torch.where(void, 255, label), two_threads()
+        y_l = torch.where(void, 255, label)
+        prototypes = s4mim.Prototypes(C, D)
+        prototypes.update(prototypes.sums(fea[:B], label[:B], conf[:B], ~(removed | void)[:B]))
+        one_stream = lambda at: (~void[at]).sum()
+        streams = lambda at: (~void[at]).reshape(3, -1).sum(1)
+        weights = lambda at: prototypes.weights(label[at], conf[at],
+                                                (removed & ~void)[at]).sum((0, 2, 3))
+        every = list(range(3 * B))
+        halves = every[::2], every[1::2]                        # of each stream
+        sums = [prototypes.sums(fea[at[:B // 2]], label[at[:B // 2]], conf[at[:B // 2]],
+                                ~(removed | void)[at[:B // 2]]) for at in halves]
+        other = s4mim.Prototypes(C, D)
+        other.update(sum(sums) / 2)
+        torch.testing.assert_close(other.v, prototypes.v)
+        for count, leaf, f, *args in (
+                (one_stream, p, s4mim.supervised, y_l),
+                (one_stream, p, s4mim.consistency, label, conf, void, 0.5),
+                (one_stream, r, lambda r, x, n: s4mim.pixel_loss(r, x), x),
+                (streams, p_m, s4mim.semantic_loss, p.argmax(1), void),
+                (streams, p_m, s4mim.semantic_loss, p.softmax(1), void),
+                (weights, fea, prototypes, label, conf, removed & ~void)):
+            loss = lambda at, n: f(leaf[at], *(t[at] if torch.is_tensor(t) else t for t in args),
+                                   n)
+            leaf.requires_grad_()
+            whole = loss(every, None)
+            n = sum(count(at) for at in halves) / 2
+            mean = sum(loss(at, n) for at in halves) / 2
+            self.assertNotAlmostEqual(loss(halves[0], n).item(), whole.item(), places=4)
+            self.assertAlmostEqual(mean.item(), whole.item(), places=5)
+            torch.testing.assert_close(*(torch.autograd.grad(t, leaf)[0] for t in (mean, whole)),
+                                       rtol=1e-4, atol=1e-7)
 
-        def features(at, add):
-            prototypes = s4mim.Prototypes(C, D)
-            mine = at[:len(at) // 3]
-            prototypes.update(fea[mine], label[mine], conf[mine], ~(removed | void)[mine], add)
-            return prototypes(fea[at], label[at], conf[at], (removed & ~void)[at], add)
 
-        for f in (lambda at, add: s4mim.supervised(p[at], y_l[at], add=add),
-                  lambda at, add: s4mim.consistency(p[at], label[at], conf[at], void[at], 0.5,
-                                                    add),
-                  lambda at, add: s4mim.pixel_loss(r[at], x[at], add),
-                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at].argmax(1), void[at], add),
-                  lambda at, add: s4mim.semantic_loss(p_m[at], p[at].softmax(1), void[at], add),
-                  features):
-            whole = f(list(range(3 * B)), lambda sums: sums)
-            # of two processes, each has every second image of each stream
-            for found in run(lambda rank: f(list(range(rank, 3 * B, 2)), add)):
-                self.assertAlmostEqual(found.item(), whole.item(), places=5)
+class PasteS4mim(MethodCase):
+    """Sections of s4mim.py, cut out by their header lines, run alone."""
+
+    def paste(self, name, **given):
+        """The functions and classes of a section, which is given these modules and no others."""
+        header, sections = re.compile(r"# -+ (.*)"), {}
+        for line in (MAIN / "s4mim.py").read_text("utf-8").splitlines():
+            if found := header.fullmatch(line):
+                sections[found[1]] = []
+            elif sections:
+                sections[next(reversed(sections))].append(line)
+        exec("\n".join(sections[name]), given)
+        return types.SimpleNamespace(**given)
+
+    def test_the_map_at_the_top_is_right(self):
+        lines = (MAIN / "s4mim.py").read_text("utf-8").splitlines()
+        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
+                                         s4mim.__doc__).groups())
+        self.assertRegex(lines[first - 1], "^# -+ model$")
+        source, start = inspect.getsourcelines(s4mim.train_step)
+        self.assertEqual(last, start + len(source) - 1)
+        method = "\n".join(lines[first - 1:last])
+        for name in ("class_heads", "Heads", "Prototypes", "patch_mask", "supervised",
+                     "consistency", "pixel_loss", "semantic_loss", "phase_one", "phase_two"):
+            self.assertRegex(method, rf"(?m)^(def|class) {name}\b")
+
+    def test_the_model_against_loops(self):
+        model = self.paste("model", torch=torch, nn=torch.nn, F=F)
+        B, C, D, H, W = 2, 3, 4, 3, 5
+        fea = torch.from_numpy(self.rng.standard_normal((B, D, H, W))).float()
+        label = torch.from_numpy(self.rng.integers(0, C, (B, H, W)))
+        label[0, 0, 0], label[1, 2, 2] = 255, -1
+        heads = model.Heads(D, C)
+        weight, expected = heads.weight.detach().view(C, 3, D, 3, 3), np.zeros((B, 3, H, W))
+        for b, i, j, di, dj in itertools.product(range(B), range(H), range(W), (-1, 0, 1),
+                                                 (-1, 0, 1)):
+            y, x = i + di, j + dj                               # where (i, j) adds to
+            if 0 <= y < H and 0 <= x < W and 0 <= label[b, i, j] < C:
+                tap = weight[label[b, i, j], :, :, 1 - di, 1 - dj]
+                expected[b, :, y, x] += (tap @ fea[b, :, i, j]).numpy()
+        np.testing.assert_allclose(heads(fea, label, (H, W)).detach(), expected, atol=1e-5)
+
+        prototypes = model.Prototypes(C, D, alpha=0.9)
+        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (B, H, W))).float()
+        removed = torch.from_numpy(self.rng.random((B, H, W)) < 0.5)
+        v, terms = np.zeros((C, D)), []
+        prototypes.update(prototypes.sums(fea, label, conf, ~removed))
+        z, k = fea.movedim(1, 3).numpy(), conf.numpy()
+        for c in range(C):
+            at = (label == c).numpy() & ~removed.numpy()
+            v[c] = 0.1 * sum(k[p] * z[p] for p in zip(*at.nonzero())) / k[at].sum()
+        np.testing.assert_allclose(prototypes.v, v, rtol=1e-5)
+        for c in range(C):
+            at = [*zip(*((label == c).numpy() & removed.numpy()).nonzero())]
+            cos = [z[p] @ v[c] / np.linalg.norm(z[p]) / np.linalg.norm(v[c]) for p in at]
+            weights = [k[p] for p in at]
+            terms.append(np.average([(1 - x) / 10 for x in cos], weights=weights))
+        self.assertAlmostEqual(prototypes(fea, label, conf, removed).item(), np.mean(terms),
+                               places=6)
+
+    def test_void_labels_are_left_out_of_the_prototypes(self):
+        prototypes = self.paste("model", torch=torch, nn=torch.nn, F=F).Prototypes(2, 3)
+        fea = torch.tensor([[1.0, 0, 0], [0, 1, 0], [5, 5, 5]]).T.reshape(1, 3, 1, 3)
+        one, everywhere = torch.ones(1, 1, 3), torch.ones(1, 1, 3).bool()
+        for void in 255, 2, -1:
+            label = torch.tensor([[[0, 1, void]]])
+            prototypes.v.zero_()
+            prototypes.update(prototypes.sums(fea, label, one, everywhere))
+            torch.testing.assert_close(prototypes.v, 0.01 * torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+            leaf = fea.clone().requires_grad_()
+            found = prototypes(leaf, label, one, everywhere)
+            found.backward()
+            self.assertLess(found.item(), 1e-6)                 # both lie on their prototypes
+            self.assertEqual(leaf.grad[..., 2].abs().max().item(), 0)
+
+    def test_masking_against_loops(self):
+        masking = self.paste("masking", torch=torch)
+        noise = masking.noise_of([3, 4], 16)
+        m = masking.patch_mask(noise, 14, patch=4, ratio=0.4)
+        for b in range(2):
+            removed = set(np.argsort(noise[b].numpy())[:6].tolist())    # int(0.4 * 16)
+            for y, x in itertools.product(range(14), repeat=2):
+                self.assertEqual(m[b, 0, y, x].item(), y // 4 * 4 + x // 4 not in removed)
+        self.assertEqual(masking.perturb([torch.ones(1, 2, 1, 1)], [torch.tensor([[0.4, 0.6]])])[0]
+                         .flatten().tolist(), [0, 2])
+        x, box = torch.arange(8).view(2, 2, 2), torch.eye(2).bool().expand(2, 2, 2)
+        self.assertEqual(masking.mix(x, torch.tensor([1, 0]), box).tolist(),
+                         [[[4, 1], [2, 7]], [[0, 5], [6, 3]]])
+
+    def test_losses_against_loops(self):
+        loss = self.paste("loss", math=math, torch=torch, F=F)
+        N, C, S = 3, 4, 5
+        p, target = (torch.from_numpy(self.rng.standard_normal((N, C, S, S))) for _ in range(2))
+        y = torch.from_numpy(self.rng.integers(0, C, (N, S, S)))
+        void = torch.from_numpy(self.rng.random((N, S, S)) < 0.3)
+        conf = torch.from_numpy(self.rng.random((N, S, S)))
+        ce = np.array([[[-log_softmax(p[b, :, i, j])[y[b, i, j]] for j in range(S)]
+                        for i in range(S)] for b in range(N)])
+        valid = ~void.numpy()
+        kept = ce * (conf.numpy() >= 0.5)
+        squares = np.square(p.numpy() - target.numpy())
+        for found, expected in (
+                (loss.supervised(p, torch.where(void, 255, y)), ce[valid].mean()),
+                (loss.supervised(p, loss.hard_pixels(p, torch.where(void, 255, y))),
+                 ce[valid].mean()),                             # fewer than 100,000 a crop
+                (loss.consistency(p, y, conf, void, 0.5), kept[valid].mean()),
+                (loss.consistency(p, y, conf, void, 0.5, n=torch.tensor(7)), kept[valid].sum() / 7),
+                (loss.pixel_loss(p[:, :3], target[:, :3]),
+                 sum(squares[b, :3].mean() for b in range(N))),
+                (loss.semantic_loss(p, y, void), sum(ce[b][valid[b]].mean() for b in range(N)))):
+            self.assertAlmostEqual(found.item(), expected, places=5)
 
 
 def average(values, where):
@@ -5168,7 +5374,7 @@ class S4mimTraining(MethodCase):
                       decoder_lr=1, pixel_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
             cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
-            s4mim.settle(cfg)
+            s4mim.fill_in(cfg)
             self.assertEqual({key: getattr(cfg, key) for key in expected}, expected)
             s4mim.check(cfg)
 
@@ -5176,7 +5382,7 @@ class S4mimTraining(MethodCase):
         for size, side in (32, 2), (97, 2), (161, 3), (257, 5), (321, 6), (513, 6), (801, 6):
             for given, expected in (0, side), (4, 4):
                 cfg = tiny(size=size, patch=given)
-                s4mim.settle(cfg)
+                s4mim.fill_in(cfg)
                 self.assertEqual(cfg.patch, expected, size)
 
     def test_voc_without_sbds_list_says_what_is_missing(self):
@@ -5191,9 +5397,9 @@ class S4mimTraining(MethodCase):
                     s4mim.datasets(cfg)
         lines = [t for t in text.getvalue().splitlines() if "instead of the paper's" in t]
         self.assertEqual(lines, [
-            "voc: 1463 unlabelled pictures instead of the paper's 10581, 182 steps an epoch "
+            "voc: 1463 unlabelled images instead of the paper's 10581, 182 steps an epoch "
             "instead of 1322: get SBD's list of 10582 names, ImageSets/Segmentation/train_aug.txt; "
-            "its pictures are in JPEGImages"])
+            "its images are in JPEGImages"])
 
     def test_rates(self):
         cfg = tiny(lr=0.1, decoder_lr=5.0, pixel_lr=2.0)
@@ -5349,7 +5555,8 @@ class S4mimRuns(Runs, MethodCase):
     counts = ["params", "params_E", "params_PiD"]
     paper = (["--data", "voc", "--stem", "deep", "--pretrained", "none"],
              {"params": 59_468_085, "params_E": 42_623_936}, "59,468,085")
-    methods = [["--method", method] for method in ("suponly", "fixmatch", "s4mim")]
+    methods = [(images, ["--method", method])               # suponly has the labelled alone
+               for images, method in ((2, "suponly"), (4, "fixmatch"), (4, "s4mim"))]
 
     def same_state(self, a, b):
         """Two checkpoints hold the same bits, whatever took them there."""
@@ -5407,10 +5614,12 @@ class S4mimRuns(Runs, MethodCase):
         self.assertEqual([float(plain[f"loss_{k}"]) for k in ("u", "pi", "fea", "se")], [0] * 4)
         samples, step, curves = (array_of(out / f"{name}.png").shape[:2] for name in
                                  ("samples", "step", "curves"))
-        # tiles of 160 and 4 between them; 3 rows of images, and 8 of what a step sees
-        self.assertEqual((samples[0], step[0], curves), (4 + 3 * 164, 4 + 8 * 164, (340, 960)))
+        # tiles of 160 with 4 between them: 3 rows in samples.png, 8 in step.png; a line for the
+        # title and one for the legend have 22 each, with 8 between the legend and the tiles
+        self.assertEqual((samples[0], step[0], curves), (
+            22 + 4 + 3 * 164 + 8 + 22, 22 + 4 + 8 * 164 + 8 + 22, (420, 1120)))
         self.assertTrue(6 * 164 < samples[1] < 6 * 164 + 120)
-        self.assertTrue(4 * 164 < step[1] < 4 * 164 + 120)
+        self.assertTrue(4 * 164 < step[1] < 4 * 164 + 200)
 
         text = self.runs("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
                          self.tmp / "eval")
@@ -5510,7 +5719,7 @@ class S4mimRuns(Runs, MethodCase):
             out = self.tmp / f"run{i}"
             text = self.runs(*flags, "--labeled", labeled, "--max-steps", steps, "--out", out)
             self.assertIn(f"{str(labeled)[0]} labelled", text)
-            self.assertIn(f"and {unlabeled} unlabelled pictures", text)
+            self.assertIn(f"and {unlabeled} unlabelled images", text)
             end = saved(out / "last.pt")
             self.assertEqual((end["step"], len(end["scores"]["class_iou"])), (steps, 4))
             self.assertTrue(all(t.isfinite().all() for t in end["model"].values()))
@@ -5582,7 +5791,7 @@ class S4mimRuns(Runs, MethodCase):
                          48, "--width", 4, "--backbone", "resnet18", "--pretrained", "none",
                          "--batch-size", 4, "--max-steps", 2, "--device", "cpu", "--out", out)
         self.assertIn("2 labelled", text)
-        self.assertIn("and 2 unlabelled pictures, 2 val pictures", text)
+        self.assertIn("and 2 unlabelled images, 2 val images", text)
         end = saved(out / "last.pt")
         self.assertEqual((end["config"]["window"], end["config"]["ohem"]), ("slide", True))
         self.assertEqual(len(end["scores"]["class_iou"]), 19)
@@ -5781,7 +5990,7 @@ class BadData(Case):
             ("an id out of range", put(mask(), np.full((12, 16), 7, np.uint8)),
              [mask(), "id 7", "classes 0..2 and void 255", "correct the mask"]),
             ("0 and 255 as two classes", everywhere("masks", lambda p: save(p, binary)),
-             ["nothing but 0 and 255", "--palette binary"]),
+             ["only 0 and 255", "--palette binary"]),
             ("colour masks", put(mask(2), self.noise(12, 16, 3)),
              [mask(2), "a colour mask", "--palette"]),
             ("a mask of another size", put(mask(1), np.zeros((5, 6), np.uint8)),
@@ -5792,26 +6001,26 @@ class BadData(Case):
                 root / "train/masks/p000.jpg", self.noise(12, 16))],
              ["p000.jpg", "classes 0..2", "save masks as PNG"]),
             ("a cut image", write(image(3), whole.getvalue()[:-100]),
-             [image(3), "not a whole picture", "replace or remove it"]),
+             [image(3), "not a complete image", "replace or remove it"]),
             ("an empty image", write(image(), b""), [image(), "replace or remove it"]),
             ("an empty mask", write(mask(1, "val"), b""), [mask(1, "val"), "replace or remove"]),
             ("no image", write(image(), b"%PDF-1.4 and so on"), [image(), "replace or remove"]),
             ("a bomb", write(image(1), bomb), [image(1), "1600000000 pixels", "save it smaller"]),
             ("an empty split", lambda root: [p.unlink() for p in root.glob("val/*/*")],
-             ["no picture with a mask in the split val", "add some", "images/ and masks/"]),
+             ["no image with a mask in the split val", "add some", "images/ and masks/"]),
             ("a split that is not there", lambda root: shutil.rmtree(root / "train/masks"),
              ["train/masks", "not there", "images/ and masks/"]),
-            ("one image", one_pair, ["no picture with a mask", "add some", "several",
+            ("one image", one_pair, ["no image with a mask", "add some", "several",
                                      "images/ and masks/", "val/"]),
             ("no folder", lambda root: [shutil.rmtree(root / split) for split in ("train", "val")],
              ["/images", "images/ and masks/"]),
             ("a stem twice", put("train/images/p001.bmp", self.noise(12, 16, 3)),
              ["p001.bmp", "2 files", "rename or remove"]),
             ("a mask without an image", lambda root: (root / image(2)).unlink(),
-             [mask(2), "no picture called p002", "remove the mask"]),
+             [mask(2), "no image is called p002", "remove the mask"]),
             ("masks with other names", everywhere("masks", lambda p: p.rename(
                 p.with_stem("z" + p.stem[1:]))),
-             ["masks/z000.png", "no picture called z000", "rename"]),
+             ["masks/z000.png", "no image is called z000", "rename"]),
             ("anti-aliased masks", everywhere("masks", lambda p: save(p, self.noise(12, 16))),
              ["has classes 0..2", "--palette binary"]),
             ("masks that are all void", everywhere("masks", lambda p: save(p, np.full(
@@ -5830,7 +6039,7 @@ class BadData(Case):
              ["p000.tif", "32-bit floats", "save them as 8-bit PNG"]),
             ("images without masks", everywhere("masks", Path.unlink),
              [image(), "no mask belongs to it", "add masks"]),
-            ("a loop of links", loop, ["train/images", "symbolic links", "mend that"]),
+            ("a loop of links", loop, ["train/images", "symbolic links", "fix that"]),
             ("a link to itself", lambda root: [(root / image()).unlink(), (
                 root / image()).symlink_to(root / image())],
              [image(), "link", "replace or remove it"]),
@@ -5839,7 +6048,7 @@ class BadData(Case):
              [image(), "directory", "replace or remove it"]),
             ("a name of two lines", lambda root: (root / image(1)).rename(
                 root / "train/images/p\n001.png"),
-             ["masks/p001.png", "no picture called p001", "remove the mask"]),
+             ["masks/p001.png", "no image is called p001", "remove the mask"]),
             ("a broken file with such a name", lambda root: [
                 save(root / f"train/{part}/a\nb.png", np.zeros((5, 6 + i), np.uint8))
                 for i, part in enumerate(("images", "masks"))],
@@ -5851,7 +6060,7 @@ class BadData(Case):
             ("an image that may not be read", lambda root: (root / image()).chmod(0),
              [image(), "you may not read it"]),
             ("a folder that may not be read", lambda root: (root / "train/masks").chmod(0),
-             ["train/masks", "Permission denied", "mend that"]),
+             ["train/masks", "Permission denied", "fix that"]),
         ]
 
     def test_every_fault_in_every_script(self):
@@ -6021,7 +6230,7 @@ class AsFoundFiles(Case):
 
     def setUp(self):
         super().setUp()
-        data.told.clear()
+        data.said.clear()
 
     def put(self, root, *names, images="images/{}.png", masks="masks/{}.png", shape=(12, 16)):
         """Pairs; returns {name: (image, label)}."""
@@ -6102,7 +6311,7 @@ class AsFoundFiles(Case):
                 (train, text), (found, _) = self.items(root), self.items(root, "val")
                 self.assertEqual([[i.stem for i in items] for items in (train, found)],
                                  [[f"{s}{k}" for k in range(4)] for s in ("train", val)])
-                self.assertEqual(f"{val} is taken for val" in text, val != "val")
+                self.assertEqual(f"{val} is used as val" in text, val != "val")
                 self.assertIn("not used: test", text)
 
     def test_names_in_any_case_two_of_a_kind_and_links_that_lead_up(self):
@@ -6193,7 +6402,7 @@ class AsFoundFiles(Case):
         for part in "images", "masks":
             (self.tmp / f"none/{part}/a.png").write_bytes(b"nothing")
         _, text, _ = outcome("data.py", "--data", self.tmp / "none", "--out", self.tmp / "y.png")
-        self.assertNotIn("nothing but :", text)
+        self.assertNotIn("only :", text)
 
     def test_a_folder_that_moved_and_a_palette_that_is_missing(self):
         colors = np.array([(0, 0, 0), (9, 9, 200), (200, 9, 9)], np.uint8)
