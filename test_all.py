@@ -30,7 +30,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import types
 import unittest
 import warnings
 import zipfile
@@ -2230,6 +2229,51 @@ class Pretrained:
             self.assertTrue(asked.call_args.kwargs["weights_only"])
 
 
+class Pastes:
+    """The sections model, masking and loss of a method's file, each run alone with no more than its
+    first lines list. The tests are those of the functions themselves, on what was pasted."""
+    model = "model"
+    modules = {"torch": torch, "nn": torch.nn, "F": F, "math": math, "np": np, "Image": Image,
+               "ImageDraw": sys.modules["PIL.ImageDraw"]}
+
+    def setUp(self):
+        super().setUp()
+        self.lines = (MAIN / self.script).read_text("utf-8").splitlines()
+        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
+                       if line.startswith("# ----")}
+        module, names = SCRIPTS[self.script], {}
+        for section in self.model, "masking", "loss":
+            names |= self.pasted(section)
+        self.enter(mock.patch.multiple(module, **{
+            name: value for name, value in names.items() if hasattr(module, name)}))
+
+    def pasted(self, section):
+        """{name: value} after a section has run."""
+        end = min(i for i in self.starts.values() if i > self.starts[section])
+        code = "\n".join(self.lines[self.starts[section] + 1:end])
+        listed = re.match("(#.*\n)+", code)[0]
+        names = {name: module for name, module in self.modules.items()
+                 if re.search(rf"\b{name}\b", listed)}
+        for helper in re.findall(r"(\w+)\(\)", listed):       # "Take along .. of the model."
+            names[helper] = self.pasted(self.model)[helper]
+        exec(code, names)
+        return names
+
+    def test_the_docstring_says_where_the_method_is(self):
+        module = SCRIPTS[self.script]
+        first, last = map(int, re.search(r"ines (\d+) to (\d+) are the method",
+                                         " ".join(module.__doc__.split())).groups())
+        self.assertEqual(list(self.starts)[:4], ["config", self.model, "masking", "loss"])
+        self.assertEqual(first, self.starts[self.model] + 1)
+        self.assertLess(inspect.getsourcelines(module.train_step)[1], last)
+        self.assertNotEqual(self.lines[last - 1], "")
+        self.assertEqual(self.lines[last:last + 2], ["", ""])
+        self.assertIn(last + 2, self.starts.values())           # it ends where a section does
+        method = "\n".join(self.lines[first - 1:last])
+        for name in self.method:
+            self.assertRegex(method, rf"(?m)^(def|class) {name}\b")
+
+
 class Predicts:
     """What --predict of masksup.py and s4mim.py must show. setUp() saves c.pt, with classes a, b
     and c; softmax(image) is what its network says of an RGB array, step by step: (3, H, W)."""
@@ -2872,6 +2916,20 @@ class LmaeLoss(MethodCase):
         loss.backward()
         self.assertEqual((loss.item(), logits.grad.abs().max().item()), (0, 0))
 
+    def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
+        """And its gradient, if each divides by the mean of their denominators."""
+        logits, label = self.normal(4, 4, 16, 4), self.classes(4, 4, 8, 8)
+        label[0, :3] = 255
+        weights = lmae.ClassWeights(self.share)
+        counts = torch.stack([(label == c).sum() for c in range(4)])
+        whole = lmae.loss_fn(logits, label, weights(), 4)
+        mean = sum(lmae.loss_fn(logits[part], label[part], weights(), 4,
+                                (counts * weights()).sum() / 2)
+                   for part in (slice(0, 1), slice(1, 4))) / 2
+        torch.testing.assert_close(mean, whole)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, [*weights.parameters()])
+                                     for loss in (mean, whole)))
+
     def test_sums_of_a_whole_batch_are_right_in_float32(self):
         """24 x 224 x 224 pixels, 73 % of them one class: one bin a class would be 0.7 % off."""
         generator = torch.Generator().manual_seed(0)
@@ -2923,77 +2981,12 @@ class LmaeLoss(MethodCase):
         self.assertEqual([q.requires_grad for q in fixed.parameters()], [False, False])
 
 
-class PasteLmae(MethodCase):
-    """Model, masking and loss of lmae.py, cut out by their header lines, run without the rest."""
-
-    def setUp(self):
-        super().setUp()
-        self.lines = (MAIN / "lmae.py").read_text("utf-8").split("\n")
-        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
-                       if line.startswith("# ---")}
-
-    def pasted(self, name):
-        """The names of a section, run after what its first comment says to take along alone."""
-        end = min(i for i in self.starts.values() if i > self.starts[name])
-        code = "\n".join(self.lines[self.starts[name] + 1:end])
-        comment = " ".join(re.match("(# .*\n)+", code)[0].replace("#", "").split())
-        imports, helpers = re.fullmatch(r"To paste this section: (import [\w., ]*?)\."
-                                        r"(?: Take along (.*) of the model\.)?", comment).groups()
-        for module in re.findall(r"[\w.]+(?: as)?", imports.removeprefix("import ")):
-            self.assertIn(module.split(".")[0].split()[0], ("torch", "math", "nn", "F"))
-        names = {}
-        exec(imports, names)
-        model = self.pasted("model") if helpers else {}
-        names |= {helper: model[helper] for helper in re.findall(r"(\w+)\(\)", helpers or "")}
-        exec(code, names)
-        return names
-
-    def test_the_docstring_says_where_the_method_is(self):
-        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
-                                         lmae.__doc__).groups())
-        self.assertEqual(list(self.starts)[:6], ["config", "model", "masking", "loss",
-                                                 "training step", "data"])
-        self.assertEqual(first, self.starts["model"] + 1)
-        source, start = inspect.getsourcelines(lmae.train_step)
-        self.assertEqual(last, start + len(source) - 1)
-
-    def test_the_sections_against_loops_over_pixels(self):
-        model, masking, loss = map(self.pasted, ("model", "masking", "loss"))
-        label, background = self.classes(3, 4, 16, 16), torch.arange(256) == 0
-        label[0, :3] = 255
-        keep, removed, shown = masking["damage"](label, 4, 0.4, "random", 0, background,
-                                                 masking["draw"](range(4), 16))
-        self.assertEqual((removed.shape, keep.shape), ((4, 6), (4, 10)))        # int(16 * 0.4)
-        m = masking["mask_of"](removed, 16, 4)
-        self.assertEqual(m.float().mean().item(), 6 / 16)
-        for b, y, x in np.ndindex(4, 16, 16):
-            self.assertEqual(m[b, y, x], y // 4 * 4 + x // 4 in removed[b])
-            self.assertEqual(shown[b, y, x], 255 if m[b, y, x] else label[b, y, x])
-
-        net = model["LMAE"](3, 16, 4, 1, 1, 16, 16, 2)
-        weights = loss["ClassWeights"](torch.tensor([0.6, 0.3, 0.1]))
-        logits = net(self.uniform(4, 3, 16, 16).float(), shown, keep, removed)
-        w, numerator, denominator = weights().tolist(), [0.0] * 4, [0.0] * 4    # of each sample
-        for b, y, x in np.ndindex(4, 16, 16):
-            if (c := int(label[b, y, x])) != 255:
-                z = logits[b, y // 4 * 4 + x // 4, y % 4 * 4 + x % 4].double()
-                numerator[b] -= w[c] * (z[c] - z.exp().sum().log()).item()
-                denominator[b] += w[c]
-        whole = loss["loss_fn"](logits, label, weights(), 4)
-        self.assertAlmostEqual(whole.item(), sum(numerator) / sum(denominator), places=5)
-
-        # two parts, divided by the mean of their denominators: mean loss and gradient of the whole
-        learned = list(weights.parameters())
-        expected, gradients = torch.autograd.grad(whole, learned, retain_graph=True), []
-        counts = torch.tensor([(label == c).sum().item() for c in range(3)])
-        for part in slice(0, 1), slice(1, 4):
-            one = loss["loss_fn"](logits[part], label[part], weights(), 4,
-                                  (counts * weights()).sum() / 2)
-            self.assertAlmostEqual(one.item(), 2 * sum(numerator[part]) / sum(denominator),
-                                   places=5)
-            gradients.append(torch.autograd.grad(one, learned, retain_graph=True))
-        for a, b, mean in zip(*gradients, expected):
-            torch.testing.assert_close((a + b) / 2, mean)
+class PasteLmae(Pastes, LmaeMasking):
+    method = "LMAE", "select", "damage", "ClassWeights", "loss_fn", "train_step"
+    share = LmaeLoss.share
+    test_blocks = LmaeModel.test_a_block_against_a_loop_over_heads
+    test_class_weights = LmaeLoss.test_class_weights_against_equation_10
+    test_loss = LmaeLoss.test_loss_against_a_loop_over_pixels
 
 
 class LmaeRuns(Runs, MethodCase):
@@ -3999,6 +3992,9 @@ class MaskSupLoss(MethodCase):
             loss, terms = masksup.loss_fn(M_p, M_pm, label, (1, 0.5, 3))
             np.testing.assert_allclose(terms, [seg, context, similar], rtol=1e-5)
             self.assertAlmostEqual(loss.item(), seg + 0.5 * context + 3 * similar, places=5)
+            _, terms = masksup.loss_fn(M_p, M_pm, label, (1, 1, 1), torch.tensor(30),
+                                       torch.tensor(36))                # instead of 60 and 72
+            np.testing.assert_allclose(terms, [2 * seg, 2 * context, 2 * similar], rtol=1e-5)
             loss, _ = masksup.loss_fn(M_p, M_pm, label, (1, 1, 0))                    # Eq. 2
             self.assertAlmostEqual(loss.item(), seg + context, places=5)
             loss, terms = masksup.loss_fn(M_p, None, label)
@@ -4102,74 +4098,14 @@ class MaskSupLoss(MethodCase):
             self.assertEqual([t > 0 for t in terms[1:3].tolist()], [True, method != "base"])
 
 
-class PasteMaskSup(MethodCase):
-    """What the sections of the method are without the rest of the file."""
-
-    def setUp(self):
-        super().setUp()
-        self.text = (MAIN / "masksup.py").read_text()
-        _, *parts = re.split(r"^# -{9,} (.+)\n", self.text, flags=re.M)
-        self.sections = dict(zip(parts[::2], parts[1::2]))
-
-    def pasted(self, name):
-        """The names of a section, run after nothing but the imports that its first line lists."""
-        first, _, code = self.sections[name].partition("\n")
-        imports = first.removeprefix("# To paste this section: ").rstrip(".")
-        self.assertRegex(imports, "^import ")
-        for module in re.findall(r"(?:import|from) ([a-zA-Z]+)", imports):
-            self.assertIn(module, ("torch", "numpy", "PIL", "Image"))
-        names = {}
-        exec(f"{imports}\n{code}", names)
-        return names
-
-    def test_masking_alone(self):
-        masking = self.pasted("masking")
-        bank = masking["mask_bank"](7, 32, 0.2, 0.4, seed=0)
-        removed = 1 - bank.float().mean((1, 2))
-        self.assertTrue(((removed >= 0.2) & (removed <= 0.4)).all())
-        rng = np.random.default_rng(5)
-        self.assertTrue(0.5 <= 1 - masking["draw_mask"](rng, 32, 0.5, 0.75).mean() <= 0.75)
-        noise = masking["noise_of"]([4, 9])
-        noise[0] = torch.tensor([0.5, 0.25, 0.125, 0.9, 0.9, 0.9])      # mask 3, shifted by 8, 4
-        holes = masking["pick"](bank, noise)
-        arrays_equal(holes[0, 0], np.roll(bank[3].numpy(), (-8, -4), (0, 1)))
-        noise[0] = torch.tensor([0.5, 0.0, 0.0, 0.1, 0.9, 0.1])         # transposed, its x flipped
-        arrays_equal(masking["pick"](bank, noise)[0, 0], bank[3].numpy().T[::-1])
-
-    def test_model_and_loss_against_a_loop_over_pixels(self):
-        N, f = 3, torch.nn.Conv2d(3, 3, 1)
-        net, loss = self.pasted("model: MaskSup")["MaskSup"](f), self.pasted("loss")
-        image = self.uniform(2, 3, 4, 5).float()
-        holes, label = self.where(0.5, 2, 1, 4, 5), self.classes(N, 2, 4, 5)
-        label[1, :2] = 255
-        W, b = f.weight.detach()[:, :, 0, 0].double().numpy(), f.bias.detach().double().numpy()
-        seg = context = similar = 0.0
-        for i, y, x in np.ndindex(2, 4, 5):
-            p = np.exp(W @ image[i, :, y, x].numpy() + b)
-            q = p if holes[i, 0, y, x] else np.exp(b)           # f sees 0 where it is removed
-            p, q = p / p.sum(), q / q.sum()
-            similar += ((p - q) ** 2).sum() / 2
-            if (c := int(label[i, y, x])) != 255:
-                seg, context = seg - np.log(p[c]), context - np.log(q[c])
-        M_p, M_pm = net(image, holes)
-        total, terms = loss["loss_fn"](M_p, M_pm, label)
-        np.testing.assert_allclose(terms, [seg / 30, context / 30, similar / 40], rtol=1e-4)
-        self.assertAlmostEqual(total.item(), terms.sum().item(), places=5)
-        _, terms = loss["loss_fn"](M_p, M_pm, label, (2, 1, 1), torch.tensor(60), torch.tensor(10))
-        np.testing.assert_allclose(terms, [seg / 60, context / 60, similar / 10], rtol=1e-4)
-        total, _ = loss["loss_fn"](net(image)[0], None, label, (2, 1, 1))
-        self.assertAlmostEqual(total.item(), 2 * seg / 30, places=4)
-
-    def test_the_map_in_the_docstring_is_right(self):
-        first, last = map(int, re.search(r"lines (\d+) to (\d+) are the method",
-                                         " ".join(self.text.split('"""')[1].split())).groups())
-        lines = self.text.splitlines()
-        self.assertRegex(lines[first - 1], "^# -+ model: MaskSup$")
-        names = list(self.sections)
-        self.assertEqual(names[1:6], ["model: MaskSup", "masking", "loss", "training step",
-                                      "networks: U-Net and U-Net++"])
-        end = next(i for i, line in enumerate(lines) if line.endswith(f"- {names[5]}"))
-        self.assertEqual((lines[last - 1] != "", lines[last:end]), (True, ["", ""]))
+class PasteMaskSup(Pastes, MethodCase):
+    script, model = "masksup.py", "model: MaskSup"
+    method = "MaskSup", "draw_mask", "mask_bank", "pick", "loss_fn", "train_step"
+    batch = MaskSupLoss.batch
+    test_model = MaskSupModels.test_both_branches_share_f_with_statistics_of_their_own_batch
+    test_masks = MaskSupMasking.test_masks_have_no_seam_when_shifted
+    test_pick = MaskSupMasking.test_pick_against_numpy
+    test_loss = MaskSupLoss.test_loss_against_a_loop_over_pixels
 
 
 class MaskSupRuns(Runs, MethodCase):
@@ -4635,6 +4571,8 @@ class S4mimHeads(MethodCase):
 
 
 class S4mimMasking(MethodCase):
+    script = "s4mim.py"
+
     def test_patches_that_are_removed_against_a_loop(self):
         for size, patch, ratio in (48, 6, 0.4), (32, 6, 0.4), (33, 8, 0.75), (37, 5, 0.1), (
                 321, 6, 0.4):
@@ -4875,6 +4813,21 @@ class S4mimLoss(MethodCase):
         self.assertAlmostEqual(found.item(), 0.1, places=6)
         self.assertTrue(dark.grad.isfinite().all())
 
+    def test_void_labels_are_left_out_of_the_prototypes(self):
+        prototypes = s4mim.Prototypes(2, 3)
+        fea = torch.tensor([[1.0, 0, 0], [0, 1, 0], [5, 5, 5]]).T.reshape(1, 3, 1, 3)
+        one, everywhere = torch.ones(1, 1, 3), torch.ones(1, 1, 3).bool()
+        for void in 255, 2, -1:
+            label = torch.tensor([[[0, 1, void]]])
+            prototypes.v.zero_()
+            prototypes.update(prototypes.sums(fea, label, one, everywhere))
+            torch.testing.assert_close(prototypes.v, 0.01 * torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+            leaf = fea.clone().requires_grad_()
+            found = prototypes(leaf, label, one, everywhere)
+            found.backward()
+            self.assertLess(found.item(), 1e-6)                 # both lie on their prototypes
+            self.assertEqual(leaf.grad[..., 2].abs().max().item(), 0)
+
     def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
         """And its gradient, if each divides by the mean of their numbers of pixels."""
         B, C, D = 4, 4, 5
@@ -4914,117 +4867,17 @@ class S4mimLoss(MethodCase):
                                        rtol=1e-4, atol=1e-7)
 
 
-class PasteS4mim(MethodCase):
-    """Sections of s4mim.py, cut out by their header lines, run alone."""
-
-    def paste(self, name, **given):
-        """The functions and classes of a section, which is given these modules and no others."""
-        header, sections = re.compile(r"# -+ (.*)"), {}
-        for line in (MAIN / "s4mim.py").read_text("utf-8").splitlines():
-            if found := header.fullmatch(line):
-                sections[found[1]] = []
-            elif sections:
-                sections[next(reversed(sections))].append(line)
-        exec("\n".join(sections[name]), given)
-        return types.SimpleNamespace(**given)
-
-    def test_the_map_at_the_top_is_right(self):
-        lines = (MAIN / "s4mim.py").read_text("utf-8").splitlines()
-        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
-                                         s4mim.__doc__).groups())
-        self.assertRegex(lines[first - 1], "^# -+ model$")
-        source, start = inspect.getsourcelines(s4mim.train_step)
-        self.assertEqual(last, start + len(source) - 1)
-        method = "\n".join(lines[first - 1:last])
-        for name in ("class_heads", "Heads", "Prototypes", "patch_mask", "supervised",
-                     "consistency", "pixel_loss", "semantic_loss", "phase_one", "phase_two"):
-            self.assertRegex(method, rf"(?m)^(def|class) {name}\b")
-
-    def test_the_model_against_loops(self):
-        model = self.paste("model", torch=torch, nn=torch.nn, F=F)
-        B, C, D, H, W = 2, 3, 4, 3, 5
-        fea = torch.from_numpy(self.rng.standard_normal((B, D, H, W))).float()
-        label = torch.from_numpy(self.rng.integers(0, C, (B, H, W)))
-        label[0, 0, 0], label[1, 2, 2] = 255, -1
-        heads = model.Heads(D, C)
-        weight, expected = heads.weight.detach().view(C, 3, D, 3, 3), np.zeros((B, 3, H, W))
-        for b, i, j, di, dj in itertools.product(range(B), range(H), range(W), (-1, 0, 1),
-                                                 (-1, 0, 1)):
-            y, x = i + di, j + dj                               # where (i, j) adds to
-            if 0 <= y < H and 0 <= x < W and 0 <= label[b, i, j] < C:
-                tap = weight[label[b, i, j], :, :, 1 - di, 1 - dj]
-                expected[b, :, y, x] += (tap @ fea[b, :, i, j]).numpy()
-        np.testing.assert_allclose(heads(fea, label, (H, W)).detach(), expected, atol=1e-5)
-
-        prototypes = model.Prototypes(C, D, alpha=0.9)
-        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (B, H, W))).float()
-        removed = torch.from_numpy(self.rng.random((B, H, W)) < 0.5)
-        v, terms = np.zeros((C, D)), []
-        prototypes.update(prototypes.sums(fea, label, conf, ~removed))
-        z, k = fea.movedim(1, 3).numpy(), conf.numpy()
-        for c in range(C):
-            at = (label == c).numpy() & ~removed.numpy()
-            v[c] = 0.1 * sum(k[p] * z[p] for p in zip(*at.nonzero())) / k[at].sum()
-        np.testing.assert_allclose(prototypes.v, v, rtol=1e-5)
-        for c in range(C):
-            at = [*zip(*((label == c).numpy() & removed.numpy()).nonzero())]
-            cos = [z[p] @ v[c] / np.linalg.norm(z[p]) / np.linalg.norm(v[c]) for p in at]
-            weights = [k[p] for p in at]
-            terms.append(np.average([(1 - x) / 10 for x in cos], weights=weights))
-        self.assertAlmostEqual(prototypes(fea, label, conf, removed).item(), np.mean(terms),
-                               places=6)
-
-    def test_void_labels_are_left_out_of_the_prototypes(self):
-        prototypes = self.paste("model", torch=torch, nn=torch.nn, F=F).Prototypes(2, 3)
-        fea = torch.tensor([[1.0, 0, 0], [0, 1, 0], [5, 5, 5]]).T.reshape(1, 3, 1, 3)
-        one, everywhere = torch.ones(1, 1, 3), torch.ones(1, 1, 3).bool()
-        for void in 255, 2, -1:
-            label = torch.tensor([[[0, 1, void]]])
-            prototypes.v.zero_()
-            prototypes.update(prototypes.sums(fea, label, one, everywhere))
-            torch.testing.assert_close(prototypes.v, 0.01 * torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
-            leaf = fea.clone().requires_grad_()
-            found = prototypes(leaf, label, one, everywhere)
-            found.backward()
-            self.assertLess(found.item(), 1e-6)                 # both lie on their prototypes
-            self.assertEqual(leaf.grad[..., 2].abs().max().item(), 0)
-
-    def test_masking_against_loops(self):
-        masking = self.paste("masking", torch=torch)
-        noise = masking.noise_of([3, 4], 16)
-        m = masking.patch_mask(noise, 14, patch=4, ratio=0.4)
-        for b in range(2):
-            removed = set(np.argsort(noise[b].numpy())[:6].tolist())    # int(0.4 * 16)
-            for y, x in itertools.product(range(14), repeat=2):
-                self.assertEqual(m[b, 0, y, x].item(), y // 4 * 4 + x // 4 not in removed)
-        self.assertEqual(masking.perturb([torch.ones(1, 2, 1, 1)], [torch.tensor([[0.4, 0.6]])])[0]
-                         .flatten().tolist(), [0, 2])
-        x, box = torch.arange(8).view(2, 2, 2), torch.eye(2).bool().expand(2, 2, 2)
-        self.assertEqual(masking.mix(x, torch.tensor([1, 0]), box).tolist(),
-                         [[[4, 1], [2, 7]], [[0, 5], [6, 3]]])
-
-    def test_losses_against_loops(self):
-        loss = self.paste("loss", math=math, torch=torch, F=F)
-        N, C, S = 3, 4, 5
-        p, target = (torch.from_numpy(self.rng.standard_normal((N, C, S, S))) for _ in range(2))
-        y = torch.from_numpy(self.rng.integers(0, C, (N, S, S)))
-        void = torch.from_numpy(self.rng.random((N, S, S)) < 0.3)
-        conf = torch.from_numpy(self.rng.random((N, S, S)))
-        ce = np.array([[[-log_softmax(p[b, :, i, j])[y[b, i, j]] for j in range(S)]
-                        for i in range(S)] for b in range(N)])
-        valid = ~void.numpy()
-        kept = ce * (conf.numpy() >= 0.5)
-        squares = np.square(p.numpy() - target.numpy())
-        for found, expected in (
-                (loss.supervised(p, torch.where(void, 255, y)), ce[valid].mean()),
-                (loss.supervised(p, loss.hard_pixels(p, torch.where(void, 255, y))),
-                 ce[valid].mean()),                             # fewer than 100,000 a crop
-                (loss.consistency(p, y, conf, void, 0.5), kept[valid].mean()),
-                (loss.consistency(p, y, conf, void, 0.5, n=torch.tensor(7)), kept[valid].sum() / 7),
-                (loss.pixel_loss(p[:, :3], target[:, :3]),
-                 sum(squares[b, :3].mean() for b in range(N))),
-                (loss.semantic_loss(p, y, void), sum(ce[b][valid[b]].mean() for b in range(N)))):
-            self.assertAlmostEqual(found.item(), expected, places=5)
+class PasteS4mim(Pastes, S4mimMasking):
+    method = ("class_heads", "Heads", "Prototypes", "patch_mask", "supervised", "consistency",
+              "pixel_loss", "semantic_loss", "phase_one", "phase_two", "train_step")
+    plain, same, case, batch = S4mimHeads.plain, S4mimHeads.same, S4mimHeads.case, S4mimLoss.batch
+    test_heads = S4mimHeads.test_equal_to_the_sum_of_convolutions
+    test_prototypes = S4mimLoss.test_equations_9_to_12_over_three_batches
+    test_supervised = S4mimLoss.test_equation_1_against_a_loop
+    test_consistency = S4mimLoss.test_equation_2_against_a_loop
+    test_pixels = S4mimLoss.test_pixels_of_three_streams_against_a_loop
+    test_semantic = S4mimLoss.test_equation_13_against_a_loop
+    test_processes = S4mimLoss.test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch
 
 
 def average(values, where):
