@@ -1,4 +1,4 @@
-"""L-MAE, a label masked autoencoder: it completes broken segmentation labels.
+r"""L-MAE, a label masked autoencoder: it completes broken segmentation labels.
 
     image, label  ->  one plane a class, stacked on the image        stack fuse       Eq. 1
                   ->  patches, some of them removed                  mask strategy
@@ -10,7 +10,7 @@
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 174 to 521 are the method, the rest is plumbing.
+Lines 200 to 547 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -18,8 +18,34 @@ Lines 174 to 521 are the method, the rest is plumbing.
     python lmae.py --complete LABELS --images IMAGES --ckpt out/lmae-folder/best.pt --to REPAIRED
     torchrun --nproc_per_node=4 lmae.py --data voc          # several GPUs
 
-The paper's own model is built and counted but has not been trained here. What small ones repair,
-with commands, is in README.md.
+The paper's own model is built and counted but has not been trained here.
+
+Results of small models from scratch, on one core of an AMD EPYC, torch 2.13.0; the flags --amp bf16
+--threads 1 belong to each command. Scores are the mIoU of the missing pixels, the nearest fill's in
+brackets. CELLS N is a folder of masks in which half of the N-pixel cells of a grid are 255.
+- CamVid, whole training labels, seeds 0, 1, 2: cells of 8 pixels 84.1, 84.0, 84.1 (81.9), of 16
+  pixels 78.7, 78.6, 78.7 (74.4), of 32 pixels 69.5, 69.4, 69.6 (64.1). 26 to 37 minutes.
+    python lmae.py --data camvid --model small --epochs 130 --eval-every 10 --seed 0
+    python lmae.py --complete CELLS --images data/camvid/val --truth data/camvid/valannot \
+        --ckpt out/lmae-camvid/last.pt --to REPAIRED
+- A dataset repairs itself: the 367 training masks with cells of 16 pixels, trained on these alone,
+  seed 0: 76.6 (72.9); 41 minutes.
+    python lmae.py --data SELF --epochs 240 --eval-every 40
+    python lmae.py --complete SELF --truth WHOLE --ckpt out/lmae-SELF/last.pt --to REPAIRED
+- A U-Net trained on these masks, mIoU on whole validation labels, seeds 0, 1, 2: broken 47.5, 49.8,
+  48.4; nearest fill 48.9, 50.2, 49.0; repaired 47.3, 51.8, 49.5; whole 49.6, 50.9, 49.6. The
+  differences are within the noise: so small a network is not limited by its labels.
+    python masksup.py --data SET --method base --size 144 --epochs 40 --eval-every 20
+- GlaS, cells of 32 pixels set to 0, the 80 test labels, seed 0: 63.0 (40.8).
+    python lmae.py --data glas --model small --epochs 0 --eval-every 50
+    python lmae.py --complete CELLS --images glas/test/img --truth glas/test/labelcol \
+        --broken background --ckpt out/lmae-glas/last.pt --to REPAIRED
+- --supplement nearest 64.4, 64.3, 64.4, image (IPS) 45.7, 45.3, 44.0 (62.4, 62.2, 62.1): PA-mIoU on
+  CamVid after 15 epochs. So short a run with IPS does not reach the nearest fill.
+    python lmae.py --data camvid --size 112 --patch 8 --batch-size 8 --lr 1e-3 --schedule cosine \
+        --warmup 100 --epochs 15 --enc-blocks 1 --dec-blocks 3 --enc-dim 256 --dec-dim 192 \
+        --heads 4 --drop-path 0 --weight-decay 0 --mask-strategy random --eval-every 5 \
+        --supplement nearest
 
 Departures from the paper:
 - --supplement nearest and --punch are additions for repairing labels: see LMAE, punch(), damage().

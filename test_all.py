@@ -6792,6 +6792,35 @@ class Broken(Case):
                 self.refused(name, [*argv, "--out", out, "--resume"], out / "config.json")
 
 
+# ------------------------------------------------------------------------------------- README.md
+
+class Readme(unittest.TestCase):
+    TEXT = (MAIN / "README.md").read_text("utf-8")
+
+    def test_the_examples_to_paste_give_a_loss_and_gradients(self):
+        blocks = re.findall(r"```python\n(.*?)```", self.TEXT, re.S)
+        self.assertEqual(len(blocks), 3)
+        for code in blocks:
+            names = {}
+            exec(code, names)
+            self.assertTrue(names["loss"].isfinite())
+            learned = names.get("net") or names.get("model")
+            for p in learned.parameters() if learned else [names["fea"]]:
+                self.assertGreater(p.grad.abs().sum(), 0)
+
+    def test_flags_files_and_widths(self):
+        known = {"--help", "--index-url", "--nproc_per_node"}     # the last two: pip, torchrun
+        for Config in (script.Config for script in (lmae, masksup, s4mim, data)):
+            known |= {("--no-" if field.default is True else "--") + field.name.replace("_", "-")
+                      for field in dataclasses.fields(Config)}
+        self.assertLessEqual(set(re.findall(r"--[a-z][a-z_-]+", self.TEXT)), known)
+        for file in re.findall(r"\]\((assets/.*?)\)|`(\w+\.py)`", self.TEXT):
+            self.assertTrue((MAIN / "".join(file)).exists(), file)
+        for file in ("README.md", *(path.name for path in MAIN.glob("*.py"))):
+            widths = map(len, (MAIN / file).read_text("utf-8").splitlines())
+            self.assertLessEqual(max(widths), 100, file)
+
+
 CUDA = torch.cuda.is_available()
 if not CUDA:
     print("no GPU: class Cuda is skipped")
