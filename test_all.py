@@ -2148,7 +2148,12 @@ class MethodCase(Case):
 
 
 class Runs:
-    """What the runs of each script must show. flags: of a run of a few seconds on shapes."""
+    """What the runs of each script must show.
+
+    flags: of a run of a few seconds on shapes. counts: the networks that --bench counts.
+    paper: flags, what --bench counts with them, and words that it prints.
+    methods: (images a step, flags) to time.
+    """
     files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
              "metrics.json"}
 
