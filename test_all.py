@@ -2071,7 +2071,7 @@ def void_first_rows(mask):
 
 
 def two_threads():
-    """(add, run): run(f) is [f(0), f(1)], in two threads; add(tensor) is the sum of theirs."""
+    """(add, run): run(f) is [f(0), f(1)], in two threads; add(tensor) sums over both."""
     barrier, sent = threading.Barrier(2, timeout=60), {}
 
     def add(tensor):
@@ -2115,11 +2115,11 @@ class MethodCase(Case):
     def refuses(self, argv, *words):
         self.refused(self.script, argv, *words)
 
-    def checkpoint(self, name, cfg, info, model, **more):
+    def checkpoint(self, name, cfg, info, model, **extra):
         """Save a checkpoint of the script's method in self.tmp; its path."""
         common.save_checkpoint(self.tmp / name, {
             "method": self.script.removesuffix(".py"), "config": dataclasses.asdict(cfg),
-            "info": dataclasses.asdict(info), "model": model.state_dict(), **more})
+            "info": dataclasses.asdict(info), "model": model.state_dict(), **extra})
         return self.tmp / name
 
     def normal(self, *shape):
@@ -2289,9 +2289,9 @@ class Predicts:
         self.info = data.Info("own", ("a", "b", "c"), self.colors, (0, 1, 2))
         self.checkpoint("c.pt", cfg, self.info, network)
 
-    def predict(self, source, *more, to="to"):
+    def predict(self, source, *extra, to="to"):
         return ("--predict", source, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / to, "--device",
-                "cpu", *more)
+                "cpu", *extra)
 
     def test_every_kind_of_image_at_its_own_size(self):
         folder, to, colors = self.tmp / "in", self.tmp / "to", np.array(self.colors)
@@ -2568,13 +2568,13 @@ class CommandLine(MethodCase):
             run.stdout.close()                                          # as `| head` does
             self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
         (self.tmp / "x.png").unlink(missing_ok=True)
-        for more, line in (([], "standard output: No space left on device; fix this and run the "
+        for extra, line in (([], "standard output: No space left on device; fix this and run the "
                                 "command again"),
                            (["--data", "camvit"], "--data camvit: neither a dataset (shapes, "
                             "materials, voc, cityscapes, camvid, nyuv2, glas, polyp) nor a folder, "
                             "here or in data (did you mean camvid?)")):
             with open("/dev/full", "w") as full:
-                done = subprocess.run([*argv, *more], stdout=full, stderr=subprocess.PIPE,
+                done = subprocess.run([*argv, *extra], stdout=full, stderr=subprocess.PIPE,
                                       text=True)
             self.assertEqual((done.returncode, done.stderr), (2, f"data.py: {line}\n"))
 
@@ -2638,9 +2638,9 @@ class Waiting(MethodCase):
     def test_speed_and_time_left_once_and_only_what_is_not_the_default(self):
         text = self.runs(*MASKSUP, "--batch-size", 8, "--max-steps", 60, "--eval-every", 9,
                          "--out", self.tmp / "out")
-        told = [line for line in text.splitlines() if line.startswith("step ")]
-        self.assertRegex(told[0], r"^step 21/60  loss [\d.]+  [\d.e+]+ img/s  \d+ s left$")
-        self.assertEqual(len(told), 1)
+        progress = [line for line in text.splitlines() if line.startswith("step ")]
+        self.assertRegex(progress[0], r"^step 21/60  loss [\d.]+  [\d.e+]+ img/s  \d+ s left$")
+        self.assertEqual(len(progress), 1)
         for words in ("from the recipe for shapes: ", "from the command line: ", "lr 0.005"):
             self.assertIn(words, text)
         self.assertNotIn("alpha1", text)
@@ -3001,23 +3001,23 @@ class LmaeRuns(Runs, MethodCase):
     methods = (4, []), (4, ["--data", "voc"])       # images a step, flags
 
     def test_a_folder_trains_a_small_model_on_crops_that_follow_its_images(self):
-        mine, run = self.tmp / "mine", self.tmp / "run"
+        root, run = self.tmp / "mine", self.tmp / "run"
         for i, (_, label) in self.pairs("mine", range(10), shape=(60, 90)).items():
             label[10:30, 20:50] = 255                           # partly missing, all of them
-            save(mine / f"masks/{i}.png", label)
-        self.runs("--data", mine, "--out", run, "--max-steps", 1, "--enc-dim", 32, "--dec-dim", 32,
+            save(root / f"masks/{i}.png", label)
+        self.runs("--data", root, "--out", run, "--max-steps", 1, "--enc-dim", 32, "--dec-dim", 32,
                   "--size", 56, "--patch", 8)
         config = json.loads((run / "config.json").read_text())
         expected = dict(crop=56, supplement="nearest", epochs=3000, eval_every=150, enc_blocks=2)
         self.assertEqual(config, config | expected)             # 3000 steps, one an epoch
         # and its own masks, completed: as they were, but for what was missing; and good to train on
         complete = ["--ckpt", run / "best.pt", "--complete"]
-        self.runs(*complete, mine, "--to", self.tmp / "whole")
+        self.runs(*complete, root, "--to", self.tmp / "whole")
         for i in range(10):
             old, new = (array_of(self.tmp / f"{at}/masks/{i}.png") for at in ("mine", "whole"))
             self.assertTrue((old[old != 255] == new[old != 255]).all() and (new < 3).all())
-        shutil.copytree(mine / "images", self.tmp / "again/images")
-        self.runs(*complete, mine / "masks", "--images", mine / "images", "--to",
+        shutil.copytree(root / "images", self.tmp / "again/images")
+        self.runs(*complete, root / "masks", "--images", root / "images", "--to",
                   self.tmp / "again/masks")
         again = [i for split in ("train", "val")
                  for i in data.list_items(str(self.tmp / "again"), "", split)]
@@ -3151,9 +3151,9 @@ class LmaeRuns(Runs, MethodCase):
         self.assertIn("complete", json.loads((out / "augment/augment.json").read_text())["FCN"])
 
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
-        more = ["--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
-        self.runs(*TINY_FLAGS, *more, "--out", self.tmp / "one")
-        trained, evaluated, _ = self.two_as_one(*more)
+        extra = ["--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
+        self.runs(*TINY_FLAGS, *extra, "--out", self.tmp / "one")
+        trained, evaluated, _ = self.two_as_one(*extra)
         one, two = (saved(self.tmp / name / "last.pt") for name in ("one", "two"))
         for key in "train_loss", "val_loss":
             self.assertAlmostEqual(one["history"][0][key], two["history"][0][key], delta=1e-5)
@@ -3533,14 +3533,15 @@ class LmaeComplete(MethodCase):
 def shuffled(f, seed=0):
     """The network with BatchNorm gains and statistics, and attention biases, that are not those of
     the start, where LeViT's residual branches are multiplied by zero."""
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for m in f.modules():
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
             for t, low in ((m.weight, 0.5), (m.bias, 0.0), (m.running_mean, -0.2),
                            (m.running_var, 0.7)):
-                t.data.copy_(low + torch.rand(t.shape, generator=made))
+                t.data.copy_(low + torch.rand(t.shape, generator=generator))
         if isinstance(m, masksup.Attention):
-            m.attention_biases.data.copy_(torch.randn(m.attention_biases.shape, generator=made))
+            biases = m.attention_biases.data
+            biases.copy_(torch.randn(biases.shape, generator=generator))
     return f
 
 
@@ -3604,8 +3605,8 @@ def layer(conv, bn, *shape):
 
 def filled(shapes):
     """Weights of these names and shapes."""
-    made = torch.Generator().manual_seed(0)
-    return {name: torch.rand(shape, generator=made) if shape else torch.tensor(7)
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, generator=generator) if shape else torch.tensor(7)
             for name, shape in shapes.items()}
 
 
@@ -3763,12 +3764,12 @@ class MaskSupPretrained(Pretrained, MethodCase):
         return f, lambda: masksup.load_pretrained(f, cfg)
 
     def test_every_weight_of_the_encoder_comes_from_the_release(self):
-        theirs = {f"levit.{key}": value for key, value in self.release()["model"].items()}
+        released = {f"levit.{key}": value for key, value in self.release()["model"].items()}
         before, after, text = self.load(self.write(self.release()))
-        mine = [k for k in after if k.startswith("levit.")]
+        encoder = [k for k in after if k.startswith("levit.")]
         for key, value in after.items():
-            same_bits(value, theirs[key] if key in mine else before[key])
-        self.assertIn(f"{len(mine)} of the encoder's {len(mine)} tensors", text)
+            same_bits(value, released[key] if key in encoder else before[key])
+        self.assertIn(f"{len(encoder)} of the encoder's {len(encoder)} tensors", text)
         self.assertIn("not used: head", text)
 
     def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
@@ -3793,9 +3794,9 @@ class MaskSupPretrained(Pretrained, MethodCase):
         text = self.runs(*flags, "--pretrained", self.write(self.release()), "--out",
                          self.tmp / "a")
         self.assertRegex(text, r"\d+ of the encoder's \d+ tensors")
-        found, theirs = saved(self.tmp / "a/last.pt")["model"], self.release()["model"]
+        found, released = saved(self.tmp / "a/last.pt")["model"], self.release()["model"]
         for key in "patch_embed.0.c.weight", "blocks.21.m.2.c.weight":
-            torch.testing.assert_close(found[f"levit.{key}"], theirs[key], atol=1e-6, rtol=0)
+            torch.testing.assert_close(found[f"levit.{key}"], released[key], atol=1e-6, rtol=0)
         with mock.patch("torch.hub.load_state_dict_from_url", side_effect=OSError("no network")):
             self.refuses([*flags, "--pretrained", "imagenet", "--out", self.tmp / "b"],
                          "no network", "LeViT-128S-96703c44.pth", "--pretrained none")
@@ -3812,12 +3813,12 @@ class MaskSupRelease(MethodCase):
     def released(self, f, model):
         """The weights of one of our U-Nets under the released names."""
         parts = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2"}
-        theirs = {f"final.{k}": v for k, v in f.head.state_dict().items()}
-        for ours, name in self.nodes[model].items():
-            for key, value in f.get_submodule(ours).state_dict().items():
+        released = {f"final.{k}": v for k, v in f.head.state_dict().items()}
+        for stage, name in self.nodes[model].items():
+            for key, value in f.get_submodule(stage).state_dict().items():
                 part, last = key.split(".")
-                theirs[f"{name}.{parts[part]}.{last}"] = value
-        return theirs
+                released[f"{name}.{parts[part]}.{last}"] = value
+        return released
 
     def filled(self, name):
         """The released tensors, filled by the recipe of RELEASE."""
@@ -3887,8 +3888,8 @@ class MaskSupRelease(MethodCase):
         root = self.folder(3, classes=2, size=(32, 32))
         torch.manual_seed(0)
         f = shuffled(masksup.UNet(1, 4)).eval()
-        theirs = self.released(f, "unet")
-        torch.save({f"module.{k}": v for k, v in theirs.items()}, self.tmp / "glas.pth")
+        released = self.released(f, "unet")
+        torch.save({f"module.{k}": v for k, v in released.items()}, self.tmp / "glas.pth")
         flags = ("--eval", "--pretrained", self.tmp / "glas.pth", "--data", root, "--model", "unet",
                  "--size", 32)
         self.runs(*flags, "--width", 4)
@@ -3898,9 +3899,9 @@ class MaskSupRelease(MethodCase):
             answer = f(image / 127.5 - 1)[:, 0].sigmoid() > 0.5
         expected = naive_iou(answer.numpy(), truth.numpy(), 2)
         self.assertAlmostEqual(scores(self.tmp / "eval")["class_iou"][1], expected[1], places=2)
-        for more, word in ((("--width", 8), "not the weights of unet with 2 classes"),
+        for extra, word in ((("--width", 8), "not the weights of unet with 2 classes"),
                            (("--model", "levit128s", "--size", 96), "not the weights of levit")):
-            self.refuses([*flags, *more, "--out", self.tmp / "more"], word)
+            self.refuses([*flags, *extra, "--out", self.tmp / "more"], word)
         self.refuses(["--eval"], "--pretrained FILE")
 
 
@@ -4523,12 +4524,12 @@ class S4mimHeads(MethodCase):
 
     def same(self, fea, label, weight, *blocks):
         """r and both gradients within 1e-5 of the plain sum's, in float32."""
-        made = torch.randn(len(fea), weight.shape[1], *fea.shape[2:])
+        factor = torch.randn(len(fea), weight.shape[1], *fea.shape[2:])
         results = []
         for f in self.plain, *(lambda *a, n=n: s4mim.class_heads(*a, n) for n in blocks):
             inputs = fea.clone().requires_grad_(), weight.clone().requires_grad_()
             r = f(inputs[0], label, inputs[1])
-            (r * made).sum().backward()
+            (r * factor).sum().backward()
             results.append((r.detach(), *(t.grad for t in inputs)))
         for found in results[1:]:
             for a, b in zip(found, results[0]):
@@ -4988,14 +4989,14 @@ class S4mimPhases(MethodCase):
                                    ({"semantic": "mse", "conf": False},
                                     {"semantic": "mse", "weighted": False})):
             cfg = tiny(psi=0.5, **changes)
-            ours, seen, prototypes = self.phases(model, v, cfg, v_0)
+            losses, seen, prototypes = self.phases(model, v, cfg, v_0)
             expected, expected_seen, expected_v = self.literal(model, v, 0.5, v_0, **literally)
             self.assertTrue(0.1 < expected["confident"] < 0.9)      # some are confident, some not
             if cfg.method == "mim":
-                self.assertEqual((ours.pop("L_fea").item(), ours.pop("L_se").item()), (0, 0))
+                self.assertEqual((losses.pop("L_fea").item(), losses.pop("L_se").item()), (0, 0))
             else:
                 torch.testing.assert_close(prototypes, expected_v, rtol=1e-4, atol=1e-5)
-            for name, loss in ours.items():
+            for name, loss in losses.items():
                 self.assertAlmostEqual(loss.item(), expected[name].item(), places=4, msg=name)
                 if name == "confident":
                     continue
@@ -5078,11 +5079,11 @@ class S4mimPhases(MethodCase):
             model.PiD.project[0].weight.zero_()                 # nothing from far away
             for one in (*(part[0] for part in model.PiD.fuse), model.PiD.heads):
                 one.weight *= torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
-        made, heads = [], s4mim.class_heads
+        outputs, heads = [], s4mim.class_heads
         with mock.patch("s4mim.class_heads",
-                        side_effect=lambda *args: made.append(heads(*args)) or made[-1]):
+                        side_effect=lambda *args: outputs.append(heads(*args)) or outputs[-1]):
             self.phases(model, v, cfg)
-        r, x = made                                             # before they are enlarged
+        r, x = outputs                                             # before they are enlarged
         error, visible = (r[2 * B:] - x).abs().amax(1), v.m[:, 0, ::4, ::4]
         self.assertLess(error[visible].max().item(), 1e-5)
         self.assertGreater(error[~visible].min().item(), 1e-5)
@@ -5175,28 +5176,28 @@ class S4mimPretrained(Pretrained, MethodCase):
 
     def test_every_weight_of_the_encoder_comes_from_the_file(self):
         for name, prefix in ("resnet18", ""), ("resnet50", "module.backbone."):
-            theirs = self.release(name, prefix)
-            _, after, text = self.load(self.write(theirs), backbone=name)
-            same_bits(after, {key: theirs[prefix + key] for key in after})
+            released = self.release(name, prefix)
+            _, after, text = self.load(self.write(released), backbone=name)
+            same_bits(after, {key: released[prefix + key] for key in after})
             n = sum("num_batches" not in key for key in after)
             self.assertIn(f"{n} of E's {n} tensors; not used: fc.bias, fc.weight\n", text)
             self.assertNotIn("not in the file", text)
 
     def test_a_deep_stem_keeps_its_own_and_says_which(self):
-        theirs = self.release("resnet50")
-        before, after, text = self.load(self.write(theirs), backbone="resnet50", stem="deep")
+        released = self.release("resnet50")
+        before, after, text = self.load(self.write(released), backbone="resnet50", stem="deep")
         for words in ("not in the file: bn1.bias,", "conv1.0.weight",
                       "not used: bn1.bias,"):                           # of another shape
             self.assertIn(words, text)
-        same_bits(after, {key: theirs[key] if key in theirs and theirs[key].shape == value.shape
-                          else value for key, value in before.items()})
-        same_bits(after["layer4.2.conv3.weight"], theirs["layer4.2.conv3.weight"])
+        fits = [k for k, v in before.items() if k in released and released[k].shape == v.shape]
+        same_bits(after, before | {key: released[key] for key in fits})
+        same_bits(after["layer4.2.conv3.weight"], released["layer4.2.conv3.weight"])
         with self.fails("standard stem", "--stem deep"):
             self.load("imagenet", stem="deep")
 
     def test_a_release_that_does_not_arrive_whole_is_never_taken(self):
-        theirs, hub = self.release(), self.tmp / "hub"
-        content = self.write(theirs).read_bytes()
+        released, hub = self.release(), self.tmp / "hub"
+        content = self.write(released).read_bytes()
         digest = hashlib.sha256(content).hexdigest()[:8]
 
         def load(name):
@@ -5216,7 +5217,7 @@ class S4mimPretrained(Pretrained, MethodCase):
                     load(f"resnet18-{name}.pth")
                 self.assertEqual(list(hub.rglob("*.*")), [])
             _, after, _ = load(f"resnet18-{digest}.pth")
-            same_bits(after["layer4.0.conv1.weight"], theirs["layer4.0.conv1.weight"])
+            same_bits(after["layer4.0.conv1.weight"], released["layer4.0.conv1.weight"])
 
 
 class S4mimTraining(MethodCase):
@@ -5251,7 +5252,7 @@ class S4mimTraining(MethodCase):
             for n in 1463, 10_581:          # the labelled image, and n times the other
                 with mock.patch("data.labeled_split", lambda *args: [
                         part * times for part, times in zip(real(*args), (1, n))]), \
-                        mock.patch("data.Dataset", lambda *args, items, **more: items):
+                        mock.patch("data.Dataset", lambda *args, items, **extra: items):
                     s4mim.datasets(cfg)
         lines = [t for t in text.getvalue().splitlines() if "instead of the paper's" in t]
         self.assertEqual(lines, [
@@ -5586,13 +5587,13 @@ class S4mimRuns(Runs, MethodCase):
     def test_every_method_starts_from_a_checkpoint_of_its_kind(self):
         _, flags = self.own(10)
         flags += ["--max-steps", 1]
-        for method, more, expected in (
+        for method, extra, expected in (
                 ("mim", [], {"loss_s", "loss_u", "loss_pi"}),
                 ("fixmatch", [], {"loss_s", "loss_u"}), ("suponly", [], {"loss_s"}),
                 ("s4mim", ["--no-pi", "--no-fea"], {"loss_s", "loss_u", "loss_se"}),
                 ("s4mim", ["--no-dic", "--no-conf", "--semantic", "mse", "--ohem"],
                  {"loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se"})):
-            end = self.train(*flags, "--method", method, *more, out="-".join([method, *more]))
+            end = self.train(*flags, "--method", method, *extra, out="-".join([method, *extra]))
             terms = {k for k, v in end["history"][0].items() if k.startswith("loss_") and v}
             self.assertEqual(terms, expected)
             self.assertEqual(any(k.startswith("PiD") for k in end["model"]),
