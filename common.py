@@ -862,21 +862,14 @@ def vivid(colors):
     levels = np.linspace(0, 255, 8)
     bright = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
     bright = bright[(bright.max(1) > 180) & (np.ptp(bright, 1) > 120)]
-
-    def distance(color):
-        return np.linalg.norm(bright - color, axis=1)
-
-    shown = [np.array((60.0, 60, 60))]
-    used = [*shown, np.full(3, 200.0), np.full(3, 255.0), np.array((255.0, 0, 255))]
-    nearest = np.min([distance(color) for color in used], 0)    # distance to the nearest one used
+    used = [(60, 60, 60), (200, 200, 200), (255, 255, 255), (255, 0, 255)]
     for color in np.asarray(colors, float)[1:]:
         color = color * 255 / max(1, color.max())
-        if np.ptp(color) < 120 or np.linalg.norm(np.array(used) - color, axis=1).min() < 90:
-            color = bright[nearest.argmax()]
-        nearest = np.minimum(nearest, distance(color))
-        shown.append(color)
+        if np.ptp(color) < 120 or np.linalg.norm(used - color, axis=1).min() < 90:
+            distance = np.linalg.norm(bright[:, None] - used, axis=2).min(1)
+            color = bright[distance.argmax()]
         used.append(color)
-    return np.array(shown).round().astype(np.uint8)
+    return np.array([used[0], *used[4:]]).round().astype(np.uint8)
 
 
 def colorize(label, colors):

@@ -74,8 +74,7 @@ TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 
 
 def pair(images, masks, key):
-    """Items of image and mask files with the same key, sorted by it; a missing partner is None.
-    Several files with one key give an Item for each pair."""
+    """Items of image and mask files with the same key, sorted by it; a missing partner is None."""
     found = {}
     for side, paths in enumerate((images, masks)):
         for path in paths:
@@ -85,8 +84,7 @@ def pair(images, masks, key):
 
 
 def one_of(folder, names):
-    """The subfolder with one of these names, in any case, or the path that it should have. Raises
-    UserError if there are two."""
+    """The subfolder with one of these names, in any case, or its expected path; UserError if 2."""
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir()] if folder.is_dir() else []
     found = [p for p in inside if p.name.lower() in [name.lower() for name in names]]
     if len(found) > 1 and "SegmentationClassPNG" not in {p.name for p in found}:
@@ -109,8 +107,7 @@ def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
 
 def own_folder(folder, split, protocol):
     """A user's folder: train/ and val/ with images/ and masks/ inside, or the other way round.
-    Without val/, a fifth of the images with masks, drawn by name, is the validation set, but never
-    none of two."""
+    Without val/ it is a fifth of the images with masks, drawn by name, and never none of two."""
     images = one_of(folder, IMAGES)
     inside = one_of(images, TRAIN).is_dir()                 # images/train/, not train/images/
     base = images if inside else folder
@@ -631,11 +628,6 @@ class Source(NamedTuple):
     needs: str = ""             # a folder that has to be there; the archive is unpacked next to it
 
 
-DRAWN = Path("drawn at run time")       # the files of an Item that is drawn
-COUNTS = {"train": 512, "val": 128}
-TRAIN_IDS = "gtFine/*/*/*_gtFine_labelTrainIds.png"     # 0..18 in Cityscapes, where it was prepared
-
-
 def voc(folder, split, protocol):
     """protocol "lists": as published; "aug": with SBD's masks; "lmae": 400 of trainval as val;
     "ori", for semi-supervised training: train as published, and then the images that only
@@ -664,6 +656,10 @@ def voc(folder, split, protocol):
         known = set(stems)
         items += [Item(s, images / f"{s}.jpg", None) for s in listed("train_aug") if s not in known]
     return items
+
+
+# masks with the ids 0..18 of the classes, which Cityscapes' own scripts write if they are run
+TRAIN_IDS = "gtFine/*/*/*_gtFine_labelTrainIds.png"
 
 
 def cityscapes(folder, split, protocol):
@@ -957,8 +953,7 @@ def listing_faults(name, split, items, masks_needed=True):
 
 
 def label_fault(name, info, pixels=None):
-    """A line if the ids in a user's folder make no sense as a whole, or None. pixels: the number of
-    each label, (256,), if known."""
+    """A line if the ids in a user's folder make no sense as a whole. pixels: (256,) by label."""
     if source_of(name) is not OWN:
         return None
     found = [i for i in (0, VOID) if pixels is None or pixels[i]]
@@ -1083,8 +1078,7 @@ def fetch(url, md5, target):
 
 
 def stream(url, part):
-    """Append to part what it lacks of url. Returns whether it is complete: a connection may break.
-    """
+    """Append to part what it lacks of url. Returns False if the connection broke."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -1126,8 +1120,7 @@ def unpack(archive, folder, complete=None):
     """Unpack a tar or zip into folder, through folder/.unpacking.
 
     Raises UserError, and leaves nothing behind, if a member is a link or device or leads out of the
-    folder, if a file is in the way, and if the archive is broken (by its check sums) or not
-    complete(folder/.unpacking).
+    folder, if a file is in the way, and if the archive is broken or not complete(.unpacking).
     """
     temp = folder / ".unpacking"
     try:
@@ -1161,8 +1154,7 @@ def unpack(archive, folder, complete=None):
 
 
 def download(name, root, place):
-    """Download a dataset's archive into root, unpack it into place, and return the dataset's
-    folder; of several processes the first one does it."""
+    """Download a dataset's archive to root and unpack it in place, in one process -> its folder."""
     source = SOURCES[name]
     if os.environ.get("RANK", "0") == "0":
         archive = root / source.url.rsplit("/", 1)[1]
@@ -1192,6 +1184,10 @@ def read_weights(pretrained, url, key):
 
 
 # ------------------------------------------------------------ the drawn sets: shapes and materials
+
+DRAWN = Path("drawn at run time")       # the image and the mask of an Item that is drawn
+COUNTS = {"train": 512, "val": 128}     # of images
+
 
 def scene(stem):
     """The random number generator of image `split-index`."""
@@ -1247,8 +1243,7 @@ def coverage(size, polygons, holes=()):
 
 
 def texture(rng, size, unlike=None):
-    """Clouds, stripes or checks around a colour: float32 (size, size, 3), and the colour, which
-    differs from the colour `unlike`."""
+    """Clouds, stripes or checks: float32 (size, size, 3), and their colour, far from `unlike`."""
     color = rng.uniform(40, 215, 3)
     while unlike is not None and np.abs(color - unlike).max() < 60:
         color = rng.uniform(40, 215, 3)
@@ -1304,8 +1299,7 @@ DRAW = {"shapes": draw_shapes, "materials": draw_materials}
 # from noise on the CPU, and is copied to the device in two tensors.
 
 def share_of_321(side):
-    """The factor for lengths given for crops of 321 pixels; at most 1, as papers use the same
-    lengths in crops of 513 and 801."""
+    """The factor for lengths that papers give for crops of 321 pixels, and for larger ones (1)."""
     return min(1.0, side / 321)
 
 
