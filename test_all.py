@@ -30,7 +30,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import types
 import unittest
 import warnings
 import zipfile
@@ -2025,6 +2024,29 @@ def naive_iou(answer, truth, N):
     return np.array(found)
 
 
+def void_first_rows(mask):
+    return np.vstack([np.full_like(mask[:3], 255), mask[3:]])
+
+
+def two_threads():
+    """(add, run): run(f) is [f(0), f(1)], in two threads; add(tensor) sums over both."""
+    barrier, sent = threading.Barrier(2, timeout=60), {}
+
+    def add(tensor):
+        sent[threading.get_ident()] = tensor
+        barrier.wait()
+        total = sum(sent.values())
+        barrier.wait()
+        return total
+
+    def run(f):
+        sent.clear()
+        with ThreadPoolExecutor(2) as pool:
+            return [*pool.map(f, range(2))]
+
+    return add, run
+
+
 def flooded(label):
     """(H, W) numbers of the 4-connected pieces of equal class, by flooding one after the other."""
     number, n = np.zeros(label.shape, int), 0
@@ -2049,18 +2071,14 @@ class MethodCase(Case):
         """What the script prints in a run that ends well and complains of nothing."""
         return self.runs_well(self.script, *argv)
 
-    def refuses(self, *argv, words):
-        """The script ends with status 2 and one line on stderr, which holds all these words."""
-        status, _, error = outcome(self.script, *argv)
-        self.assertEqual((status, error.count("\n")), (2, 1), error)
-        for word in words:
-            self.assertIn(str(word), error)
+    def refuses(self, argv, *words):
+        self.refused(self.script, argv, *words)
 
-    def checkpoint(self, name, cfg, info, model, **more):
+    def checkpoint(self, name, cfg, info, model, **extra):
         """Save a checkpoint of the script's method in self.tmp; its path."""
         common.save_checkpoint(self.tmp / name, {
             "method": self.script.removesuffix(".py"), "config": dataclasses.asdict(cfg),
-            "info": dataclasses.asdict(info), "model": model.state_dict(), **more})
+            "info": dataclasses.asdict(info), "model": model.state_dict(), **extra})
         return self.tmp / name
 
     def normal(self, *shape):
@@ -2087,16 +2105,14 @@ class MethodCase(Case):
         branch.eval()
         same_bits(drop(x), x)
 
-    def void_in_masks(self, folder):
-        """Make the first three rows of all masks of a folder void."""
-        for path in folder.iterdir():
-            mask = pixels(path)
-            mask[:3] = 255
-            save(path, mask)
-
 
 class Runs:
-    """What the runs of each script must show. flags: of a run of a few seconds on shapes."""
+    """What the runs of each script must show.
+
+    flags: of a run of a few seconds on shapes. counts: the networks that --bench counts.
+    paper: flags, what --bench counts with them, and words that it prints.
+    methods: (images a step, flags) to time.
+    """
     files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
              "metrics.json"}
 
@@ -2122,18 +2138,19 @@ class Runs:
         found, text = self.bench(0, *flags)
         self.assertEqual(found, found | counted)
         self.assertIn(words, text)
-        for method in self.methods:
+        for images, method in self.methods:
             found, _ = self.bench(1, *self.flags, *method, "--batch-size", 4)
-            self.assertAlmostEqual(found["img_per_s"] * found["ms_per_step"] / 4000, 1, delta=0.02)
+            self.assertAlmostEqual(found["img_per_s"], 1000 * images / found["ms_per_step"],
+                                   delta=0.06)
 
     def two_as_one(self, *flags):
-        """Train in two processes, and evaluate in one; the scores of both."""
+        """Train in two processes, and evaluate in one; both scores, what the two print."""
         two = self.tmp / "two"
         done = two_processes(self.script, *self.flags, *flags, "--out", two)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stdout.count("-> "), 1)                   # saved and said once
         self.runs("--eval", two / "last.pt", "--out", self.tmp / "eval")
-        return scores(two), scores(self.tmp / "eval")
+        return scores(two), scores(self.tmp / "eval"), done.stdout
 
 
 class Pretrained:
@@ -2148,7 +2165,7 @@ class Pretrained:
         torch.manual_seed(0)
         network, read = self.network(pretrained=str(source), **changes)
         before = {k: v.clone() for k, v in network.state_dict().items()}
-        with contextlib.redirect_stdout(io.StringIO()) as text:
+        with printed() as text:
             read()
         return before, network.state_dict(), text.getvalue()
 
@@ -2176,6 +2193,51 @@ class Pretrained:
             self.assertTrue(asked.call_args.kwargs["weights_only"])
 
 
+class Pastes:
+    """The sections model, masking and loss of a method's file, each run alone with no more than its
+    first lines list. The tests are those of the functions themselves, on what was pasted."""
+    model = "model"
+    modules = {"torch": torch, "nn": torch.nn, "F": F, "math": math, "np": np, "Image": Image,
+               "ImageDraw": sys.modules["PIL.ImageDraw"]}
+
+    def setUp(self):
+        super().setUp()
+        self.lines = (MAIN / self.script).read_text("utf-8").splitlines()
+        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
+                       if line.startswith("# ----")}
+        module, names = SCRIPTS[self.script], {}
+        for section in self.model, "masking", "loss":
+            names |= self.pasted(section)
+        self.enter(mock.patch.multiple(module, **{
+            name: value for name, value in names.items() if hasattr(module, name)}))
+
+    def pasted(self, section):
+        """{name: value} after a section has run."""
+        end = min(i for i in self.starts.values() if i > self.starts[section])
+        code = "\n".join(self.lines[self.starts[section] + 1:end])
+        listed = re.match("(#.*\n)+", code)[0]
+        names = {name: module for name, module in self.modules.items()
+                 if re.search(rf"\b{name}\b", listed)}
+        for helper in re.findall(r"(\w+)\(\)", listed):       # "Take along .. of the model."
+            names[helper] = self.pasted(self.model)[helper]
+        exec(code, names)
+        return names
+
+    def test_the_docstring_says_where_the_method_is(self):
+        module = SCRIPTS[self.script]
+        first, last = map(int, re.search(r"ines (\d+) to (\d+) are the method",
+                                         " ".join(module.__doc__.split())).groups())
+        self.assertEqual(list(self.starts)[:4], ["config", self.model, "masking", "loss"])
+        self.assertEqual(first, self.starts[self.model] + 1)
+        self.assertLess(inspect.getsourcelines(module.train_step)[1], last)
+        self.assertNotEqual(self.lines[last - 1], "")
+        self.assertEqual(self.lines[last:last + 2], ["", ""])
+        self.assertIn(last + 2, self.starts.values())           # it ends where a section does
+        method = "\n".join(self.lines[first - 1:last])
+        for name in self.method:
+            self.assertRegex(method, rf"(?m)^(def|class) {name}\b")
+
+
 class Predicts:
     """What --predict of masksup.py and s4mim.py must show. setUp() saves c.pt, with classes a, b
     and c; softmax(image) is what its network says of an RGB array, step by step: (3, H, W)."""
@@ -2186,11 +2248,11 @@ class Predicts:
         self.info = data.Info("own", ("a", "b", "c"), self.colors, (0, 1, 2))
         self.checkpoint("c.pt", cfg, self.info, network)
 
-    def predict(self, source, *more, ckpt="c.pt", to="to"):
-        return ("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / to, "--device",
-                "cpu", *more)
+    def predict(self, source, *extra, to="to"):
+        return ("--predict", source, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / to, "--device",
+                "cpu", *extra)
 
-    def test_every_kind_of_picture_at_its_own_size(self):
+    def test_every_kind_of_image_at_its_own_size(self):
         folder, to, colors = self.tmp / "in", self.tmp / "to", np.array(self.colors)
         rgb, grey, alpha = self.noise(40, 50, 3), self.noise(33, 32), self.noise(20, 70, 4)
         deep, turned = self.rng.integers(0, 2**16, (90, 17), np.uint16), self.noise(40, 90, 3)
@@ -2217,11 +2279,12 @@ class Predicts:
             with Image.open(to / f"{name}.png") as answer:
                 self.assertEqual((answer.size, answer.mode), (image.shape[1::-1], "P"), name)
                 self.assertEqual(answer.getpalette()[:9], colors.ravel().tolist())
-            answer, confidence = pixels(to / f"{name}.png"), pixels(to / f"confidence/{name}.png")
+            answer = pixels(to / f"{name}.png")
+            confidence = pixels(to / f"confidence/{name}.png")
             self.assertEqual((confidence.shape, confidence.dtype), (answer.shape, np.uint8))
             overlay = pixels(to / f"overlay/{name}.png")
-            np.testing.assert_array_equal(overlay[answer == 0], image[answer == 0])
-            np.testing.assert_array_equal(overlay, common.overlay(image, answer, colors))
+            arrays_equal(overlay[answer == 0], image[answer == 0])
+            arrays_equal(overlay, common.overlay(image, answer, colors))
             number = flooded(answer)
             for c, row in enumerate(r for r in areas if r["file"] == name):
                 at = answer == c
@@ -2239,7 +2302,7 @@ class Predicts:
                 self.assertLess(abs(confidence / 255 - p.max(0)).mean(), 0.02, name)
             seen |= set(answer.flat)
         self.assertEqual(seen, {0, 1, 2})
-        self.refuses(*self.predict(folder), words=["--to", "not an empty folder"])
+        self.refuses(self.predict(folder), "--to", "not an empty folder")
 
     def test_broken_files_are_named_and_skipped(self):
         whole = save(self.tmp / "in/whole.png", self.noise(30, 30, 3))
@@ -2254,21 +2317,16 @@ class Predicts:
         self.assertEqual({p.name for p in (self.tmp / "to").iterdir()},
                          {"whole.png.png", "whole.jpg.png", "overlay", "confidence", "areas.csv"})
 
-    def test_one_picture_and_no_picture(self):
+    def test_one_image_and_no_image(self):
         path = save(self.tmp / "a.png", self.noise(40, 61))
         self.runs(*self.predict(path))
         self.assertTrue((self.tmp / "to/a.png").exists())
         self.assertTrue((self.tmp / "to/overlay/a.png").exists())
-        legend = {*map(tuple, pixels(self.tmp / "to/overlay/legend.png").reshape(-1, 3).tolist())}
-        self.assertLessEqual({*map(tuple, common.vivid(self.colors).tolist())}, legend)
-        self.refuses(*self.predict(self.tmp / "gone", to="new"), words=["gone", "no image"])
-        self.refuses(*self.predict(path, ckpt="no.pt", to="new"), words=["no.pt"])
+        legend = pixels(self.tmp / "to/overlay/legend.png").reshape(-1, 3)
+        self.assertLessEqual({*map(tuple, common.vivid(self.colors).tolist())},
+                             {*map(tuple, legend.tolist())})
+        self.refuses(self.predict(self.tmp / "gone", to="new"), "gone", "no image")
         self.assertFalse((self.tmp / "new").exists())
-
-
-def inside(name, *argv):
-    """As new_process(), in this process: it need not import torch, which takes 2 s."""
-    return subprocess.CompletedProcess(argv, *outcome(name, *argv))
 
 
 class Metrics(MethodCase):
@@ -2292,7 +2350,7 @@ class Metrics(MethodCase):
         best = max(np.nanmean(naive_iou(0 * target + c, target, 5)) for c in range(5))
         self.assertAlmostEqual(common.constant_miou(matrix), best, places=4)
 
-    def test_picture_iou_against_loops(self):
+    def test_iou_of_images_against_loops(self):
         for N in 2, 4:
             target, answer = (self.rng.integers(0, N, (5, 7, 9)) for _ in range(2))
             target[:, 0] = 255
@@ -2311,7 +2369,7 @@ class Metrics(MethodCase):
                         into.append(100 * right / (right + 2 * wrong))
             for void, right in (True, expected), (False, without):
                 found = masksup.image_iou(torch.from_numpy(answer), torch.from_numpy(target), N,
-                                            void)
+                                          void)
                 np.testing.assert_allclose(found, right, rtol=1e-5)
 
     def test_nearest_fill_against_all_distances(self):
@@ -2319,7 +2377,7 @@ class Metrics(MethodCase):
         label[label == 5] = 255
         removed[1, 4:, :] = True
         filled = lmae.nearest_fill(torch.from_numpy(label), torch.from_numpy(removed)).numpy()
-        np.testing.assert_array_equal(filled[~removed], label[~removed])
+        arrays_equal(filled[~removed], label[~removed])
         for b in range(3):
             sources = np.argwhere(~removed[b] & (label[b] != 255))
             for y, x in np.argwhere(removed[b]):
@@ -2389,7 +2447,7 @@ class Drawing(Case):
         shown = common.outline(image, mask)
         mask[3:6, 3:6] = False
         self.assertTrue((shown[mask] == (255, 0, 255)).all())
-        np.testing.assert_array_equal(shown[~mask], image[~mask])
+        arrays_equal(shown[~mask], image[~mask])
 
     def test_ticks_are_round_and_cover_the_values(self):
         for low, high, expected in (
@@ -2459,14 +2517,9 @@ class CommandLine(MethodCase):
                 self.parse(*argv)
 
     def test_errors_of_a_person_are_one_line_and_status_2(self):
-        for argv, word in ((["--data", "shape", "--out", self.tmp / "x"], "did you mean shapes?"),
-                           (["--size", "50"], "--patch"), (["--mask-ratio", "1"], "--mask-ratio"),
-                           (["--resume", "--out", self.tmp / "no"], "--resume"),
-                           (["--eval", self.tmp / "no.pt"], "no.pt"),
+        for argv, word in ((["--size", "50"], "--patch"), (["--mask-ratio", "1"], "--mask-ratio"),
                            (["--complete", self.tmp], "--images")):
-            with self.subTest(argv):
-                self.refuses(*argv, words=[word])
-        self.assertFalse((self.tmp / "x").exists())         # which would then hold a run
+            self.refuses(argv, word)
 
     def test_what_it_prints_has_nowhere_to_go(self):
         argv = [sys.executable, MAIN / "data.py", "--out", self.tmp / "x.png"]
@@ -2474,13 +2527,13 @@ class CommandLine(MethodCase):
             run.stdout.close()                                          # as `| head` does
             self.assertEqual((run.stderr.read(), run.wait()), (b"", 1))
         (self.tmp / "x.png").unlink(missing_ok=True)
-        for more, line in (([], "standard output: No space left on device; fix this and run the "
+        for extra, line in (([], "standard output: No space left on device; fix this and run the "
                                 "command again"),
                            (["--data", "camvit"], "--data camvit: neither a dataset (shapes, "
                             "materials, voc, cityscapes, camvid, nyuv2, glas, polyp) nor a folder, "
                             "here or in data (did you mean camvid?)")):
             with open("/dev/full", "w") as full:
-                done = subprocess.run([*argv, *more], stdout=full, stderr=subprocess.PIPE,
+                done = subprocess.run([*argv, *extra], stdout=full, stderr=subprocess.PIPE,
                                       text=True)
             self.assertEqual((done.returncode, done.stderr), (2, f"data.py: {line}\n"))
 
@@ -2524,7 +2577,7 @@ class Threads(MethodCase):
         self.assertIn("threads: 2", self.runs(*argv, 2, "--resume"))
         self.assertEqual(torch.get_num_threads(), 2)
         self.assertIn("threads: 1", self.runs(*argv, 3, "--resume", "--threads", 1))
-        self.refuses("--threads", -1, words=["--threads"])
+        self.refuses(["--threads", -1], "--threads")
 
 
 class Waiting(MethodCase):
@@ -2537,16 +2590,16 @@ class Waiting(MethodCase):
 
     def test_what_takes_long_says_so(self):
         for seconds, said in (3.2, "reading ..\n"), (0.01, ""):
-            with contextlib.redirect_stdout(io.StringIO()) as out, data.waiting("reading"):
+            with printed() as out, data.waiting("reading"):
                 time.sleep(seconds)
             self.assertEqual(out.getvalue(), said)
 
     def test_speed_and_time_left_once_and_only_what_is_not_the_default(self):
         text = self.runs(*MASKSUP, "--batch-size", 8, "--max-steps", 60, "--eval-every", 9,
                          "--out", self.tmp / "out")
-        told = [line for line in text.splitlines() if line.startswith("step ")]
-        self.assertRegex(told[0], r"^step 21/60  loss [\d.]+  [\d.e+]+ img/s  \d+ s left$")
-        self.assertEqual(len(told), 1)
+        progress = [line for line in text.splitlines() if line.startswith("step ")]
+        self.assertRegex(progress[0], r"^step 21/60  loss [\d.]+  [\d.e+]+ img/s  \d+ s left$")
+        self.assertEqual(len(progress), 1)
         for words in ("from the recipe for shapes: ", "from the command line: ", "lr 0.005"):
             self.assertIn(words, text)
         self.assertNotIn("alpha1", text)
@@ -2554,24 +2607,13 @@ class Waiting(MethodCase):
 
 
 class Checkpoints(Case):
-    def test_what_is_no_checkpoint_of_this_method_is_refused(self):
-        good, ran = self.tmp / "good.pt", self.tmp / "ran"
-
-        class Evil:
-            def __reduce__(self):
-                return os.mkdir, (str(ran),)
-
-        common.save_checkpoint(good, {"method": "lmae", "model": {}, "x": torch.arange(1000)})
-        self.assertTrue(torch.equal(common.load_checkpoint(good, "lmae")["x"], torch.arange(1000)))
-        (self.tmp / "cut.pt").write_bytes(good.read_bytes()[:-3000])
-        torch.save({"method": "masksup", "model": {}}, self.tmp / "other.pt")
-        torch.save({"method": "lmae", "model": {}, "x": Evil()}, self.tmp / "evil.pt")
-        torch.save({"method": "lmae"}, self.tmp / "bare.pt")
-        for name, word in (("cut.pt", "complete"), ("other.pt", "masksup"), ("evil.pt", "complete"),
-                           ("bare.pt", "something else"), ("none.pt", "no checkpoint")):
-            with self.fails(name, word):
-                common.load_checkpoint(self.tmp / name, "lmae")
-        self.assertFalse(ran.exists())
+    def test_what_is_loaded_is_what_was_saved(self):
+        path, state = self.tmp / "a.pt", {"method": "lmae", "model": {}, "x": torch.arange(1000)}
+        common.save_checkpoint(path, state)
+        self.assertEqual(common.load_checkpoint(path, "lmae")["x"].tolist(), list(range(1000)))
+        torch.save({"method": "lmae"}, path)
+        with self.fails(path, "something else"):
+            common.load_checkpoint(path, "lmae")
 
     def test_a_write_that_fails_leaves_the_old_file(self):
         path = self.tmp / "metrics.json"
@@ -2606,26 +2648,21 @@ class LmaeModel(MethodCase):
             self.assertAlmostEqual(found / params, 1, delta=0.01, msg=shape)
             self.assertAlmostEqual(counted / gmacs, 1, delta=0.05, msg=shape)
 
-    def test_fuse_and_embedding_are_a_convolution_over_n_plus_3_planes(self):
+    def test_fuse_and_embedding_are_a_convolution_over_planes(self):
         image, label, keep, _ = self.batch()
-        model = lmae.LMAE(5, **TINY)
-        planes = [label == c for c in range(5)]          # Eq. 1 on whole images; void is in none
-        fused = torch.cat([torch.stack(planes, 1).float(), image], 1)    # (B, N + 3, H, W)
-        expected = F.conv2d(fused, model.embed.weight.view(32, 8, 8, 8), model.embed.bias,
-                            stride=8).flatten(2).mT
-        patches = [lmae.take(lmae.patchify(x, 8), keep) for x in (image, label[:, None])]
-        embedded = model.embed(model.fuse_map(*patches))
-        for b in range(3):
-            torch.testing.assert_close(embedded[b], expected[b, keep[b]], atol=1e-5, rtol=1e-5)
-
-    def test_direct_and_insert_fusion_place_the_label_as_table_9_says(self):
-        image, label, _, _ = self.batch()
+        red, green, blue = image.unbind(1)
         one = torch.where(label < 5, (label.float() + 1) / 5, 0.0)
-        for fuse, planes in ("direct", [image[:, 0], image[:, 1], image[:, 2], one]), \
-                            ("insert", [image[:, 0], one, image[:, 1], one, image[:, 2], one]):
-            fused = lmae.LMAE(5, **TINY, fuse=fuse).fuse_map(
-                lmae.patchify(image, 8), lmae.patchify(label[:, None], 8))
-            torch.testing.assert_close(fused, lmae.patchify(torch.stack(planes, 1), 8))
+        one_a_class = [label == c for c in range(5)]                # Eq. 1; the others, Table 9
+        for fuse, planes in (("layer", [*one_a_class, red, green, blue]),
+                             ("direct", [red, green, blue, one]),
+                             ("insert", [red, one, green, one, blue, one])):
+            model = lmae.LMAE(5, **TINY, fuse=fuse)
+            planes = torch.stack([plane.float() for plane in planes], 1)        # void is in none
+            expected = F.conv2d(planes, model.embed.weight.unflatten(1, (-1, 8, 8)),
+                                model.embed.bias, stride=8).flatten(2).mT
+            patches = [lmae.take(lmae.patchify(x, 8), keep) for x in (image, label[:, None])]
+            for b, embedded in enumerate(model.embed(model.fuse_map(*patches))):
+                torch.testing.assert_close(embedded, expected[b, keep[b]], atol=1e-5, rtol=1e-5)
 
     def test_positions_against_the_formula(self):
         table = lmae.positions(50, 12)
@@ -2805,12 +2842,6 @@ class LmaeMasking(MethodCase):
         self.assertTrue((empty.gather(1, keep)[~punched] == 0).all())
         self.assertTrue((torch.cat([keep, removed], 1).sort(1).values == torch.arange(64)).all())
 
-    def test_mask_of_marks_the_removed_patches(self):
-        _, removed = self.select(self.label, 0.4, "random", self.noise_)
-        m = lmae.mask_of(removed, 16, 8)
-        for y, x in np.ndindex(32, 32):
-            self.assertEqual(bool(m[3, y, x]), (y // 8) * 4 + x // 8 in removed[3])
-
 
 class LmaeLoss(MethodCase):
     share = torch.tensor([0.7, 0.15, 0.1, 0.05])
@@ -2848,6 +2879,20 @@ class LmaeLoss(MethodCase):
         loss = lmae.loss_fn(logits, torch.full_like(label, 255), torch.tensor(w), 4)
         loss.backward()
         self.assertEqual((loss.item(), logits.grad.abs().max().item()), (0, 0))
+
+    def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
+        """And its gradient, if each divides by the mean of their denominators."""
+        logits, label = self.normal(4, 4, 16, 4), self.classes(4, 4, 8, 8)
+        label[0, :3] = 255
+        weights = lmae.ClassWeights(self.share)
+        counts = torch.stack([(label == c).sum() for c in range(4)])
+        whole = lmae.loss_fn(logits, label, weights(), 4)
+        mean = sum(lmae.loss_fn(logits[part], label[part], weights(), 4,
+                                (counts * weights()).sum() / 2)
+                   for part in (slice(0, 1), slice(1, 4))) / 2
+        torch.testing.assert_close(mean, whole)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, [*weights.parameters()])
+                                     for loss in (mean, whole)))
 
     def test_sums_of_a_whole_batch_are_right_in_float32(self):
         """24 x 224 x 224 pixels, 73 % of them one class: one bin a class would be 0.7 % off."""
@@ -2900,105 +2945,38 @@ class LmaeLoss(MethodCase):
         self.assertEqual([q.requires_grad for q in fixed.parameters()], [False, False])
 
 
-class PasteLmae(MethodCase):
-    """Model, masking and loss of lmae.py, cut out by their header lines, run without the rest."""
-
-    def setUp(self):
-        super().setUp()
-        self.lines = (MAIN / "lmae.py").read_text("utf-8").split("\n")
-        self.starts = {line.lstrip("# -"): i for i, line in enumerate(self.lines)
-                       if line.startswith("# ---")}
-
-    def pasted(self, name):
-        """The names of a section, run after what its first comment says to take along alone."""
-        end = min(i for i in self.starts.values() if i > self.starts[name])
-        code = "\n".join(self.lines[self.starts[name] + 1:end])
-        comment = " ".join(re.match("(# .*\n)+", code)[0].replace("#", "").split())
-        imports, helpers = re.fullmatch(r"To paste this section: (import [\w., ]*?)\."
-                                        r"(?: Take along (.*) of the model\.)?", comment).groups()
-        for module in re.findall(r"[\w.]+(?: as)?", imports.removeprefix("import ")):
-            self.assertIn(module.split(".")[0].split()[0], ("torch", "math", "nn", "F"))
-        names = {}
-        exec(imports, names)
-        model = self.pasted("model") if helpers else {}
-        names |= {helper: model[helper] for helper in re.findall(r"(\w+)\(\)", helpers or "")}
-        exec(code, names)
-        return names
-
-    def test_the_docstring_says_where_the_method_is(self):
-        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
-                                         lmae.__doc__).groups())
-        self.assertEqual(list(self.starts)[:6], ["config", "model", "masking", "loss",
-                                                 "training step", "data"])
-        self.assertEqual(first, self.starts["model"] + 1)
-        source, start = inspect.getsourcelines(lmae.train_step)
-        self.assertEqual(last, start + len(source) - 1)
-
-    def test_the_sections_against_loops_over_pixels(self):
-        model, masking, loss = map(self.pasted, ("model", "masking", "loss"))
-        label, background = self.classes(3, 4, 16, 16), torch.arange(256) == 0
-        label[0, :3] = 255
-        keep, removed, shown = masking["damage"](label, 4, 0.4, "random", 0, background,
-                                                 masking["draw"](range(4), 16))
-        self.assertEqual((removed.shape, keep.shape), ((4, 6), (4, 10)))        # int(16 * 0.4)
-        m = masking["mask_of"](removed, 16, 4)
-        self.assertEqual(m.float().mean().item(), 6 / 16)
-        for b, y, x in np.ndindex(4, 16, 16):
-            self.assertEqual(m[b, y, x], y // 4 * 4 + x // 4 in removed[b])
-            self.assertEqual(shown[b, y, x], 255 if m[b, y, x] else label[b, y, x])
-
-        net = model["LMAE"](3, 16, 4, 1, 1, 16, 16, 2)
-        weights = loss["ClassWeights"](torch.tensor([0.6, 0.3, 0.1]))
-        logits = net(self.uniform(4, 3, 16, 16).float(), shown, keep, removed)
-        w, numerator, denominator = weights().tolist(), [0.0] * 4, [0.0] * 4    # of each sample
-        for b, y, x in np.ndindex(4, 16, 16):
-            if (c := int(label[b, y, x])) != 255:
-                z = logits[b, y // 4 * 4 + x // 4, y % 4 * 4 + x % 4].double()
-                numerator[b] -= w[c] * (z[c] - z.exp().sum().log()).item()
-                denominator[b] += w[c]
-        whole = loss["loss_fn"](logits, label, weights(), 4)
-        self.assertAlmostEqual(whole.item(), sum(numerator) / sum(denominator), places=5)
-
-        # two parts, divided by the mean of their denominators: mean loss and gradient of the whole
-        learned = list(weights.parameters())
-        expected, gradients = torch.autograd.grad(whole, learned, retain_graph=True), []
-        counts = torch.tensor([(label == c).sum().item() for c in range(3)])
-        for part in slice(0, 1), slice(1, 4):
-            one = loss["loss_fn"](logits[part], label[part], weights(), 4,
-                                  (counts * weights()).sum() / 2)
-            self.assertAlmostEqual(one.item(), 2 * sum(numerator[part]) / sum(denominator),
-                                   places=5)
-            gradients.append(torch.autograd.grad(one, learned, retain_graph=True))
-        for a, b, mean in zip(*gradients, expected):
-            torch.testing.assert_close((a + b) / 2, mean)
+class PasteLmae(Pastes, LmaeMasking):
+    method = "LMAE", "select", "damage", "ClassWeights", "loss_fn", "train_step"
+    share = LmaeLoss.share
+    test_blocks = LmaeModel.test_a_block_against_a_loop_over_heads
+    test_class_weights = LmaeLoss.test_class_weights_against_equation_10
+    test_loss = LmaeLoss.test_loss_against_a_loop_over_pixels
 
 
 class LmaeRuns(Runs, MethodCase):
     flags = TINY_FLAGS
     counts = ["params"]
     paper = ["--data", "cityscapes", "--size", 224], {}, "(Eq. 13)"     # see Table 5 above
-    methods = [], ["--data", "voc"]
+    methods = (4, []), (4, ["--data", "voc"])       # images a step, flags
 
-    def test_a_folder_trains_a_small_model_on_crops_that_follow_its_pictures(self):
-        mine, run = self.tmp / "mine", self.tmp / "run"
-        for i in range(10):
-            label = self.noise(60, 90) % 3
+    def test_a_folder_trains_a_small_model_on_crops_that_follow_its_images(self):
+        root, run = self.tmp / "mine", self.tmp / "run"
+        for i, (_, label) in self.pairs("mine", range(10), shape=(60, 90)).items():
             label[10:30, 20:50] = 255                           # partly missing, all of them
-            save(mine / f"masks/{i}.png", label)
-            save(mine / f"images/{i}.png", self.noise(60, 90, 3))
-        self.runs("--data", mine, "--out", run, "--max-steps", 1, "--enc-dim", 32, "--dec-dim", 32,
+            save(root / f"masks/{i}.png", label)
+        self.runs("--data", root, "--out", run, "--max-steps", 1, "--enc-dim", 32, "--dec-dim", 32,
                   "--size", 56, "--patch", 8)
         config = json.loads((run / "config.json").read_text())
         expected = dict(crop=56, supplement="nearest", epochs=3000, eval_every=150, enc_blocks=2)
         self.assertEqual(config, config | expected)             # 3000 steps, one an epoch
         # and its own masks, completed: as they were, but for what was missing; and good to train on
         complete = ["--ckpt", run / "best.pt", "--complete"]
-        self.runs(*complete, mine, "--to", self.tmp / "whole")
+        self.runs(*complete, root, "--to", self.tmp / "whole")
         for i in range(10):
             old, new = (pixels(self.tmp / f"{at}/masks/{i}.png") for at in ("mine", "whole"))
             self.assertTrue((old[old != 255] == new[old != 255]).all() and (new < 3).all())
-        shutil.copytree(mine / "images", self.tmp / "again/images")
-        self.runs(*complete, mine / "masks", "--images", mine / "images", "--to",
+        shutil.copytree(root / "images", self.tmp / "again/images")
+        self.runs(*complete, root / "masks", "--images", root / "images", "--to",
                   self.tmp / "again/masks")
         again = [i for split in ("train", "val")
                  for i in data.list_items(str(self.tmp / "again"), "", split)]
@@ -3021,7 +2999,7 @@ class LmaeRuns(Runs, MethodCase):
             self.assertEqual(parse(module, "recipe", **flags),
                              dataclasses.replace(module.Config(), **flags))
 
-    def test_several_ratios_and_the_worst_pictures(self):
+    def test_several_ratios_and_the_worst_images(self):
         for name, supplement in ("a", "image"), ("b", "none"):
             self.runs(*TINY_FLAGS, "--max-steps", 1, "--supplement", supplement, "--out",
                       self.tmp / name)
@@ -3039,17 +3017,13 @@ class LmaeRuns(Runs, MethodCase):
             self.assertTrue((self.tmp / "fig6" / name).exists())
 
     def test_crops_side_by_side_show_every_pixel_once(self):
-        shapes, written = ((70, 45), (30, 64)), []
-        for i, shape in enumerate(shapes):
-            for split in "train", "val":
-                label, image = self.noise(*shape) % 3, self.noise(*shape, 3)
-                save(self.tmp / f"mine/{split}/masks/{i}{split}.png", label)
-                save(self.tmp / f"mine/{split}/images/{i}{split}.png", image)
-            written.append((image, label))
+        self.pairs("mine/train", "ab")
+        written = (self.pairs("mine/val", [0], shape=(70, 45))
+                   | self.pairs("mine/val", [1], shape=(30, 64)))
         crops = lmae.Crops(lmae.Config(data=str(self.tmp / "mine"), crop=32, size=32), "val")
         self.assertEqual(len(crops), 3 * 2 + 1 * 2)
-        for (h, w), rows, (image, label) in zip(shapes, (((0, 1), (2, 3), (4, 5)), ((6, 7),)),
-                                                written):
+        for rows, (image, label) in zip((((0, 1), (2, 3), (4, 5)), ((6, 7),)), written.values()):
+            h, w = label.shape
             crop_image, crop_label = (
                 np.vstack([np.hstack([part(crops[k]) for k in row]) for row in rows])
                 for part in (lambda crop: crop[0].permute(1, 2, 0), lambda crop: crop[1]))
@@ -3057,7 +3031,7 @@ class LmaeRuns(Runs, MethodCase):
             self.assertTrue((crop_label[h:] == 255).all() and (crop_label[:, w:] == 255).all())
             self.assertTrue((crop_image[:h, :w] == image).all())
 
-    def test_four_pictures_are_learned_by_heart(self):
+    def test_four_images_are_learned_by_heart(self):
         cfg = lmae.Config(**{**lmae.RECIPES["shapes"], "device": "cpu", "supplement": "image"})
         four = data.Dataset("shapes", "", "train", size=cfg.size, seed=0)
         image, label = (torch.stack([four[k][part] for k in range(4)]) for part in (0, 1))
@@ -3078,7 +3052,7 @@ class LmaeRuns(Runs, MethodCase):
         predicted = lmae.unpatchify(logits.argmax(-1), cfg.patch)
         self.assertGreater((predicted == label)[m].float().mean().item(), 0.99)
 
-    def test_evaluation_against_a_loop_over_pictures(self):
+    def test_evaluation_against_a_loop_over_images(self):
         cfg = lmae.Config(size=32, crop=32, patch=8, mask_ratio=0.5, device="cpu", batch_size=5)
         val = data.Dataset("shapes", "", "val", size=32)
         val.items = val.items[:12]
@@ -3120,19 +3094,10 @@ class LmaeRuns(Runs, MethodCase):
                   0)
         self.assertEqual(scores(self.tmp / "fine")["pa_miou"], round(saved(best)["best"], 4))
         self.assertNotIn("optimizer", saved(best))
-        for more, word in ((["--enc-dim", 64, "--out", self.tmp / "no", "--init", best],
-                            "does not fit"),
-                           (["--out", out], "already holds a run"),
-                           (["--out", out, "--resume", "--lr", 0.5], "lr was 0.002, now 0.5")):
-            with self.subTest(more):
-                self.refuses(*flags, *more, words=[word])
-        self.assertFalse((self.tmp / "no").exists())
 
     def test_a_dataset_without_val_is_scored_on_test(self):
         for split, n in ("train", 6), ("test", 3):
-            for i in range(n):
-                save(self.tmp / f"glas/{split}/img/{i}.png", self.noise(40, 48, 3))
-                save(self.tmp / f"glas/{split}/labelcol/{i}.png", self.noise(40, 48) % 3)
+            self.pairs(f"glas/{split}", range(n), "img/{}.png", "labelcol/{}.png", (40, 48))
         out, root = self.tmp / "run", ["--root", self.tmp]
         text = self.runs(*TINY_FLAGS, *root, "--data", "glas", "--batch-size", 2, "--max-steps", 1,
                          "--out", out)
@@ -3145,9 +3110,9 @@ class LmaeRuns(Runs, MethodCase):
         self.assertIn("complete", json.loads((out / "augment/augment.json").read_text())["FCN"])
 
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
-        more = ["--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
-        self.runs(*TINY_FLAGS, *more, "--out", self.tmp / "one")
-        trained, evaluated = self.two_as_one(*more)
+        extra = ["--drop-path", 0, "--max-steps", 3, "--batch-size", 32]
+        self.runs(*TINY_FLAGS, *extra, "--out", self.tmp / "one")
+        trained, evaluated, _ = self.two_as_one(*extra)
         one, two = (saved(self.tmp / name / "last.pt") for name in ("one", "two"))
         for key in "train_loss", "val_loss":
             self.assertAlmostEqual(one["history"][0][key], two["history"][0][key], delta=1e-5)
@@ -3181,10 +3146,8 @@ class LmaeComplete(MethodCase):
         for i, size in enumerate(((32, 32), (50, 71), (20, 40))):
             label = self.noise(*size) % 3
             label[5:12, 7:30] = 255
-            image = Image.fromarray(label)
-            image.putpalette([9, 8, 7, 6, 5, 4, 3, 2, 1] + [0] * 759)
-            (self.tmp / "labels").mkdir(exist_ok=True)
-            image.save(self.tmp / f"labels/p{i}.png")
+            palette = [9, 8, 7, 6, 5, 4, 3, 2, 1] + [0] * 759
+            save(self.tmp / f"labels/p{i}.png", indexed(label, palette))
             save(self.tmp / f"images/p{i}.jpg", self.noise(*size, 3))
 
     def half_masked(self, model, info=None, ratio=0.5, **fields):
@@ -3236,7 +3199,7 @@ class LmaeComplete(MethodCase):
             self.assertTrue((confidence[old == 255] < 255).any())
         doubts = [float(row["doubt"]) for row in table(self.tmp / "fixed/review.csv")]
         self.assertEqual((len(doubts), doubts), (3, sorted(doubts, reverse=True)))
-        self.refuses(*self.flags(), words=["--to"])                     # it is not empty any more
+        self.refuses(self.flags(), "--to")                     # it is not empty any more
 
     def test_what_cannot_be_repaired_is_one_line_each_and_the_rest_is_done(self):
         labels = {"unknown": self.noise(32, 32) % 8, "alone": self.noise(32, 32) % 3,
@@ -3257,8 +3220,7 @@ class LmaeComplete(MethodCase):
 
     def test_background_mode_changes_only_background_in_patches_that_are_mostly_so(self):
         label = pixels(self.tmp / "labels/p0.png")
-        label[:16] = 0
-        save(self.tmp / "labels/p0.png", label)
+        save(self.tmp / "labels/p0.png", np.vstack([0 * label[:16], label[16:]]))
         self.ckpt = self.half_masked(self.always(1), ratio=0.25)
         self.runs(*self.flags("--broken", "background"))
         for name, old, new in self.before_and_after():
@@ -3274,7 +3236,7 @@ class LmaeComplete(MethodCase):
             shape = data.read_ids(path).shape
             path.unlink()
             save(path.with_suffix(".jpg"), np.stack([self.noise(*shape)] * 3, 2))
-        self.refuses(*self.flags(), words=["background, polyp are all there is"])
+        self.refuses(self.flags(), "background, polyp are all there is")
         self.runs(*self.flags("--broken", "background"))
         for _, old, new in self.before_and_after():
             old = old[..., 0]
@@ -3353,7 +3315,7 @@ class LmaeComplete(MethodCase):
         info = data.Info("own", ("background", "object"), colors, (0, 1),
                          palette=tuple(zip(colors, (0, 1))))
         self.ckpt = self.half_masked(lmae.LMAE(2, **TINY), info)
-        self.refuses(*self.flags(), words=["--broken background"])
+        self.refuses(self.flags(), "--broken background")
         self.assertFalse((self.tmp / "fixed").exists())
         self.runs(*self.flags("--broken", "background"))
         for _, old, new in self.before_and_after():
@@ -3369,7 +3331,7 @@ class LmaeComplete(MethodCase):
             mask = lmae.Mask(save(self.tmp / f"{known}.png", ids), data.info("glas"))
             if painted:
                 mask.paint(found, found.astype(np.uint8))
-                np.testing.assert_array_equal(mask.raw, np.maximum(ids, found))
+                arrays_equal(mask.raw, np.maximum(ids, found))
             else:
                 with self.fails("2.png", "more than 255 objects"):
                     mask.paint(found, found.astype(np.uint8))
@@ -3383,7 +3345,7 @@ class LmaeComplete(MethodCase):
         expected = ids.astype(int)
         expected[1, 2:7] = 3, 3, 3, 5, 5            # of equally near ones the smaller number
         expected[4:, :2], expected[5, 8] = 6, 7
-        np.testing.assert_array_equal(lmae.regions(mask, ids), expected)
+        arrays_equal(lmae.regions(mask, ids), expected)
         mask = self.rng.random((20, 30)) < 0.6
         found, pieces = lmae.regions(mask), flooded(mask)
         self.assertTrue((found[~mask] == 0).all())
@@ -3435,7 +3397,7 @@ class LmaeComplete(MethodCase):
         self.assertEqual((fixed / "a/x.png").stat().st_mtime_ns, first)
         self.assertGreater((fixed / "b/z.png").stat().st_mtime_ns, last)
         self.assertEqual((fixed / "review.csv").read_text(), review)
-        self.refuses(*self.flags("--resume", "--sure", "0.5"), words=["other flags"])
+        self.refuses(self.flags("--resume", "--sure", "0.5"), "other flags")
 
     def test_another_palette_names_the_same_classes(self):
         """A labelmap in another order, whose colours are those of the broken masks."""
@@ -3451,12 +3413,12 @@ class LmaeComplete(MethodCase):
         for _, old, new in self.before_and_after():
             hole = (old == (0, 20, 0)).all(-1)
             self.assertTrue((new[~hole] == old[~hole]).all() and (new[hole] == (10, 0, 0)).all())
-        self.refuses(*self.flags("--palette", self.tmp / "other.txt"), words=["c, a, d"])
+        self.refuses(self.flags("--palette", self.tmp / "other.txt"), "c, a, d")
 
     def test_the_least_sure_pixels_stay_missing(self):
         self.runs(*self.flags("--sure", "1"))
         for _, old, new in self.before_and_after():
-            np.testing.assert_array_equal(new, old)
+            arrays_equal(new, old)
 
     def test_a_review_counts_the_pixels_that_changed(self):
         self.ckpt = self.half_masked(self.always(2))
@@ -3487,7 +3449,7 @@ class LmaeComplete(MethodCase):
                           for row in table(self.tmp / "fixed/suspects.csv")],
                          [("60 40 71 50", "110", "c", "b", "100.0"),
                           ("30 10 34 20", "40", "a", "b", "100.0")])
-        np.testing.assert_array_equal(pixels(self.tmp / "labels/p1.png"), label)
+        arrays_equal(pixels(self.tmp / "labels/p1.png"), label)
         self.assertFalse((self.tmp / "fixed/p1.png").exists())
 
     def test_a_dataset_is_repaired_in_place(self):
@@ -3504,8 +3466,8 @@ class LmaeComplete(MethodCase):
         for name in names:
             self.assertTrue((pixels(self.tmp / f"fixed/{name}_anno.png")[label > 0] == 7).all())
 
-    def test_a_large_picture_is_repaired_in_bands(self):
-        """As its windows one by one, added up over the whole picture."""
+    def test_a_large_image_is_repaired_in_bands(self):
+        """As its windows one by one, added up over the whole image."""
         label, image = self.noise(90, 75) % 3, self.noise(90, 75, 3)
         missing = self.rng.random((90, 75)) < 0.3
         cfg, machine = lmae.Config(**{**TINY, "crop": 32}), common.Machine(lmae.Config())
@@ -3530,14 +3492,23 @@ class LmaeComplete(MethodCase):
 def shuffled(f, seed=0):
     """The network with BatchNorm gains and statistics, and attention biases, that are not those of
     the start, where LeViT's residual branches are multiplied by zero."""
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for m in f.modules():
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
             for t, low in ((m.weight, 0.5), (m.bias, 0.0), (m.running_mean, -0.2),
                            (m.running_var, 0.7)):
-                t.data.copy_(low + torch.rand(t.shape, generator=made))
+                t.data.copy_(low + torch.rand(t.shape, generator=generator))
         if isinstance(m, masksup.Attention):
-            m.attention_biases.data.copy_(torch.randn(m.attention_biases.shape, generator=made))
+            biases = m.attention_biases.data
+            biases.copy_(torch.randn(biases.shape, generator=generator))
+    return f
+
+
+def contrasted(f, x):
+    """The U-Net with answers that differ from pixel to pixel, and are fair on images x."""
+    with torch.no_grad():
+        f.head.weight *= 100
+        f.head.bias -= f(x).mean((0, 2, 3))
     return f
 
 
@@ -3593,8 +3564,8 @@ def layer(conv, bn, *shape):
 
 def filled(shapes):
     """Weights of these names and shapes."""
-    made = torch.Generator().manual_seed(0)
-    return {name: torch.rand(shape, generator=made) if shape else torch.tensor(7)
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, generator=generator) if shape else torch.tensor(7)
             for name, shape in shapes.items()}
 
 
@@ -3721,23 +3692,16 @@ class MaskSupModels(MethodCase):
         branch = masksup.Residual(torch.nn.Identity(), 0.25).train()
         self.drops_whole_samples(branch, lambda x: branch(x) - x)
 
-    def test_both_branches_share_f_and_holes_multiply_the_picture(self):
-        f, x = masksup.UNet(3, 2).eval(), self.uniform(2, 3, 32, 32).float()
-        holes = self.where(0.5, 2, 1, 32, 32)
-        M_p, M_pm = masksup.MaskSup(f)(x, holes)
-        same_bits(M_p, f(x))
-        same_bits(M_pm, f(torch.where(holes, x, 0.0)))
-        self.assertIsNone(masksup.MaskSup(f)(x)[1])
-
-    def test_each_pass_has_the_statistics_of_its_own_batch(self):
+    def test_both_branches_share_f_with_statistics_of_their_own_batch(self):
         torch.manual_seed(0)
         f, x = masksup.UNet(3, 2).train(), self.uniform(2, 3, 32, 32).float()
-        first, holes = f.down[0][1], torch.zeros(2, 1, 32, 32)
+        first, holes = f.down[0][1], self.where(0.5, 2, 1, 32, 32)
         clean, holed = (f.down[0][0](v).mean((0, 2, 3)) for v in (x, x * holes))
         M_p, M_pm = masksup.MaskSup(f)(x, holes)
         torch.testing.assert_close(first.running_mean, 0.9 * 0.1 * clean + 0.1 * holed)
         torch.testing.assert_close(M_p, f(x))
-        torch.testing.assert_close(M_pm, f(x * holes))
+        torch.testing.assert_close(M_pm, f(torch.where(holes, x, 0.0)))
+        self.assertIsNone(masksup.MaskSup(f)(x)[1])
 
 
 class MaskSupPretrained(Pretrained, MethodCase):
@@ -3759,12 +3723,12 @@ class MaskSupPretrained(Pretrained, MethodCase):
         return f, lambda: masksup.load_pretrained(f, cfg)
 
     def test_every_weight_of_the_encoder_comes_from_the_release(self):
-        theirs = {f"levit.{key}": value for key, value in self.release()["model"].items()}
+        released = {f"levit.{key}": value for key, value in self.release()["model"].items()}
         before, after, text = self.load(self.write(self.release()))
-        mine = [k for k in after if k.startswith("levit.")]
+        encoder = [k for k in after if k.startswith("levit.")]
         for key, value in after.items():
-            same_bits(value, theirs[key] if key in mine else before[key])
-        self.assertIn(f"{len(mine)} of the encoder's {len(mine)} tensors", text)
+            same_bits(value, released[key] if key in encoder else before[key])
+        self.assertIn(f"{len(encoder)} of the encoder's {len(encoder)} tensors", text)
         self.assertIn("not used: head", text)
 
     def test_at_other_sizes_the_biases_start_fresh_and_that_is_said(self):
@@ -3789,12 +3753,12 @@ class MaskSupPretrained(Pretrained, MethodCase):
         text = self.runs(*flags, "--pretrained", self.write(self.release()), "--out",
                          self.tmp / "a")
         self.assertRegex(text, r"\d+ of the encoder's \d+ tensors")
-        found, theirs = saved(self.tmp / "a/last.pt")["model"], self.release()["model"]
+        found, released = saved(self.tmp / "a/last.pt")["model"], self.release()["model"]
         for key in "patch_embed.0.c.weight", "blocks.21.m.2.c.weight":
-            torch.testing.assert_close(found[f"levit.{key}"], theirs[key], atol=1e-6, rtol=0)
+            torch.testing.assert_close(found[f"levit.{key}"], released[key], atol=1e-6, rtol=0)
         with mock.patch("torch.hub.load_state_dict_from_url", side_effect=OSError("no network")):
-            self.refuses(*flags, "--pretrained", "imagenet", "--out", self.tmp / "b", words=[
-                "no network", "LeViT-128S-96703c44.pth", "--pretrained none"])
+            self.refuses([*flags, "--pretrained", "imagenet", "--out", self.tmp / "b"],
+                         "no network", "LeViT-128S-96703c44.pth", "--pretrained none")
 
 
 class MaskSupRelease(MethodCase):
@@ -3808,12 +3772,12 @@ class MaskSupRelease(MethodCase):
     def released(self, f, model):
         """The weights of one of our U-Nets under the released names."""
         parts = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2"}
-        theirs = {f"final.{k}": v for k, v in f.head.state_dict().items()}
-        for ours, name in self.nodes[model].items():
-            for key, value in f.get_submodule(ours).state_dict().items():
+        released = {f"final.{k}": v for k, v in f.head.state_dict().items()}
+        for stage, name in self.nodes[model].items():
+            for key, value in f.get_submodule(stage).state_dict().items():
                 part, last = key.split(".")
-                theirs[f"{name}.{parts[part]}.{last}"] = value
-        return theirs
+                released[f"{name}.{parts[part]}.{last}"] = value
+        return released
 
     def filled(self, name):
         """The released tensors, filled by the recipe of RELEASE."""
@@ -3843,7 +3807,7 @@ class MaskSupRelease(MethodCase):
             x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
             with self.subTest(name), torch.no_grad(), \
                     mock.patch("data.read_weights", return_value=self.filled(name)), \
-                    contextlib.redirect_stdout(io.StringIO()):
+                    printed():
                 masksup.load_pretrained(f, cfg, whole=True)
                 logits = f(2 * x - 1)
                 if expected["classes"] == 1:            # a sigmoid of z: logits (0, z)
@@ -3860,7 +3824,7 @@ class MaskSupRelease(MethodCase):
             cfg = masksup.Config(model=model, width=2, size=32, pretrained=str(self.tmp / "f.pth"))
             f, g = shuffled(masksup.build(cfg, 3)).eval(), masksup.build(cfg, 3).eval()
             torch.save(self.released(f, model), self.tmp / "f.pth")
-            with contextlib.redirect_stdout(io.StringIO()) as text:
+            with printed() as text:
                 masksup.load_pretrained(g, cfg, whole=True)
             n = len(f.state_dict())
             self.assertIn(f"{n} of the network's {n} tensors\n", text.getvalue())
@@ -3883,8 +3847,8 @@ class MaskSupRelease(MethodCase):
         root = self.folder(3, classes=2, size=(32, 32))
         torch.manual_seed(0)
         f = shuffled(masksup.UNet(1, 4)).eval()
-        theirs = self.released(f, "unet")
-        torch.save({f"module.{k}": v for k, v in theirs.items()}, self.tmp / "glas.pth")
+        released = self.released(f, "unet")
+        torch.save({f"module.{k}": v for k, v in released.items()}, self.tmp / "glas.pth")
         flags = ("--eval", "--pretrained", self.tmp / "glas.pth", "--data", root, "--model", "unet",
                  "--size", 32)
         self.runs(*flags, "--width", 4)
@@ -3894,13 +3858,13 @@ class MaskSupRelease(MethodCase):
             answer = f(image / 127.5 - 1)[:, 0].sigmoid() > 0.5
         expected = naive_iou(answer.numpy(), truth.numpy(), 2)
         self.assertAlmostEqual(scores(self.tmp / "eval")["class_iou"][1], expected[1], places=2)
-        for more, word in ((("--width", 8), "not the weights of unet with 2 classes"),
+        for extra, word in ((("--width", 8), "not the weights of unet with 2 classes"),
                            (("--model", "levit128s", "--size", 96), "not the weights of levit")):
-            self.refuses(*flags, *more, "--out", self.tmp / "more", words=[word])
-        self.refuses("--eval", words=["--pretrained FILE"])
+            self.refuses([*flags, *extra, "--out", self.tmp / "more"], word)
+        self.refuses(["--eval"], "--pretrained FILE")
 
 
-class MaskSupMasking(Case):
+class MaskSupMasking(MethodCase):
     def test_coverage_of_a_thousand_masks(self):
         for coverage, low, high in ("high", 0.5, 0.75), ("low", 0.1, 0.3):
             bank = masksup.mask_bank(1000, 64, *masksup.COVERAGE[coverage], seed=0)
@@ -3934,6 +3898,7 @@ class MaskSupMasking(Case):
     def test_pick_against_numpy(self):
         bank = masksup.mask_bank(5, 24, 0.3, 0.6, seed=3)
         noise = masksup.noise_of(range(200))
+        same_bits(masksup.noise_of([7]), noise[7:8])            # the mask of a sample is its own
         holes = masksup.pick(bank, noise)
         self.assertEqual((holes.shape, holes.dtype), ((200, 1, 24, 24), torch.bool))
         seen = set()
@@ -3941,12 +3906,9 @@ class MaskSupMasking(Case):
             mask = np.roll(bank[int(5 * k)].numpy(), (-int(24 * down), -int(24 * right)), (0, 1))
             mask = mask[::-1] if my < 0.5 else mask
             mask = mask[:, ::-1] if mx < 0.5 else mask
-            np.testing.assert_array_equal(found, mask.T if turn < 0.5 else mask)
+            arrays_equal(found, mask.T if turn < 0.5 else mask)
             seen.add((int(5 * k), turn < 0.5, my < 0.5, mx < 0.5))
         self.assertGreater(len(seen), 35)                                     # of 40
-
-    def test_the_mask_of_a_sample_is_its_own(self):
-        self.assertTrue(torch.equal(masksup.noise_of([7]), masksup.noise_of([1, 7, 3])[1:2]))
 
     def test_patches_of_the_autoencoder(self):
         noise = masksup.noise_of(range(30), 16)
@@ -3954,14 +3916,14 @@ class MaskSupMasking(Case):
         cells = holes.view(30, 4, 8, 4, 8).float().mean((2, 4))
         self.assertEqual(set(cells.unique().tolist()), {0.0, 1.0})
         self.assertTrue((cells.sum((1, 2)) == 4).all())
-        self.assertGreater(len({tuple(c.flatten().tolist()) for c in cells}), 25)
+        self.assertGreater(len(cells.unique(dim=0)), 25)
 
     def test_a_folder_of_masks_and_what_is_removed(self):
         for i in range(3):
             save(self.tmp / f"m/{i}.png", np.full((20, 30), 255 * (i > 0), np.uint8))
         for remove, kept in (("dark", [0, 1, 1]), ("bright", [1, 0, 0])):
             cfg = masksup.Config(masks=str(self.tmp / "m"), size=16, masks_remove=remove)
-            with contextlib.redirect_stdout(io.StringIO()) as text:
+            with printed() as text:
                 bank = masksup.training_masks(cfg)
             self.assertEqual(bank.float().mean((1, 2)).tolist(), kept)
             for words in f"removes what is {remove}", "dark are 33.3 %", "bright 66.7 %":
@@ -3974,39 +3936,40 @@ class MaskSupMasking(Case):
                 masksup.training_masks(masksup.Config(masks=str(self.tmp / name)))
 
 
-class MaskSupLoss(Case):
-    def pair(self, N, S=6):
-        return (torch.from_numpy(self.rng.standard_normal((2, N, S, S))) for _ in range(2))
+class MaskSupLoss(MethodCase):
+    def batch(self, N, void):
+        """M_p, M_pm and labels, of which the first lines of the first image are void."""
+        label = self.classes(N, 2, 6, 6)
+        label[0, :void] = 255
+        return self.normal(2, N, 6, 6), self.normal(2, N, 6, 6), label
 
     def test_loss_against_a_loop_over_pixels(self):
         for N in 2, 5:
-            M_p, M_pm = self.pair(N)
-            label = torch.from_numpy(self.rng.integers(0, N, (2, 6, 6), dtype=np.uint8))
-            label[0, :2] = 255
+            M_p, M_pm, label = self.batch(N, void=2)
             seg = context = similar = 0.0
-            for b in range(2):
-                for y in range(6):
-                    for x in range(6):
-                        p, q = (np.exp(m[b, :, y, x].numpy()) for m in (M_p, M_pm))
-                        p, q = p / p.sum(), q / q.sum()
-                        similar += ((p - q) ** 2).sum() / (2 * 36 * 2)
-                        if (c := int(label[b, y, x])) != 255:
-                            seg -= np.log(p[c]) / 60
-                            context -= np.log(q[c]) / 60
+            for b, y, x in np.ndindex(2, 6, 6):
+                p, q = (np.exp(m[b, :, y, x].numpy()) for m in (M_p, M_pm))
+                p, q = p / p.sum(), q / q.sum()
+                similar += ((p - q) ** 2).sum() / (2 * 36 * 2)
+                if (c := int(label[b, y, x])) != 255:
+                    seg -= np.log(p[c]) / 60
+                    context -= np.log(q[c]) / 60
             loss, terms = masksup.loss_fn(M_p, M_pm, label, (1, 0.5, 3))
             np.testing.assert_allclose(terms, [seg, context, similar], rtol=1e-5)
             self.assertAlmostEqual(loss.item(), seg + 0.5 * context + 3 * similar, places=5)
-            loss, terms = masksup.loss_fn(M_p, M_pm, label, (1, 1, 0))                # Eq. 2
+            _, terms = masksup.loss_fn(M_p, M_pm, label, (1, 1, 1), torch.tensor(30),
+                                       torch.tensor(36))                # instead of 60 and 72
+            np.testing.assert_allclose(terms, [2 * seg, 2 * context, 2 * similar], rtol=1e-5)
+            loss, _ = masksup.loss_fn(M_p, M_pm, label, (1, 1, 0))                    # Eq. 2
             self.assertAlmostEqual(loss.item(), seg + context, places=5)
             loss, terms = masksup.loss_fn(M_p, None, label)
             self.assertAlmostEqual(loss.item(), seg, places=5)
             self.assertEqual(terms[1:].tolist(), [0, 0])
-
-    def test_nothing_labelled_gives_zero_and_a_finite_gradient(self):
-        M_p = torch.randn(2, 3, 4, 4, requires_grad=True)
-        loss, _ = masksup.loss_fn(M_p, None, torch.full((2, 4, 4), 255))
-        loss.backward()
-        self.assertEqual((loss.item(), M_p.grad.abs().max().item()), (0, 0))
+            # nothing labelled: zero, and a finite gradient
+            M_p.requires_grad_()
+            loss, _ = masksup.loss_fn(M_p, None, torch.full_like(label, 255))
+            loss.backward()
+            self.assertEqual((loss.item(), M_p.grad.abs().max().item()), (0, 0))
 
     def test_similarity_is_one_where_the_branches_are_sure_of_different_classes(self):
         for N in 2, 40:
@@ -4019,183 +3982,106 @@ class MaskSupLoss(Case):
             even = masksup.task_similarity(logits, torch.zeros_like(logits)).item()
             self.assertAlmostEqual(even, (1 - 1 / N) / 2, places=5)
 
-    def gradients(self, f, term, N, S):
-        """Whether each weight of f gets a gradient from one term: seg, context or tasksim with the
-        gradient of one branch alone."""
-        made = torch.Generator().manual_seed(1)
-        x = torch.rand(2, 3, S, S, generator=made) * 2 - 1
-        holes = torch.rand(2, 1, S, S, generator=made) < 0.5
-        label = torch.randint(0, N, (2, S, S), generator=made)
-        # statistics that are given: with those of the batch, a bias before BN would not matter
-        M_p, M_pm = masksup.MaskSup(f.eval())(x, holes)
-        alpha = {"seg": (1, 0, 0), "context": (0, 1, 0)}.get(term, (0, 0, 1))
-        M_p = M_p.detach() if term == "tasksim to M_pm" else M_p
-        M_pm = M_pm.detach() if term == "tasksim to M_p" else M_pm
-        loss, _ = masksup.loss_fn(M_p, M_pm, label, alpha)
-        f.zero_grad()
-        loss.backward()
-        return {name: p.grad for name, p in f.named_parameters()}
-
     def test_every_term_reaches_every_weight(self):
-        torch.manual_seed(0)
+        """Each term, and each branch of the similarity alone, has a gradient for all weights."""
         for make, S in ((lambda N: masksup.UNet(N, 4), 32),
                         (lambda N: masksup.UNetPlusPlus(N, 4), 32),
                         (lambda N: masksup.LeViTUNet(N, "levit128s", 96), 96)):
             for N in 2, 7:
-                f = shuffled(make(N))
-                for term in "seg", "context", "tasksim", "tasksim to M_p", "tasksim to M_pm":
-                    for name, g in self.gradients(f, term, N, S).items():
-                        self.assertIsNotNone(g, (name, term))
-                        self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, term, N))
+                torch.manual_seed(0)
+                # statistics that are given: with those of the batch, a bias before BN does nothing
+                f, x = shuffled(make(N)).eval(), torch.rand(2, 3, S, S) * 2 - 1
+                holes, label = torch.rand(2, 1, S, S) < 0.5, torch.randint(0, N, (2, S, S))
+                M_p, M_pm = masksup.MaskSup(f)(x, holes)
+                for term, alpha, p, q in (("seg", (1, 0, 0), M_p, M_pm),
+                                          ("context", (0, 1, 0), M_p, M_pm),
+                                          ("tasksim", (0, 0, 1), M_p, M_pm),
+                                          ("tasksim to M_p", (0, 0, 1), M_p, M_pm.detach()),
+                                          ("tasksim to M_pm", (0, 0, 1), M_p.detach(), M_pm)):
+                    f.zero_grad()
+                    masksup.loss_fn(p, q, label, alpha)[0].backward(retain_graph=True)
+                    for name, w in f.named_parameters():
+                        self.assertIsNotNone(w.grad, (name, term))
+                        self.assertTrue(w.grad.isfinite().all() and w.grad.abs().max() > 0,
+                                        (name, term, N))
 
-    def stepped(self, cfg, image, label, holes, world=1, sums=lambda values: None):
-        """The losses and gradients of a train_step of one process of `world`, where `sums` stands
-        for the sum over the processes."""
+    def stepped(self, cfg, image, label, holes, world=1):
+        """The losses and gradients of a train_step of one process of `world`."""
         f = torch.nn.Conv2d(3, 5, 1)
         with torch.no_grad():
             f.weight.copy_(torch.linspace(-1, 1, 15).view(5, 3, 1, 1))
             f.bias.zero_()
         machine, optimizer = common.Machine(cfg), torch.optim.SGD(f.parameters(), 0.0)
         machine.world = world
-        with mock.patch("common.all_reduce", sums):
-            losses = masksup.train_step(masksup.MaskSup(f), optimizer, machine.scaler(), machine,
-                                        cfg, image, label, holes)
+        losses = masksup.train_step(masksup.MaskSup(f), optimizer, machine.scaler(), machine, cfg,
+                                    image, label, holes)
         return losses, torch.cat([p.grad.flatten() for p in f.parameters()])
 
     def test_the_step_of_two_processes_is_that_of_the_whole_batch(self):
         cfg = masksup.Config(device="cpu", alpha2=0.5, alpha3=3.0)
-        image = torch.from_numpy(self.noise(5, 3, 6, 6))
-        label = torch.from_numpy(self.rng.integers(0, 5, (5, 6, 6), dtype=np.uint8))
-        label[0, :4] = 255                              # the parts weigh differently
-        holes = torch.from_numpy(self.rng.random((5, 1, 6, 6)) < 0.5)
-        losses, gradient = self.stepped(cfg, image, label, holes)
-        parts = [(image[i], label[i], holes[i]) for i in (slice(3), slice(3, 5))]
-        totals = []                                     # of the first message, then of the second
-        for message in range(2):
-            sent = []
-            for part in parts:
-                mine = []
+        batch = (torch.from_numpy(self.noise(5, 3, 6, 6)), self.classes(5, 5, 6, 6),
+                 self.where(0.5, 5, 1, 6, 6))
+        batch[1][0, :4] = 255                           # the parts weigh differently
+        losses, gradient = self.stepped(cfg, *batch)
+        parts = [[t[:3] for t in batch], [t[3:] for t in batch]]
+        (add, run), messages = two_threads(), []
 
-                def sums(values):
-                    mine.append(values.clone())
-                    if len(mine) <= len(totals):
-                        values.copy_(totals[len(mine) - 1])
+        def all_reduce(values):
+            messages.append(1)
+            values.copy_(add(values.clone()))
 
-                self.stepped(cfg, *part, 2, sums)
-                self.assertEqual(len(mine), 2)
-                sent.append(mine[message])
-            totals.append(sum(sent))
-        found = [self.stepped(cfg, *part, 2, lambda values: values.copy_(
-            totals[values.numel() == 4])) for part in parts]
-        for seen, _ in found:
-            torch.testing.assert_close(seen, losses)
+        with mock.patch("common.all_reduce", all_reduce):
+            found = run(lambda rank: self.stepped(cfg, *parts[rank], world=2))
+        self.assertEqual(len(messages), 2 * 2)
+        for part, _ in found:
+            torch.testing.assert_close(part, losses)
         torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient)   # as DDP does
 
     def test_reconstruction_loss_against_a_loop(self):
-        output, image = (torch.from_numpy(self.rng.standard_normal((2, 3, 4, 4))) for _ in "ab")
-        holes = torch.from_numpy(self.rng.random((2, 1, 4, 4)) < 0.3)
-        errors = [(output[b, c, y, x] - image[b, c, y, x]).item() ** 2 for b in range(2)
-                  for c in range(3) for y in range(4) for x in range(4) if not holes[b, 0, y, x]]
+        output, image, holes = (self.normal(2, 3, 4, 4), self.normal(2, 3, 4, 4),
+                                self.where(0.3, 2, 1, 4, 4))
+        errors = [(output[b, c, y, x] - image[b, c, y, x]).item() ** 2
+                  for b, c, y, x in np.ndindex(2, 3, 4, 4) if not holes[b, 0, y, x]]
         self.assertAlmostEqual(masksup.reconstruction_loss(output, image, holes).item(),
                                np.mean(errors), places=5)
 
     def test_base_computes_neither_further_term(self):
-        calls = []
-        f = masksup.UNet(3, 2)
+        calls, f = [], masksup.UNet(3, 2)
         f.register_forward_hook(lambda *_: calls.append(1))
         machine = common.Machine(masksup.Config(device="cpu"))
-        image = torch.from_numpy(self.rng.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8))
+        image = torch.from_numpy(self.noise(2, 3, 32, 32))
         label = torch.zeros(2, 32, 32, dtype=torch.uint8)
         for method, passes, similarities in ("base", 1, 0), ("cb", 2, 0), ("masksup", 2, 1):
             cfg, net = masksup.Config(method=method), masksup.MaskSup(f)
-            optimizer = masksup.make_optimizer(f, cfg)
             calls.clear()
             with mock.patch("masksup.task_similarity",
                             wraps=masksup.task_similarity) as similarity:
                 terms = masksup.train_step(
-                    net, optimizer, machine.scaler(), machine, cfg, image, label,
-                    None if method == "base" else torch.ones(2, 1, 32, 32))
+                    net, masksup.make_optimizer(f, cfg), machine.scaler(), machine, cfg, image,
+                    label, None if method == "base" else torch.ones(2, 1, 32, 32))
             self.assertEqual((len(calls), similarity.call_count), (passes, similarities))
             self.assertEqual([t > 0 for t in terms[1:3].tolist()], [True, method != "base"])
 
 
-class PasteMaskSup(Case):
-    """What the sections of the method are without the rest of the file."""
-
-    def setUp(self):
-        super().setUp()
-        self.text = (MAIN / "masksup.py").read_text()
-        _, *parts = re.split(r"^# -{9,} (.+)\n", self.text, flags=re.M)
-        self.sections = dict(zip(parts[::2], parts[1::2]))
-
-    def pasted(self, name):
-        """The names of a section, run after nothing but the imports that its first line lists."""
-        first, _, code = self.sections[name].partition("\n")
-        imports = first.removeprefix("# To paste this section: ").rstrip(".")
-        self.assertRegex(imports, "^import ")
-        for module in re.findall(r"(?:import|from) ([a-zA-Z]+)", imports):
-            self.assertIn(module, ("torch", "numpy", "PIL", "Image"))
-        names = {}
-        exec(f"{imports}\n{code}", names)
-        return names
-
-    def test_masking_alone(self):
-        masking = self.pasted("masking")
-        bank = masking["mask_bank"](7, 32, 0.2, 0.4, seed=0)
-        removed = 1 - bank.float().mean((1, 2))
-        self.assertTrue(((removed >= 0.2) & (removed <= 0.4)).all())
-        rng = np.random.default_rng(5)
-        self.assertTrue(0.5 <= 1 - masking["draw_mask"](rng, 32, 0.5, 0.75).mean() <= 0.75)
-        noise = masking["noise_of"]([4, 9])
-        noise[0] = torch.tensor([0.5, 0.25, 0.125, 0.9, 0.9, 0.9])      # mask 3, shifted by 8, 4
-        holes = masking["pick"](bank, noise)
-        np.testing.assert_array_equal(holes[0, 0], np.roll(bank[3].numpy(), (-8, -4), (0, 1)))
-        noise[0] = torch.tensor([0.5, 0.0, 0.0, 0.1, 0.9, 0.1])         # transposed, its x flipped
-        np.testing.assert_array_equal(masking["pick"](bank, noise)[0, 0], bank[3].numpy().T[::-1])
-
-    def test_model_and_loss_against_a_loop_over_pixels(self):
-        N, f = 3, torch.nn.Conv2d(3, 3, 1)
-        net, loss = self.pasted("model: MaskSup")["MaskSup"](f), self.pasted("loss")
-        image = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32))
-        holes = torch.from_numpy(self.rng.random((2, 1, 4, 5)) < 0.5)
-        label = torch.from_numpy(self.rng.integers(0, N, (2, 4, 5), dtype=np.uint8))
-        label[1, :2] = 255
-        W, b = f.weight.detach()[:, :, 0, 0].double().numpy(), f.bias.detach().double().numpy()
-        seg = context = similar = 0.0
-        for i, y, x in np.ndindex(2, 4, 5):
-            p = np.exp(W @ image[i, :, y, x].numpy() + b)
-            q = p if holes[i, 0, y, x] else np.exp(b)           # f sees 0 where it is removed
-            p, q = p / p.sum(), q / q.sum()
-            similar += ((p - q) ** 2).sum() / 2
-            if (c := int(label[i, y, x])) != 255:
-                seg, context = seg - np.log(p[c]), context - np.log(q[c])
-        M_p, M_pm = net(image, holes)
-        total, terms = loss["loss_fn"](M_p, M_pm, label)
-        np.testing.assert_allclose(terms, [seg / 30, context / 30, similar / 40], rtol=1e-4)
-        self.assertAlmostEqual(total.item(), terms.sum().item(), places=5)
-        _, terms = loss["loss_fn"](M_p, M_pm, label, (2, 1, 1), torch.tensor(60), torch.tensor(10))
-        np.testing.assert_allclose(terms, [seg / 60, context / 60, similar / 10], rtol=1e-4)
-        total, _ = loss["loss_fn"](net(image)[0], None, label, (2, 1, 1))
-        self.assertAlmostEqual(total.item(), 2 * seg / 30, places=4)
-
-    def test_the_map_in_the_docstring_is_right(self):
-        first, last = map(int, re.search(r"lines (\d+) to (\d+) are the method",
-                                         " ".join(self.text.split('"""')[1].split())).groups())
-        lines = self.text.splitlines()
-        self.assertRegex(lines[first - 1], "^# -+ model: MaskSup$")
-        names = list(self.sections)
-        self.assertEqual(names[1:6], ["model: MaskSup", "masking", "loss", "training step",
-                                      "networks: U-Net and U-Net++"])
-        end = next(i for i, line in enumerate(lines) if line.endswith(f"- {names[5]}"))
-        self.assertEqual((lines[last - 1] != "", lines[last:end]), (True, ["", ""]))
+class PasteMaskSup(Pastes, MethodCase):
+    script, model = "masksup.py", "model: MaskSup"
+    method = "MaskSup", "draw_mask", "mask_bank", "pick", "loss_fn", "train_step"
+    batch = MaskSupLoss.batch
+    test_model = MaskSupModels.test_both_branches_share_f_with_statistics_of_their_own_batch
+    test_masks = MaskSupMasking.test_masks_have_no_seam_when_shifted
+    test_pick = MaskSupMasking.test_pick_against_numpy
+    test_loss = MaskSupLoss.test_loss_against_a_loop_over_pixels
 
 
-class MaskSupRuns(Case):
-    def test_four_pictures_are_learned_by_heart(self):
+class MaskSupRuns(Runs, MethodCase):
+    script, flags, methods = "masksup.py", MASKSUP, [(4, [])]
+    counts = ["params"]
+    paper = ["--data", "nyuv2"], {"params": 9_164_616}, ""
+
+    def test_four_images_are_learned_by_heart(self):
         torch.manual_seed(0)
-        pictures = data.Dataset("shapes", "", "train", size=32)
-        image, label, _ = (torch.stack(t) if torch.is_tensor(t[0]) else t
-                           for t in zip(*(pictures[i] for i in (1, 2, 3, 4))))
+        images = data.Dataset("shapes", "", "train", size=32)
+        image, label = (torch.stack([images[i][part] for i in (1, 2, 3, 4)]) for part in (0, 1))
         cfg = masksup.Config(lr=3e-3, device="cpu")
         machine, f = common.Machine(cfg), masksup.UNet(6, 8).train()
         net, optimizer = masksup.MaskSup(f), masksup.make_optimizer(f, cfg)
@@ -4209,134 +4095,96 @@ class MaskSupRuns(Case):
         self.assertGreater((M_pm.argmax(1) == label).float().mean().item(), 0.95)
         self.assertLess(terms[0].item(), 0.25)
 
-    def test_evaluation_against_a_loop_over_pictures(self):
+    def test_evaluation_against_a_loop_over_images(self):
         torch.manual_seed(0)
         root = self.folder(7, classes=2, size=(32, 32))
-        for path in (root / "masks").iterdir():                   # void as well
-            mask = np.array(Image.open(path))
-            mask[:3] = 255
-            save(path, mask)
+        rewrite(root / "masks", void_first_rows)
         cfg = masksup.Config(data=str(root), size=32, device="cpu", seed=3)
         items = data.Dataset(str(root), "", "train", size=32)
-        f = shuffled(masksup.UNet(2, 4)).eval()
-        with torch.no_grad():                     # answers that differ from pixel to pixel
-            f.head.weight *= 100
-            f.head.bias -= f(masksup.to_input(items[0][0][None], "cpu")).mean((0, 2, 3))
-        bank, far = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0), []
+        f = contrasted(shuffled(masksup.UNet(2, 4)).eval(),
+                       masksup.to_input(items[0][0][None], "cpu"))
+        bank = masksup.mask_bank(6, 32, 0.2, 0.4, seed=0)
+        probability = lambda x: f(x)[0].double().softmax(0).detach().numpy()
         for masks, holes in (None, bank), (bank, None):
             found = masksup.evaluate(f, data.eval_loader(items, 2), cfg, common.Machine(cfg),
                                      masks, holes)
-            inter, union, both, each, ce, n = np.zeros(2), np.zeros(2), np.zeros(2), [], 0.0, 0
-            holed = []
+            answers, of_holed, truths, of_images, far, losses = [], [], [], [], [], []
             for i in range(len(items)):
                 image, label, _ = items[i]
-                x = image[None].float() / 127.5 - 1
-                if masks is not None:
-                    x = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
-                with torch.no_grad():
-                    p = f(x)[0].double().softmax(0).numpy()
-                    if holes is not None:
-                        seen = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
-                        q = f(seen)[0].double().softmax(0).numpy()
-                        far.append(((p - q) ** 2).sum(0).mean() / 2)
-                        holed.append(q.argmax(0))
-                answer, truth = p.argmax(0), label.numpy()
-                for c in range(2):
-                    inter[c] += ((answer == c) & (truth == c)).sum()
-                    union[c] += (((answer == c) | (truth == c)) & (truth != 255)).sum()
-                    both[c] += ((answer == c) & (truth != 255)).sum() + (truth == c).sum()
-                each.append(((answer == 1) & (truth == 1)).sum()
-                            / (((answer == 1) | (truth == 1)) & (truth != 255)).sum())
-                for c in range(2):
-                    ce -= np.log(p[c][truth == c]).sum()
-                    n += (truth == c).sum()
-            self.assertAlmostEqual(found["miou"], 100 * (inter / union).mean(), places=3)
+                x, truth = image[None].float() / 127.5 - 1, label.numpy()
+                holed = x * masksup.pick(bank, masksup.noise_of([common.seed_of(3, i)]))
+                p, q = (probability(t) for t in (x if masks is None else holed, holed))
+                far.append(((p - q) ** 2).sum(0).mean() / 2)
+                answers.append(p.argmax(0)), of_holed.append(q.argmax(0)), truths.append(truth)
+                of_images.append(naive_iou(answers[-1], truth, 2)[1])
+                losses += [-np.log(p[c][truth == c]) for c in range(2)]
+            iou = naive_iou(np.stack(answers), np.stack(truths), 2)
+            dice = 200 * iou / (100 + iou)          # 2 I / (U + I)
+            self.assertAlmostEqual(found["miou"], iou.mean(), places=3)
+            self.assertAlmostEqual(found["dice"], dice.mean(), places=3)
             if holes is not None:
                 self.assertAlmostEqual(found["tasksim"], np.mean(far), places=5)
-                truths = np.stack([items[i][1].numpy() for i in range(len(items))])
-                self.assertAlmostEqual(found["miou_holes"],
-                                       naive_iou(np.stack(holed), truths, 2).mean(), places=3)
-            self.assertAlmostEqual(found["dice"], 100 * (2 * inter / both).mean(), places=3)
+                self.assertAlmostEqual(found["miou_holes"], naive_iou(
+                    np.stack(of_holed), np.stack(truths), 2).mean(), places=3)
             self.assertEqual(list(found["classes"]), ["class 0", "class 1"])
             for c in range(2):
                 of = found["classes"][f"class {c}"]
-                self.assertAlmostEqual(of["iou"], 100 * inter[c] / union[c], places=3)
-                self.assertAlmostEqual(of["dice"], 200 * inter[c] / both[c], places=3)
-            self.assertAlmostEqual(found["paper_iou"], 100 * np.mean(each), places=3)
-            self.assertAlmostEqual(found["loss"], ce / n, places=4)
+                self.assertAlmostEqual(of["iou"], iou[c], places=3)
+                self.assertAlmostEqual(of["dice"], dice[c], places=3)
+            self.assertAlmostEqual(found["paper_iou"], np.mean(of_images), places=3)
+            self.assertAlmostEqual(found["loss"], np.concatenate(losses).mean(), places=4)
 
     def test_a_run_from_the_command_line_and_its_evaluation(self):
-        out = self.tmp / "run"
+        out, base, evaluated = self.tmp / "run", self.tmp / "base", self.tmp / "eval"
         done = new_process("masksup.py", *MASKSUP, "--epochs", 2, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual({p.name for p in out.iterdir()},
-                         {"config.json", "log.csv", "last.pt", "best.pt", "samples.png",
-                          "curves.png", "metrics.json"})
-        metrics = json.loads((out / "metrics.json").read_text())
-        self.assertEqual((metrics["steps"], metrics["epoch"], metrics["params"]),
-                         (8, 2, masksup.parameters(masksup.UNet(6, 4))))
-        self.assertEqual(len((out / "log.csv").read_text().splitlines()), 3)
-        self.assertAlmostEqual(
-            metrics["miou"], np.mean([v for v in metrics["class_iou"] if v is not None]), places=3)
+        metrics = self.finished(out, 8, masksup.parameters(masksup.UNet(6, 4)))
+        self.assertEqual((metrics["epoch"], len(table(out / "log.csv"))), (2, 2))
         self.assertNotIn("paper_iou", done.stdout)                  # shapes is not of the paper
         disc = metrics["classes"]["disc"]
         self.assertIn(f"disc {disc['iou']:.1f} / {disc['dice']:.1f}", done.stdout)
-        base = self.tmp / "base"
-        inside("masksup.py", *MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
+        self.runs(*MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
         state = saved(base / "last.pt")             # which is to answer all kinds of classes
         state["model"]["head.weight"] = torch.randn(6, 4, 1, 1) * torch.tensor(100.0)
         common.save_checkpoint(base / "last.pt", state)
         with mock.patch("common.draw_panels", wraps=common.draw_panels) as drawn:
-            done = inside("masksup.py", "--eval", out / "last.pt", base / "last.pt", "--corrupt",
-                          "0.7,0.3,0.3", "--out", self.tmp / "eval")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        rows = list(csv.DictReader((base / "log.csv").read_text().splitlines()))
-        curves = {(name, int(row["step"])): row for name in ("run", "base") for row in
-                  csv.DictReader((self.tmp / f"{name}/log.csv").read_text().splitlines())}
+            text = self.runs("--eval", out / "last.pt", base / "last.pt", "--corrupt",
+                             "0.7,0.3,0.3", "--out", evaluated)
+        rows = {(name, int(row["step"])): row for name in ("run", "base")
+                for row in table(self.tmp / name / "log.csv")}
         panels, names = drawn.call_args_list[0].args[1], {"run": "masksup low", "base": "base"}
         for (steps, lines, *_), key in zip(panels, ("val_loss_tasksim", "miou"), strict=True):
             self.assertEqual((steps, list(lines)), ([1, 4, 8], list(names.values())))
             for run, name in names.items():
-                np.testing.assert_allclose(lines[name], [
-                    float(curves.get((run, step), {}).get(key, "nan")) for step in steps],
-                    rtol=1e-5)
+                expected = [float(rows.get((run, step), {}).get(key, "nan")) for step in steps]
+                np.testing.assert_allclose(lines[name], expected, rtol=1e-5)
         self.assertEqual(list(drawn.call_args.args[1][0][1]), list(names.values()))
-        self.assertEqual((float(rows[0]["loss_context"]), float(rows[0]["loss_tasksim"])), (0, 0))
-        self.assertEqual(rows[0]["loss"], rows[0]["loss_seg"])
-        again = json.loads((self.tmp / "eval/run-last/metrics.json").read_text())
+        row = rows["base", 1]
+        self.assertEqual((float(row["loss_context"]), float(row["loss_tasksim"])), (0, 0))
+        self.assertEqual(row["loss"], row["loss_seg"])
+        self.assertGreater(float(row["val_loss_tasksim"]), 0)
+        again = scores(evaluated / "run-last")
         self.assertEqual(again["class_iou"], metrics["class_iou"])
         self.assertEqual(list(again["corrupt"]), ["0", "0.3", "0.7"])
         self.assertEqual(again["corrupt"]["0"]["miou"], metrics["miou"])
         self.assertNotEqual(again["corrupt"]["0"], again["corrupt"]["0.7"])
-        self.assertIn("base-last", done.stdout)
-        self.assertTrue((self.tmp / "eval/robustness.png").exists())
+        self.assertIn("base-last", text)
+        self.assertTrue((evaluated / "robustness.png").exists())
         # the sheet of both: image, truth, two rows of M_p, with holes, two of M_pm
-        one, two = (np.array(Image.open(self.tmp / f"eval/{name}-last/samples.png"))
-                    for name in ("run", "base"))
-        both = np.array(Image.open(self.tmp / "eval/samples.png"))
-        tiles = [[picture[26 + 164 * i:186 + 164 * i, -980:] for i in range(n)]
-                 for picture, n in ((one, 5), (two, 5), (both, 7))]
-        for i, expected in enumerate((tiles[0][0], tiles[0][1], tiles[0][2], tiles[1][2],
-                                      tiles[0][3], tiles[0][4], tiles[1][4])):
-            np.testing.assert_array_equal(tiles[2][i], expected, str(i))
+        one, two, both = (
+            [image[26 + 164 * i:186 + 164 * i, -980:] for i in range(n)] for image, n in (
+                (pixels(evaluated / "run-last/samples.png"), 5),
+                (pixels(evaluated / "base-last/samples.png"), 5),
+                (pixels(evaluated / "samples.png"), 7)))
+        arrays_equal(both, [*one[:3], two[2], *one[3:], two[4]])
         for a, b in (2, 3), (3, 6):
-            self.assertFalse(np.array_equal(tiles[2][a], tiles[2][b]))
-        self.assertEqual([float(r["val_loss_tasksim"]) > 0 for r in rows], [True])   # of base
-        for flags, word in ((["--out", out], "already holds a run"),
-                            (["--out", out, "--resume", "--lr", 0.5], "lr was 0.005, now 0.5"),
-                            (["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
-                            (["--init", self.tmp / "no.pt"], "no.pt"),
+            self.assertFalse(np.array_equal(both[a], both[b]))
+        for flags, word in ((["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
                             (["--predict", self.tmp], "--ckpt"), (["--modle", "unet"], "--model"),
-                            (["--eval", out / "last.pt", "--out", out], "already holds a run, or"),
                             (["--pretrained", "imagenet"], "LeViT only"), (["--lr", -1], "--lr"),
                             (["--pretrain", "mae", "--mae-patch", 32], "--mae-patch"),
                             (["--corrupt", "0.5"], "goes with --eval")):
-            argv = ["masksup.py", *MASKSUP, "--epochs", "2", *map(str, flags)]
-            with mock.patch("sys.argv", argv), self.fails(word), \
-                    contextlib.redirect_stdout(io.StringIO()):
-                masksup.main()
-        done = inside("masksup.py", "--size", 50)
-        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+            self.refuses([*MASKSUP, *flags], word)
 
     def test_runs_of_an_evaluation_are_named_by_their_method(self):
         names = masksup.run_names({
@@ -4357,16 +4205,15 @@ class MaskSupRuns(Case):
                  "--epochs", 1, "--lr", 1e-3, "--warmup", 0]
         broken, whole = self.tmp / "broken", self.tmp / "whole"
         self.assertEqual(killed("masksup.py", flags, broken, "pretrain.pt"), -9)
-        self.assertEqual(inside("masksup.py", *flags, "--out", broken, "--resume").returncode, 0)
-        done = inside("masksup.py", *flags, "--out", whole)
-        losses = [float(line.split("loss")[1].split()[0]) for line in done.stdout.splitlines()
+        self.runs(*flags, "--out", broken, "--resume")
+        text = self.runs(*flags, "--out", whole)
+        losses = [float(line.split("loss")[1].split()[0]) for line in text.splitlines()
                   if line.startswith("pretraining")]
-        self.assertIn("because of --pretrain: method", done.stdout)          # epochs were given
+        self.assertIn("because of --pretrain: method", text)          # epochs were given
         self.assertEqual(len(losses), 6)
         self.assertLess(losses[-1], 0.8 * losses[0])
         a, b = (saved(out / "last.pt")["model"] for out in (whole, broken))
-        for name, value in a.items():
-            self.assertTrue(torch.equal(value, b[name]), name)
+        same_bits(b, a)
         painter = saved(whole / "pretrain.pt")["model"]
         self.assertEqual(painter["head.weight"].shape[0], 3)
         for name, value in painter.items():
@@ -4374,28 +4221,30 @@ class MaskSupRuns(Case):
                 self.assertLess((value - a[name]).abs().max().item(), 5e-3, name)
 
     def test_two_processes_save_once_and_score_what_one_scores(self):
-        flags = [*MASKSUP, "--max-steps", 3, "--batch-size", 30, "--out", self.tmp / "two"]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               "--nproc_per_node=2", MAIN / "masksup.py", *map(str, flags)],
-                              capture_output=True, text=True)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout.count("-> "), 1)
-        inside("masksup.py", "--eval", self.tmp / "two/last.pt", "--out", self.tmp / "one")
-        one, two = (json.loads((self.tmp / name / "metrics.json").read_text())
-                    for name in ("one", "two"))
+        two, one, _ = self.two_as_one("--max-steps", 3, "--batch-size", 30)
         self.assertEqual(one["class_iou"], two["class_iou"])
         self.assertAlmostEqual(one["paper_iou"], two["paper_iou"], places=3)
 
-    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
-        done = inside("masksup.py", "--data", "nyuv2", "--root", self.tmp, "--bench", 0)
-        self.assertEqual(json.loads(done.stdout.splitlines()[-1])["params"], 9_164_616)
-        done = inside("masksup.py", *MASKSUP, "--bench", 1, "--batch-size", 2)
-        last = json.loads(done.stdout.splitlines()[-1])
-        self.assertEqual(list(last), ["params", "gmacs", "ms_per_step", "img_per_s", "tflops",
-                                      "peak_mb"])
 
+class MaskSupPredict(Predicts, MethodCase):
+    script, smallest, agreement = "masksup.py", 32, 0.97    # below 32, Pillow's bilinear averages
 
-class MaskSupPredict(Case):
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        f = contrasted(shuffled(masksup.UNet(3, 4)).eval(), self.uniform(4, 3, 32, 32).float())
+        self.save_network(masksup.Config(model="unet", width=4, size=32, device="cpu"), f)
+
+    def softmax(self, image):
+        small = Image.fromarray(np.ascontiguousarray(image)).resize((32, 32), Image.BILINEAR)
+        with torch.no_grad():
+            x = torch.from_numpy(np.array(small).transpose(2, 0, 1))[None].float()
+            logits = self.network(x / 127.5 - 1)[0].numpy()
+        planes = np.stack([Image.fromarray(plane).resize(image.shape[1::-1], Image.BILINEAR)
+                           for plane in logits])
+        odds = np.exp(planes - planes.max(0))
+        return odds / odds.sum(0)
+
     def test_pieces_against_flooding(self):
         spiral = np.zeros((21, 21), np.uint8)           # one long piece, and one between its turns
         for i in range(0, 10, 2):
@@ -4407,113 +4256,18 @@ class MaskSupPredict(Case):
             expected = [len(set(number[label == c])) for c in range(5)]
             self.assertEqual(common.pieces(label, 5).tolist(), expected)
 
-    def setUp(self):
-        super().setUp()
-        torch.manual_seed(0)
-        cfg = masksup.Config(model="unet", width=4, size=32)
-        info = data.Info("own", ("a", "b", "c"), ((1, 2, 3), (200, 0, 0), (0, 200, 0)), (0, 1, 2))
-        self.f = shuffled(masksup.UNet(3, 4)).eval()
-        with torch.no_grad():                     # answers that differ from pixel to pixel
-            self.f.head.weight *= 100
-            x = torch.from_numpy(self.rng.uniform(-1, 1, (4, 3, 32, 32)).astype(np.float32))
-            self.f.head.bias -= self.f(x).mean((0, 2, 3))
-        common.save_checkpoint(self.tmp / "c.pt", {
-            "method": "masksup", "config": dataclasses.asdict(cfg),
-            "info": dataclasses.asdict(info), "model": self.f.state_dict()})
-
-    def predict(self, source):
-        return inside("masksup.py", "--predict", source, "--ckpt", self.tmp / "c.pt", "--to",
-                      self.tmp / "to", "--device", "cpu")
-
-    def test_every_kind_of_picture_at_its_own_size(self):
-        folder = self.tmp / "in"
-        rgb, grey, alpha = self.noise(40, 50, 3), self.noise(33, 32), self.noise(20, 70, 4)
-        deep, turned = self.rng.integers(0, 2**16, (90, 17), np.uint16), self.noise(40, 90, 3)
-        tiny = self.noise(1, 1, 3)
-        for name, pixels in (("rgb", rgb), ("grey", grey), ("alpha", alpha), ("deep", deep),
-                             ("tiny", tiny)):
-            save(folder / f"{name}.png", pixels)
-        save(folder / "deep.tif", deep)
-        Image.new("CMYK", (64, 48), (0, 255, 255, 0)).save(folder / "ink.tif")
-        exif = Image.Exif()
-        exif[0x0112] = 6                                      # the camera was held upright
-        Image.fromarray(turned).save(folder / "turned.png", exif=exif)
-        before = {p: p.read_bytes() for p in folder.iterdir()}
-        done = self.predict(folder)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        areas = list(csv.DictReader((self.tmp / "to/areas.csv").read_text().splitlines()))
-        self.assertEqual(len(areas), 3 * 8)
-        # each as RGB; two files share a stem, so that the outputs have whole names
-        twins = {"rgb.png": rgb, "grey.png": np.stack([grey] * 3, 2), "alpha.png": alpha[..., :3],
-                 "deep.png": np.stack([(deep // 256).astype(np.uint8)] * 3, 2), "tiny.png": tiny,
-                 "ink.tif": np.full((48, 64, 3), (255, 0, 0), np.uint8),
-                 "turned.png": np.rot90(turned, -1)}
-        twins["deep.tif"], colors = twins["deep.png"], np.array([(1, 2, 3), (200, 0, 0),
-                                                                 (0, 200, 0)])
-        for name, twin in twins.items():
-            with Image.open(self.tmp / f"to/{name}.png") as index, \
-                    Image.open(self.tmp / f"to/overlay/{name}.png") as overlay:
-                self.assertEqual((index.size, index.mode), (twin.shape[1::-1], "P"), name)
-                self.assertEqual(index.getpalette()[:9], colors.ravel().tolist())
-                index, overlay = np.array(index), np.array(overlay)
-            with Image.open(self.tmp / f"to/confidence/{name}.png") as confidence:
-                self.assertEqual((confidence.size, confidence.mode), (twin.shape[1::-1], "L"))
-                confidence = np.array(confidence)
-            for c, row in enumerate(r for r in areas if r["file"] == name):
-                self.assertEqual(row["class"], "abc"[c])
-                self.assertAlmostEqual(float(row["share"]), 100 * (index == c).mean(), places=3)
-                self.assertEqual(int(row["pieces"]), len(set(flooded(index)[index == c])))
-                if (index == c).any():
-                    mean = confidence[index == c].mean() / 2.55
-                    self.assertLess(abs(float(row["confidence"]) - mean), 0.3)
-                else:
-                    self.assertEqual(row["confidence"], "")
-            # the answer, step by step
-            small = Image.fromarray(np.ascontiguousarray(twin)).resize((32, 32), Image.BILINEAR)
-            with torch.no_grad():
-                x = torch.from_numpy(np.array(small).transpose(2, 0, 1))[None].float()
-                logits = self.f(x / 127.5 - 1)[0]
-            planes = [np.array(Image.fromarray(m.numpy()).resize(twin.shape[1::-1],
-                                                                 Image.BILINEAR)) for m in logits]
-            if min(twin.shape[:2]) >= 32:           # below, Pillow's bilinear averages
-                self.assertGreater((index == np.argmax(planes, 0)).mean(), 0.97, name)
-                odds = np.exp(planes - np.max(planes, 0))
-                self.assertLess(abs(confidence / 255 - 1 / odds.sum(0)).mean(), 0.02, name)
-            np.testing.assert_array_equal(overlay[index == 0], twin[index == 0])
-            np.testing.assert_array_equal(overlay, common.overlay(twin, index, colors))
-        self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
-        self.assertEqual(self.predict(folder).returncode, 2)                 # --to is not empty
-
-    def test_a_picture_beyond_2048_pixels(self):
+    def test_a_image_beyond_2048_pixels(self):
         image = self.noise(1, 1, 3).repeat(40, 0).repeat(2500, 1)
         image[:, 1300:] = 255 - image[:, 1300:]
-        cfg = masksup.Config(model="unet", width=4, size=32, device="cpu")
-        large, sure = masksup.segment(self.f, image, cfg, common.Machine(cfg))
-        small, _ = masksup.segment(self.f, image[:, ::2], cfg, common.Machine(cfg))
+        (large, sure), (small, _) = (masksup.segment(self.network, one, self.cfg,
+                                                     common.Machine(self.cfg))
+                                     for one in (image, image[:, ::2]))
         self.assertEqual((large.shape, sure.shape), ((40, 2500), (40, 2500)))
         self.assertGreater((large[:, ::2] == small).mean(), 0.95)
 
-    def test_broken_files_are_named_and_skipped(self):
-        whole = save(self.tmp / "in/whole.png", self.noise(30, 30, 3))
-        (self.tmp / "in/cut.png").write_bytes(whole.read_bytes()[:900])
-        (self.tmp / "in/empty.jpg").write_bytes(b"")
-        done = self.predict(self.tmp / "in")
-        self.assertEqual(done.returncode, 1)
-        lines = done.stderr.splitlines()
-        self.assertEqual(len(lines), 2, lines)
-        self.assertTrue("cut.png" in lines[0] and "empty.jpg" in lines[1], lines)
-        self.assertIn("1 segmented, 2 failed", done.stdout)
-        self.assertTrue((self.tmp / "to/whole.png").exists())
-
-    def test_one_picture_and_no_picture(self):
-        self.assertEqual(self.predict(save(self.tmp / "a.png", self.noise(8, 9))).returncode, 0)
-        self.assertTrue((self.tmp / "to/overlay/a.png").exists())
-        done = inside("masksup.py", "--predict", self.tmp / "gone", "--ckpt", self.tmp / "c.pt",
-                      "--to", self.tmp / "other")
-        self.assertEqual((done.returncode, "gone" in done.stderr), (2, True))
-
 
 # -------------------------------------------------------------------------------------- s4mim.py
+
 
 def tiny(**changes):
     """A configuration for tests that call the functions themselves."""
@@ -4533,54 +4287,60 @@ def small(classes=4, seed=0, **changes):
     return model
 
 
-def torchvision(name, width=64):
-    """The weights of torchvision's ResNets without fc, {name: shape}, written down by rule."""
-    shapes = {}
+def normalised(image):
+    """An RGB image 0..255, (H, W, 3) or (B, 3, H, W), as E takes it: float32 (B, 3, H, W), with
+    the mean and deviation of ImageNet that torchvision states."""
+    image = np.asarray(image, np.float64) / 255
+    image = image.transpose(2, 0, 1)[None] if image.ndim == 3 else image
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    return torch.from_numpy((image - mean[:, None, None]) / std[:, None, None]).float()
 
-    def layer(conv, bn, i, o, k):
-        shapes[f"{conv}.weight"] = o, i, k, k
-        for part in "weight", "bias", "running_mean", "running_var":
-            shapes[f"{bn}.{part}"] = (o,)
-        shapes[f"{bn}.num_batches_tracked"] = ()
 
-    layer("conv1", "bn1", 3, width, 7)
-    i, wide = width, 1 if name == "resnet18" else 4
-    for stage, depth in enumerate({"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3),
-                                   "resnet101": (3, 4, 23, 3)}[name], 1):
+def hashed(stems):
+    """What labeled_hash is of labelled images with these stems."""
+    return hashlib.sha256("\n".join(sorted(stems)).encode()).hexdigest()[:12]
+
+
+def torchvision(name, width=64, deep=False):
+    """{name: shape} of torchvision's ResNets without fc, written down by rule. deep: with three
+    3x3 convolutions first."""
+    if deep:
+        shapes = {**layer("conv1.0", "conv1.1", width, 3, 3, 3),
+                  **layer("conv1.3", "conv1.4", width, width, 3, 3),
+                  **layer("conv1.6", "bn1", 2 * width, width, 3, 3)}
+    else:
+        shapes = layer("conv1", "bn1", width, 3, 7, 7)
+    i, wide = 2 * width if deep else width, 1 if name == "resnet18" else 4
+    depths = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}[name]
+    for stage, depth in enumerate(depths, 1):
         w = width * 2 ** (stage - 1)
         for b in range(depth):
             key = f"layer{stage}.{b}"
-            kernels = (3, 3) if wide == 1 else (1, 3, 1)
-            sizes = [i, *[w] * (len(kernels) - 1), w * wide]
-            for n, k in enumerate(kernels, 1):
-                layer(f"{key}.conv{n}", f"{key}.bn{n}", sizes[n - 1], sizes[n], k)
+            sizes = [i, w, w] if wide == 1 else [i, w, w, 4 * w]
+            for n, k in enumerate((3, 3) if wide == 1 else (1, 3, 1), 1):
+                shapes.update(layer(f"{key}.conv{n}", f"{key}.bn{n}", sizes[n], sizes[n - 1], k, k))
             if b == 0 and (stage > 1 or wide == 4):
-                layer(f"{key}.downsample.0", f"{key}.downsample.1", i, w * wide, 1)
+                shapes.update(layer(f"{key}.downsample.0", f"{key}.downsample.1", w * wide, i, 1,
+                                    1))
             i = w * wide
     return shapes
 
 
 def encoded(w, x, depths, deep, bottleneck):
     """c1 and c4 of E, from its weights alone."""
-    if deep:
-        x = convolved(w, "conv1.0", "conv1.1", x, 2)
-        x = convolved(w, "conv1.3", "conv1.4", x)
-        x = convolved(w, "conv1.6", "bn1", x)
-    else:
-        x = convolved(w, "conv1", "bn1", x, 2)
+    stem = [("conv1.0", "conv1.1", 2), ("conv1.3", "conv1.4", 1), ("conv1.6", "bn1", 1)]
+    for conv, bn, stride in stem if deep else [("conv1", "bn1", 2)]:
+        x = convolved(w, conv, bn, x, stride)
     x = F.pad(x, (1, 1, 1, 1), value=-1).unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))
     for stage, depth in enumerate(depths, 1):
         for b in range(depth):
-            key = f"layer{stage}.{b}"
+            y, key = x, f"layer{stage}.{b}"
             stride = 2 if b == 0 and stage in (2, 3) else 1         # not in the last stage
             holes = 2 if b > 0 and stage == 4 else 1
-            if bottleneck:
-                y = convolved(w, f"{key}.conv1", f"{key}.bn1", x)
-                y = convolved(w, f"{key}.conv2", f"{key}.bn2", y, stride, holes)
-                y = convolved(w, f"{key}.conv3", f"{key}.bn3", y, relu=False)
-            else:
-                y = convolved(w, f"{key}.conv1", f"{key}.bn1", x, stride, holes)
-                y = convolved(w, f"{key}.conv2", f"{key}.bn2", y, 1, holes, relu=False)
+            plan = [(1, 1), (stride, holes), (1, 1)] if bottleneck else [(stride, holes),
+                                                                         (1, holes)]
+            for n, (s, d) in enumerate(plan, 1):
+                y = convolved(w, f"{key}.conv{n}", f"{key}.bn{n}", y, s, d, relu=n < len(plan))
             if f"{key}.downsample.0.weight" in w:
                 x = convolved(w, f"{key}.downsample.0", f"{key}.downsample.1", x, stride,
                               relu=False)
@@ -4603,17 +4363,40 @@ def fused(w, c1, c4):
     return convolved(w, "fuse.1.0", "fuse.1.1", y)
 
 
-class S4mimCase(Case):
-    """Of s4mim.py."""
+def log_softmax(z):
+    """log p of logits (C,), in numpy."""
+    z = np.asarray(z, np.float64) - np.max(np.asarray(z))
+    return z - np.log(np.exp(z).sum())
 
 
-class S4mimModel(S4mimCase):
+def equations_9_to_11(fea, y, conf, removed, void, v, alpha, tau):
+    """The terms of Eq. 11, one a class, and the prototypes with which they are made (C, D).
+
+    fea (3B, D, h, w), the rest (3B, h, w): of three streams, of which the first is labelled. v: the
+    prototypes before.
+    """
+    fea, v, terms = fea.movedim(1, 3), v.clone(), []
+    labelled = (torch.arange(len(fea)) < len(fea) // 3)[:, None, None]
+    for c in range(len(v)):
+        at = (y == c) & ~removed & ~void & labelled
+        if at.any():                                                                    # Eq. 9
+            mean = (conf[at][:, None] * fea.detach()[at]).sum(0) / conf[at].sum()
+            v[c] = alpha * v[c] + (1 - alpha) * mean
+        at = (y == c) & removed & ~void
+        if at.any() and v[c].any():
+            to = v[c].clone()
+            cos = fea[at] @ to / fea[at].norm(dim=1) / to.norm()
+            terms.append((conf[at] * (1 - cos) / tau).sum() / conf[at].sum())       # Eq. 10-11
+    return terms, v
+
+
+class S4mimModel(MethodCase):
     def test_parameters_are_those_published(self):
         with torch.device("meta"):
             model = s4mim.S4MIM(21, "resnet101", "deep")
             self.assertEqual(s4mim.parameters(model.E, model.SeD), 59_468_085)
             self.assertEqual(s4mim.parameters(model.E), 42_623_936)
-            # PiD is SeD with C heads 256 -> 3, 3x3 and without bias, in place of a classifier
+            # PiD is SeD with C heads 256 -> 3, 3x3 and without bias, instead of a classifier
             self.assertEqual(s4mim.parameters(model.PiD) - s4mim.parameters(model.SeD),
                              21 * 256 * 3 * 9 - 21 * 257)
             for name, expected in (("resnet18", 11_176_512), ("resnet50", 23_508_032),
@@ -4622,33 +4405,12 @@ class S4mimModel(S4mimCase):
 
     def test_names_and_shapes_of_the_weights_are_torchvisions(self):
         self.assertIn("layer2.0.downsample.0.weight", torchvision("resnet18"))
-        with torch.device("meta"):
-            for name in "resnet18", "resnet50", "resnet101":
-                mine = s4mim.ResNet(name).state_dict()
-                self.assertEqual({k: tuple(v.shape) for k, v in mine.items()}, torchvision(name))
-            deep = s4mim.ResNet("resnet50", "deep").state_dict()
-        theirs = {k: v for k, v in torchvision("resnet50").items() if not k.startswith("conv1")}
-        for n in 1, 4:
-            for part in "weight", "bias", "running_mean", "running_var":
-                theirs[f"conv1.{n}.{part}"] = (64,)
-            theirs[f"conv1.{n}.num_batches_tracked"] = ()
-        for n, i, o in (0, 3, 64), (3, 64, 64), (6, 64, 128):
-            theirs[f"conv1.{n}.weight"] = o, i, 3, 3
-        for part in "weight", "bias", "running_mean", "running_var":
-            theirs[f"bn1.{part}"] = (128,)
-        theirs["layer1.0.conv1.weight"] = 64, 128, 1, 1
-        theirs["layer1.0.downsample.0.weight"] = 256, 128, 1, 1
-        self.assertEqual({k: tuple(v.shape) for k, v in deep.items()}, theirs)
-
-    def test_strides_are_4_and_16_and_round_up(self):
-        for name, wide in ("resnet18", 1), ("resnet50", 4):
-            E = s4mim.ResNet(name, width=4).eval()
-            self.assertEqual(E.channels, (4 * wide, 32 * wide))
-            for H, W in (32, 32), (33, 47), (1, 1), (321, 17):
-                c1, c4 = E(torch.zeros(1, 3, H, W))
-                self.assertEqual(c1.shape[1:], (4 * wide, -(-H // 4), -(-W // 4)))
-                self.assertEqual(c4.shape[1:], (32 * wide, -(-H // 16), -(-W // 16)))
-        self.assertEqual([-(-321 // 4), -(-321 // 16)], [81, 21])           # the paper's size
+        for name, deep in (("resnet18", False), ("resnet50", False), ("resnet101", False),
+                           ("resnet50", True)):
+            with torch.device("meta"):
+                E = s4mim.ResNet(name, "deep" if deep else "standard")
+            self.assertEqual({k: tuple(v.shape) for k, v in E.state_dict().items()},
+                             torchvision(name, deep=deep))
 
     def test_stride_8_has_the_weights_of_stride_16_and_between_its_vectors_more(self):
         """Dilated convolutions: every other vector of stride 8 is one of stride 16, in E and in
@@ -4658,14 +4420,12 @@ class S4mimModel(S4mimCase):
             torch.manual_seed(0)
             model = shuffled(s4mim.S4MIM(3, name, stem, 4).double()).eval()
             dense = s4mim.S4MIM(3, name, stem, 4, stride=8).double().eval()
-            self.assertEqual({k: t.shape for k, t in dense.state_dict().items()},
-                             {k: t.shape for k, t in model.state_dict().items()})
-            dense.load_state_dict(model.state_dict())
+            dense.load_state_dict(model.state_dict())       # of the same names and shapes
             for H, W in (32, 32), (33, 47), (321, 17):
-                x = torch.from_numpy(self.rng.uniform(-1, 1, (1, 3, H, W)))
+                x = self.uniform(1, 3, H, W)
                 (c1, c4), (d1, d4) = model.E(x), dense.E(x)
                 self.assertEqual(d4.shape, (1, c4.shape[1], -(-H // 8), -(-W // 8)))
-                torch.testing.assert_close(d1, c1, rtol=0, atol=0)
+                same_bits(d1, c1)
                 if name == "resnet18":
                     continue
                 torch.testing.assert_close(d4[..., ::2, ::2], c4)
@@ -4675,7 +4435,7 @@ class S4mimModel(S4mimCase):
             self.assertEqual(dense(x).shape, model(x).shape)
 
     def test_network_against_its_formula(self):
-        x = torch.from_numpy(self.rng.uniform(-1, 1, (2, 3, 63, 81)))
+        x = self.uniform(2, 3, 63, 81)
         for name, depths, stem in (("resnet18", (2, 2, 2, 2), "standard"),
                                    ("resnet50", (3, 4, 6, 3), "deep")):
             torch.manual_seed(0)
@@ -4693,8 +4453,7 @@ class S4mimModel(S4mimCase):
                                        atol=1e-5)
             self.assertGreater(y.std().item(), 0.01)
         # where even the kernel whose taps are 18 apart has all nine inside
-        c1, c4 = (torch.from_numpy(self.rng.standard_normal((1, *shape)))
-                  for shape in ((16, 70, 80), (128, 39, 41)))
+        c1, c4 = self.normal(1, 16, 70, 80), self.normal(1, 128, 39, 41)
         for trunk, found in ((model.PiD, model.PiD(c1, c4)),
                              (model.SeD, super(s4mim.SeD, model.SeD).forward(c1, c4))):
             torch.testing.assert_close(found, fused(trunk.state_dict(), c1, c4))
@@ -4714,37 +4473,22 @@ class S4mimModel(S4mimCase):
             c1 = s4mim.ResNet("resnet18", width=4)(torch.zeros(1, 3, size, 16))[0]
             self.assertEqual(s4mim.at_features(torch.zeros(1, size, 16)).shape[1:], c1.shape[2:])
 
-    def test_the_last_stage_looks_through_holes(self):
-        """One pixel of its input moves outputs at even distances only: the first block has no
-        holes, but a kernel of one here; the other's have two pixels between their taps."""
-        stage = shuffled(s4mim.ResNet("resnet18", width=4).double()).eval().layer4
-        with torch.no_grad():
-            for conv in stage[0].conv1, stage[0].conv2:
-                kernel = conv.weight.clone()
-                conv.weight.zero_()[..., 1, 1] = kernel[..., 1, 1]
-        x = torch.zeros(1, 16, 15, 15).double()
-        x[..., 7, 7] = 1
-        moved = (stage(x) - stage(0 * x)).abs().amax((0, 1)) > 0
-        at = moved.nonzero() - 7
-        self.assertEqual((at.abs().max().item(), (at % 2).sum().item()), (4, 0))
-        self.assertEqual(len(at), 25)
 
-
-class S4mimHeads(S4mimCase):
+class S4mimHeads(MethodCase):
     """The class-wise heads, Eq. 6-7, which are not computed as they are written."""
 
     def plain(self, fea, label, weight):
         return sum(F.conv2d(fea * (label == c)[:, None], weight[c], padding=1)
                    for c in range(len(weight)))
 
-    def same(self, fea, label, weight, blocks):
+    def same(self, fea, label, weight, *blocks):
         """r and both gradients within 1e-5 of the plain sum's, in float32."""
-        made = torch.randn(len(fea), weight.shape[1], *fea.shape[2:])
+        factor = torch.randn(len(fea), weight.shape[1], *fea.shape[2:])
         results = []
         for f in self.plain, *(lambda *a, n=n: s4mim.class_heads(*a, n) for n in blocks):
             inputs = fea.clone().requires_grad_(), weight.clone().requires_grad_()
             r = f(inputs[0], label, inputs[1])
-            (r * made).sum().backward()
+            (r * factor).sum().backward()
             results.append((r.detach(), *(t.grad for t in inputs)))
         for found in results[1:]:
             for a, b in zip(found, results[0]):
@@ -4753,109 +4497,70 @@ class S4mimHeads(S4mimCase):
                                      1e-5 * max(1, b.abs().max().item()))
 
     def case(self, C, H, W, B=2, D=8):
+        """Features and the weights of C heads."""
         torch.manual_seed(C)
         return torch.randn(B, D, H, W), torch.randn(C, 3, D, 3, 3) / (9 * D) ** 0.5
 
     def test_equal_to_the_sum_of_convolutions(self):
         C, H, W = 5, 13, 11
         fea, weight = self.case(C, H, W)
-        random = torch.from_numpy(self.rng.integers(0, C, (2, H, W)))
+        random = self.classes(C, 2, H, W).long()
         absent = torch.where(random == 3, 1, random)
         absent[1, 4, 4] = 3
         unknown = random.clone()
         unknown[0, ::3], unknown[1, ::2], unknown[0, 5] = 255, -1, C
         for label in (random, absent.where(absent != 3, 0), absent, torch.full_like(random, 4),
                       torch.zeros_like(random), unknown, torch.full_like(random, 255)):
-            self.same(fea, label, weight, (3, 7, 128))
-        self.same(*(t[:1] for t in (fea, random, weight)), (3, 128))
+            self.same(fea, label, weight, 3, 7, 128)
+        self.same(fea[:1], random[:1], weight[:1], 3, 128)
 
-    def test_equal_at_a_middle_size(self):
+    def test_equal_at_other_sizes(self):
         fea, weight = self.case(21, 41, 41, D=64)
-        label = torch.from_numpy(self.rng.integers(0, 21, (2, 6, 6)))
-        self.same(fea, label.repeat_interleave(7, 1).repeat_interleave(7, 2)[:, :41, :41], weight,
-                  (128,))
-
-    def test_more_classes_than_pixels_and_blocks_of_one(self):
-        fea, weight = self.case(30, 4, 5, B=1)
-        label = torch.from_numpy(self.rng.integers(-1, 31, (1, 4, 5)))
-        self.same(fea, label, weight, (1, 3, 128))
-        fea, weight = self.case(3, 9, 9)
-        self.same(fea, torch.from_numpy(self.rng.integers(0, 3, (2, 9, 9))), weight, (1,))
-
-    def test_a_head_learns_from_the_pixels_of_its_class_alone(self):
-        fea, weight = self.case(3, 8, 8, B=1)
-        label = torch.from_numpy(self.rng.integers(0, 2, (1, 8, 8)))    # class 2 is absent
-        made = torch.randn(1, 3, 8, 8)
-
-        def gradient(fea):
-            leaf = weight.clone().requires_grad_()
-            (s4mim.class_heads(fea, label, leaf) * made).sum().backward()
-            return leaf.grad
-
-        y, x = (label[0] == 1).nonzero()[5].tolist()
-        other = fea.clone()
-        other[0, :, y, x] += 1
-        changed = (gradient(other) - gradient(fea)).abs().amax((1, 2, 3, 4))
-        self.assertEqual((changed > 0).tolist(), [False, True, False])
-        self.assertEqual(gradient(fea).abs().amax((1, 2, 3, 4)).bool().tolist(),
-                         [True, True, False])
+        coarse = self.classes(21, 2, 6, 6).long()
+        label = coarse.repeat_interleave(7, 1).repeat_interleave(7, 2)[:, :41, :41]
+        self.same(fea, label, weight, 128)
+        fea, weight = self.case(30, 4, 5, B=1)                  # more classes than pixels
+        self.same(fea, self.classes(32, 1, 4, 5).long() - 1, weight, 1, 3, 128)
+        fea, weight = self.case(3, 9, 9)                        # blocks of one
+        self.same(fea, self.classes(3, 2, 9, 9).long(), weight, 1)
 
     def test_threads_do_not_change_the_gradient(self):
         torch.set_num_threads(2)                        # set back after the test, see setUp()
-        fea, weight = self.case(6, 17, 17, B=8, D=64)
-        label = torch.from_numpy(self.rng.integers(0, 6, (8, 17, 17)))
-        fea, weight = fea.requires_grad_(), weight.requires_grad_()
-        first = None
+        fea, weight = (t.requires_grad_() for t in self.case(6, 17, 17, B=8, D=64))
+        label, first = self.classes(6, 8, 17, 17).long(), None
         for _ in range(60):
             r = s4mim.class_heads(fea, label, weight, 16)
             again = torch.autograd.grad((r * r.detach()).sum(), (fea, weight))
             first = first or again
-            self.assertTrue(all(torch.equal(a, b) for a, b in zip(first, again)))
-
-    def test_paint_and_its_plain_variant(self):
-        C, size = 4, (30, 38)
-        torch.manual_seed(0)
-        pid = s4mim.PiD((4, 32), 4, C)
-        heads = pid.heads.weight.detach().view(C, 3, 16, 3, 3)
-        fea = torch.randn(2, 16, 8, 10)
-        label = torch.from_numpy(self.rng.integers(0, C, (2, *size)))
-        near = torch.tensor([[[label[b, 4 * y, 4 * x] for x in range(10)]
-                              for y in range(8)] for b in range(2)])
-        torch.testing.assert_close(pid.heads(fea, near, size).detach(),
-                                   stretched(self.plain(fea, near, heads), size))
-        every = sum(F.conv2d(fea, head, padding=1) for head in heads)                   # Eq. 4
-        torch.testing.assert_close(pid.heads(fea, near, size, classwise=False).detach(),
-                                   stretched(every, size))
+            same_bits(again, first)
 
 
-class S4mimMasking(S4mimCase):
+class S4mimMasking(MethodCase):
+    script = "s4mim.py"
+
     def test_patches_that_are_removed_against_a_loop(self):
-        for size, patch, ratio in (48, 6, 0.4), (32, 6, 0.4), (33, 8, 0.75), (37, 5, 0.1):
+        for size, patch, ratio in (48, 6, 0.4), (32, 6, 0.4), (33, 8, 0.75), (37, 5, 0.1), (
+                321, 6, 0.4):
             n = -(-size // patch)
             noise = torch.from_numpy(self.rng.random((3, n * n)))
             m = s4mim.patch_mask(noise, size, patch, ratio)
             self.assertEqual((m.shape, m.dtype), ((3, 1, size, size), torch.bool))
             expected = np.ones((3, size, size), bool)                   # 1 keeps
             for b in range(3):
-                for k in sorted(range(n * n), key=lambda k: noise[b, k])[:int(ratio * n * n)]:
+                for k in sorted(range(n * n), key=noise[b].tolist().__getitem__)[
+                        :int(ratio * n * n)]:
                     y, x = k // n * patch, k % n * patch
                     expected[b, y:y + patch, x:x + patch] = False
-            np.testing.assert_array_equal(m[:, 0], expected)
-
-    def test_the_papers_masks(self):
-        """6 x 6 patches, 0.4 of them: of 321 x 321, ceil(321 / 6) = 54, that is 1166 of 2916."""
-        m = s4mim.patch_mask(s4mim.noise_of(range(4), 54 * 54), 321)[:, 0]
-        cells = F.pad(m, (0, 3, 0, 3)).view(4, 54, 6, 54, 6)[:, :53, :, :53].float().mean((2, 4))
-        self.assertEqual(set(cells.unique().tolist()), {0.0, 1.0})
-        removed = (~m[:, ::6, ::6]).sum((1, 2))
-        self.assertEqual(removed.tolist(), [1166] * 4)
-        self.assertFalse(torch.equal(m[0], m[1]))
+            arrays_equal(m[:, 0], expected)
+        # the paper's are the defaults: of 321 x 321, ceil(321 / 6) = 54, that is 1166 of 2916
+        same_bits(s4mim.patch_mask(noise, 321), m)
+        self.assertEqual((~m[:, 0, ::6, ::6]).sum((1, 2)).tolist(), [1166] * 3)
 
     def test_each_row_of_noise_is_of_its_own_seed(self):
         rows = s4mim.noise_of([5, 7, 5], 40)
-        self.assertTrue(torch.equal(rows[0], rows[2]))
+        same_bits(rows[0], rows[2])
         self.assertFalse(torch.equal(rows[0], rows[1]))
-        self.assertTrue(torch.equal(s4mim.noise_of([7], 40)[0], rows[1]))
+        same_bits(s4mim.noise_of([7], 40)[0], rows[1])
         self.assertTrue(0 <= rows.min() < 0.1 and 0.9 < rows.max() < 1)
 
     def test_channels_are_dropped_or_doubled(self):
@@ -4863,30 +4568,25 @@ class S4mimMasking(S4mimCase):
         ones = torch.ones(40, 100, 1, 2)
         factors, half = s4mim.perturb([ones, ones.bfloat16()], [noise, noise])
         self.assertEqual((factors.dtype, half.dtype), (torch.float32, torch.bfloat16))
-        self.assertTrue(half.equal(factors.bfloat16()))
-        factors, same = factors.split(1, 3)
-        self.assertTrue(torch.equal(factors, same))
+        same_bits(half, factors.bfloat16())
+        same_bits(factors[..., 0], factors[..., 1])
         self.assertEqual(set(factors.unique().tolist()), {0.0, 2.0})
-        self.assertLess(abs(factors.mean().item() - 1), 0.06)           # 4000 draws: 4 sigma
+        self.assertLess(abs(factors[..., 0].mean().item() - 1), 0.06)   # 4000 draws: 4 sigma
 
     def test_mix_against_a_loop(self):
-        partner = torch.tensor([2, 0, 1])
-        box = torch.from_numpy(self.rng.random((3, 4, 5)) < 0.5)
+        partner, box = torch.tensor([2, 0, 1]), self.where(0.5, 3, 4, 5)
         for shape in (3, 4, 5), (3, 3, 4, 5):
-            x = torch.from_numpy(self.rng.standard_normal(shape))
+            x = self.normal(*shape)
             expected = x.clone()
-            for b in range(3):
-                for i in range(4):
-                    for j in range(5):
-                        if box[b, i, j]:
-                            expected[b, ..., i, j] = x[partner[b], ..., i, j]
-            self.assertTrue(torch.equal(s4mim.mix(x, partner, box), expected))
+            for b, i, j in box.nonzero().tolist():
+                expected[b, ..., i, j] = x[partner[b], ..., i, j]
+            same_bits(s4mim.mix(x, partner, box), expected)
 
 
-class S4mimViews(S4mimCase):
+class S4mimViews(MethodCase):
     def batches(self, B=4, S=32):
         def batch(first):
-            label = torch.from_numpy(self.rng.integers(0, 4, (B, S, S), dtype=np.uint8))
+            label = self.classes(4, B, S, S)
             for one in label:                                   # padding, each at its own border
                 one[:, :self.rng.integers(1, S)] = 255
             return torch.from_numpy(self.noise(B, 3, S, S)), label, torch.arange(first, first + B)
@@ -4895,44 +4595,36 @@ class S4mimViews(S4mimCase):
     def views(self, labeled, unlabeled, seeds=range(4), **changes):
         return s4mim.make_views(labeled, unlabeled, tiny(**changes), (4, 32), seeds, "cpu")
 
-    def normalised(self, image):
-        """0..1 as E takes it: with the mean and deviation of ImageNet that torchvision states."""
-        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-        return (np.asarray(image, np.float64) - mean[:, None, None]) / std[:, None, None]
-
-    def test_pictures_are_normalised_and_labels_kept(self):
+    def test_images_are_normalised_and_labels_kept(self):
         labeled, unlabeled = self.batches()
         v = self.views(labeled, unlabeled)
         for x, (image, _, _) in (v.x_l, labeled), (v.x_w, unlabeled):
-            np.testing.assert_allclose(x, self.normalised(image / 255), atol=1e-5)
-        self.assertTrue(torch.equal(v.y_l, labeled[1]))
-        np.testing.assert_array_equal(v.void_w, unlabeled[1] == 255)
+            torch.testing.assert_close(x, normalised(image), rtol=0, atol=1e-5)
+        same_bits(v.y_l, labeled[1])
+        same_bits(v.void_w, unlabeled[1] == 255)
         only = self.views(labeled, None, method="suponly")
-        self.assertTrue(torch.equal(only.x_l, v.x_l) and torch.equal(only.y_l, v.y_l))
+        same_bits(only[:2], v[:2])                              # x_l and y_l
         self.assertEqual(set(only[2:]), {None})
 
-    def test_the_strong_view_has_boxes_of_other_pictures_and_of_their_padding(self):
+    def test_the_strong_view_has_boxes_of_other_images_and_of_their_padding(self):
         B = 300
         labeled, unlabeled = self.batches(B)
         with mock.patch("data.strong_view", side_effect=lambda image, noise: 1 - image):
             v = self.views(labeled, unlabeled, range(B))
         self.assertTrue((v.partner != torch.arange(B)).all())
-        strong = self.normalised(1 - unlabeled[0].numpy() / 255)
-        box, partner = v.box.numpy(), v.partner.numpy()
-        expected = np.where(box[:, None], strong[partner], strong)
-        np.testing.assert_allclose(v.x_s, expected, atol=1e-5)
-        void = unlabeled[1].numpy() == 255
-        np.testing.assert_array_equal(v.void_s, np.where(box, void[partner], void))
-        there = box.any((1, 2)).mean()
-        self.assertTrue(0.4 < there < 0.6, there)
+        strong, void = normalised(255 - unlabeled[0].numpy()), unlabeled[1] == 255
+        expected = torch.where(v.box[:, None], strong[v.partner], strong)
+        torch.testing.assert_close(v.x_s, expected, rtol=0, atol=1e-5)
+        same_bits(v.void_s, torch.where(v.box, void[v.partner], void))
+        self.assertTrue(0.4 < v.box.any(2).any(1).float().mean() < 0.6)
 
-    def test_the_same_picture_twice_in_a_batch_is_no_partner_of_itself(self):
+    def test_the_same_image_twice_in_a_batch_is_no_partner_of_itself(self):
         labeled, (image, void, _) = self.batches()
         index = torch.tensor([3, 3, 9, 3])
         v = self.views(labeled, (image, void, index))
         self.assertEqual(index[v.partner].tolist(), [9, 9, 3, 9])
         self.assertEqual(self.views(labeled, (image, void, index * 0)).partner.tolist(),
-                         [0, 1, 2, 3])                  # a single picture: there is no other
+                         [0, 1, 2, 3])                  # a single image: there is no other
 
     def test_noise_that_asks_for_nothing_leaves_the_weak_view(self):
         labeled, unlabeled = self.batches()
@@ -4940,61 +4632,37 @@ class S4mimViews(S4mimCase):
             v = self.views(labeled, unlabeled)
         torch.testing.assert_close(v.x_s, v.x_w)
         self.assertFalse(v.box.any())
-        self.assertTrue(torch.equal(v.void_s, v.void_w))
+        same_bits(v.void_s, v.void_w)
         changed = self.views(labeled, unlabeled, range(100, 104))
         self.assertGreater((changed.x_s - changed.x_w).abs().mean().item(), 0.05)
 
     def test_of_an_unlabelled_label_only_the_padding_counts(self):
         labeled, (image, void, index) = self.batches()
-        poison = torch.from_numpy(self.rng.integers(0, 255, void.shape, dtype=np.uint8))
-        poisoned = torch.where(void == 255, void, poison)
+        poisoned = torch.where(void == 255, void, self.classes(255, *void.shape))
         self.assertFalse(torch.equal(poisoned, void))
-        a, b = (self.views(labeled, (image, y, index)) for y in (void, poisoned))
-        for name, x, y in zip(a._fields, a, b):
-            for s, t in zip(x, y) if name == "drop" else [(x, y)]:
-                self.assertTrue(torch.equal(s, t), name)
+        same_bits(*(tuple(self.views(labeled, (image, y, index))) for y in (poisoned, void)))
 
     def test_draws_are_those_of_the_seed_whatever_the_batch(self):
         labeled, unlabeled = self.batches()
         v = self.views(labeled, unlabeled, [3, 1, 4, 5])
-        last = [t[2:] for t in unlabeled]
-        w = self.views([t[2:] for t in labeled], last, [4, 5])
-        for name in "box", "m":
-            self.assertTrue(torch.equal(getattr(v, name)[2:], getattr(w, name)), name)
-        for drop, other, channels in zip(v.drop, w.drop, (4, 32)):
-            self.assertEqual(drop.shape, (4, channels))
-            self.assertTrue(torch.equal(drop[2:], other))
+        w = self.views(*([t[2:] for t in batch] for batch in (labeled, unlabeled)), [4, 5])
+        same_bits([v.box[2:], v.m[2:], *(drop[2:] for drop in v.drop)], [w.box, w.m, *w.drop])
+        self.assertEqual([drop.shape for drop in v.drop], [(4, 4), (4, 32)])
         removed = ~v.m[:, 0, ::6, ::6]
         self.assertEqual(removed.sum((1, 2)).tolist(), [14] * 4)        # int(0.4 * 36)
-        self.assertEqual(len({tuple(row.flatten().tolist()) for row in removed}), 4)
+        self.assertEqual(len(removed.unique(dim=0)), 4)
 
 
-def log_softmax(z):
-    """log p of logits (C,), in numpy."""
-    z = np.asarray(z, np.float64) - np.max(np.asarray(z))
-    return z - np.log(np.exp(z).sum())
-
-
-class S4mimLoss(S4mimCase):
-    def logits(self, N, C, S=5):
-        return torch.from_numpy(self.rng.standard_normal((N, C, S, S)))
-
-    def where(self, N, share=0.3, S=5):
-        return torch.from_numpy(self.rng.random((N, S, S)) < share)
-
-    def pixels(self, N, S=5):
-        return [(b, y, x) for b in range(N) for y in range(S) for x in range(S)]
-
+class S4mimLoss(MethodCase):
     def test_equation_1_against_a_loop(self):
         for C in 2, 6:
-            p_l = self.logits(3, C)
-            y_l = torch.from_numpy(self.rng.integers(0, C, (3, 5, 5), dtype=np.uint8))
+            p_l, y_l = self.normal(3, C, 5, 5), self.classes(C, 3, 5, 5)
             y_l[1, :2], y_l[2] = 255, 255
-            each = [-log_softmax(p_l[b, :, y, x])[int(y_l[b, y, x])]
-                    for b, y, x in self.pixels(3) if y_l[b, y, x] != 255]
-            self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), np.mean(each), places=5)
+            mean = np.mean([-log_softmax(p_l[b, :, y, x])[int(y_l[b, y, x])]
+                            for b, y, x in (y_l != 255).nonzero().tolist()])
+            self.assertAlmostEqual(s4mim.supervised(p_l, y_l).item(), mean, places=5)
             # few pixels are all among the 100,000 hardest of a crop
-            self.assertTrue(torch.equal(s4mim.hard_pixels(p_l, y_l), y_l))
+            same_bits(s4mim.hard_pixels(p_l, y_l), y_l)
 
     def test_hard_examples_by_sorting(self):
         """OHEM: the pixels below a probability of 0.7, or the 100,000 hardest a crop if these are
@@ -5014,43 +4682,33 @@ class S4mimLoss(S4mimCase):
                                    delta=2e-5 * -np.log(kept).mean())
 
     def test_equation_2_against_a_loop(self):
-        p, void = self.logits(3, 4), self.where(3)
-        y = torch.from_numpy(self.rng.integers(0, 4, (3, 5, 5)))
-        conf = torch.from_numpy(self.rng.random((3, 5, 5)))
+        p, void = self.normal(3, 4, 5, 5), self.where(0.3, 3, 5, 5)
+        y, conf = self.classes(4, 3, 5, 5).long(), torch.from_numpy(self.rng.random((3, 5, 5)))
         conf[0, 0, 0], void[0, 0, 0] = 0.6, False                       # just confident enough
-        total = valid = 0
-        for b, i, j in self.pixels(3):
-            if not void[b, i, j]:
-                valid += 1
-                if conf[b, i, j] >= 0.6:
-                    total -= log_softmax(p[b, :, i, j])[y[b, i, j]]
-        found = s4mim.consistency(p, y, conf, void, 0.6)
-        self.assertAlmostEqual(found.item(), total / valid, places=5)
-        everything = np.mean([-log_softmax(p[b, :, i, j])[y[b, i, j]]
-                              for b, i, j in self.pixels(3)])
-        self.assertAlmostEqual(s4mim.consistency(p, y, conf, void & False, 0.0).item(),
-                               everything, places=5)
+        for void, psi in (void, 0.6), (void & False, 0.0):
+            terms = [-log_softmax(p[b, :, i, j])[y[b, i, j]] if conf[b, i, j] >= psi else 0
+                     for b, i, j in (~void).nonzero().tolist()]
+            self.assertAlmostEqual(s4mim.consistency(p, y, conf, void, psi).item(),
+                                   np.mean(terms), places=5)
 
     def test_pixels_of_three_streams_against_a_loop(self):
-        r, x = (torch.from_numpy(self.rng.standard_normal((6, 3, 5, 5))) for _ in range(2))
+        r, x = self.normal(6, 3, 5, 5), self.normal(6, 3, 5, 5)
         total = 0.0
         for stream in range(3):                                                         # Eq. 8
             K, squares = 2 * 3 * 5 * 5, 0.0
-            for b in 2 * stream, 2 * stream + 1:
-                for c in range(3):
-                    for _, i, j in self.pixels(1):
-                        squares += (r[b, c, i, j] - x[b, c, i, j]).item() ** 2
+            for b, c, i, j in np.ndindex(2, 3, 5, 5):
+                squares += (r[2 * stream + b, c, i, j] - x[2 * stream + b, c, i, j]).item() ** 2
             total += squares / K                                                        # Eq. 5
         self.assertAlmostEqual(s4mim.pixel_loss(r, x).item(), total, places=5)
 
     def test_equation_13_against_a_loop(self):
-        p_m, p, void = self.logits(6, 4), self.logits(6, 4), self.where(6)
-        void[2:4] = void[2:4] | self.where(2, 0.8)              # each stream has a mean of its own
+        p_m, p, void = self.normal(6, 4, 5, 5), self.normal(6, 4, 5, 5), self.where(0.3, 6, 5, 5)
+        void[2:4] = void[2:4] | self.where(0.8, 2, 5, 5)        # each stream has a mean of its own
         ce = mse = 0.0
         for stream in range(3):
             of_ce, of_mse = [], []
-            for b, i, j in self.pixels(6):
-                if b // 2 == stream and not void[b, i, j]:
+            for b, i, j in (~void).nonzero().tolist():
+                if b // 2 == stream:
                     q, t = log_softmax(p_m[b, :, i, j]), log_softmax(p[b, :, i, j])
                     of_ce.append(-q[t.argmax()])
                     of_mse.append(((np.exp(q) - np.exp(t)) ** 2).mean())
@@ -5060,18 +4718,17 @@ class S4mimLoss(S4mimCase):
 
     def batch(self, classes, B=2, D=5, S=4):
         """Features of three streams, their classes, confidence, and what is removed and void."""
-        fea = torch.from_numpy(self.rng.standard_normal((3 * B, D, S, S)) + 0.5)
         label = torch.from_numpy(self.rng.choice(classes, (3 * B, S, S)))
-        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (3 * B, S, S)))
-        return (fea.float(), label, conf.float(), self.where(3 * B, 0.4, S),
-                self.where(3 * B, 0.2, S))
+        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (3 * B, S, S))).float()
+        return ((self.normal(3 * B, D, S, S) + 0.5).float(), label, conf,
+                self.where(0.4, 3 * B, S, S), self.where(0.2, 3 * B, S, S))
 
-    def test_equations_9_to_12_over_three_batches_against_loops(self):
-        C, D, B, alpha, tau = 5, 5, 2, 0.9, 10.0
+    def test_equations_9_to_12_over_three_batches(self):
+        C, D, B, alpha, tau = 5, 5, 2, 0.99, 10.0                       # the paper's: the defaults
         for dic in True, False:
-            prototypes = s4mim.Prototypes(C, D, alpha, tau, dic)
+            prototypes = s4mim.Prototypes(C, D, dic=dic)
             self.assertEqual(list(prototypes.parameters()), [])
-            v = {c: np.zeros(D) for c in range(C)}                      # the dictionary
+            v = torch.zeros(C, D).double()                              # the dictionary
             # class 2 is in the second batch alone, class 3 in none, class 4 never in sight
             for n, classes in enumerate(((0, 1, 4), (0, 1, 2, 4), (0, 1, 4))):
                 fea, label, conf, removed, void = self.batch(classes)
@@ -5080,56 +4737,20 @@ class S4mimLoss(S4mimCase):
                 if n == 1:
                     removed[:B][label[:B] == 1] = True                  # not in sight this time
                     removed[0, 1, 1], void[0, 1, 1], label[0, 1, 1] = False, False, 2
-                leaf = fea.clone().requires_grad_()
+                leaf, leaf2 = fea.clone().requires_grad_(), fea.double().requires_grad_()
                 prototypes.update(prototypes.sums(leaf[:B], label[:B], conf[:B],
                                                   ~(removed | void)[:B]))
                 found = prototypes(leaf, label, conf, removed & ~void)
                 found.backward()
-
-                if not dic:
-                    v = {c: np.zeros(D) for c in range(C)}
-                for c in range(C):                                                      # Eq. 9
-                    top, bottom = np.zeros(D), 0.0
-                    for b, i, j in self.pixels(B, 4):           # the labelled stream
-                        if label[b, i, j] == c and not removed[b, i, j] and not void[b, i, j]:
-                            top += (conf[b, i, j] * fea[b, :, i, j]).double().numpy()
-                            bottom += conf[b, i, j].item()
-                    if bottom:
-                        mean = top / bottom
-                        v[c] = alpha * v[c] + (1 - alpha) * mean if dic else mean
-                np.testing.assert_allclose(prototypes.v, np.stack(list(v.values())), rtol=1e-5,
-                                           atol=1e-7)
+                terms, v = equations_9_to_11(leaf2, label, conf.double(), removed, void,
+                                             v if dic else 0 * v, alpha if dic else 0, tau)
+                torch.testing.assert_close(prototypes.v.double(), v, rtol=1e-5, atol=1e-7)
                 self.assertEqual(v[2].any(), n == 1 or (dic and n == 2))
-                terms, leaf2 = [], fea.double().requires_grad_()
-                for c in range(C):
-                    top, bottom = 0.0, 0.0
-                    for b, i, j in self.pixels(3 * B, 4):       # of all streams
-                        if label[b, i, j] == c and removed[b, i, j] and not void[b, i, j]:
-                            z, to = leaf2[b, :, i, j], torch.from_numpy(v[c])
-                            if to.any():
-                                cos = z @ to / (z @ z).sqrt() / (to @ to).sqrt()
-                                top = top + conf[b, i, j] * (1 - cos) / tau             # Eq. 10
-                                bottom += conf[b, i, j]
-                    if bottom:
-                        terms.append(top / bottom)                                      # Eq. 11
                 self.assertGreater(len(terms), 1)
                 expected = sum(terms) / len(terms)                                      # Eq. 12
                 expected.backward()
                 self.assertAlmostEqual(found.item(), expected.item(), places=6)
                 torch.testing.assert_close(leaf.grad.double(), leaf2.grad, rtol=1e-4, atol=1e-7)
-
-    def test_the_papers_moving_average_and_temperature_are_the_defaults(self):
-        prototypes = s4mim.Prototypes(2, 3)
-        fea = torch.tensor([[3.0, 0, 4]]).view(1, 3, 1, 1)
-        one, label = torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long()
-        for n in 1, 2:
-            prototypes.update(prototypes.sums(fea, label, one, one.bool()))
-            share = 1 - 0.99 ** n
-            torch.testing.assert_close(prototypes.v, torch.tensor([[3, 0, 4], [0, 0, 0]]) * share)
-        away = torch.tensor([[0.0, 1, 0]]).view(1, 3, 1, 1)
-        self.assertAlmostEqual(prototypes(away, label, one, one.bool()).item(), 1 / 10, places=6)
-        self.assertEqual(prototypes(fea, label, one, one.bool()).abs().item() < 1e-6, True)
-        self.assertEqual(prototypes(away, label + 1, one, one.bool()).item(), 0)  # never seen
 
     def test_nothing_to_learn_from_gives_zero_and_a_finite_gradient(self):
         N, C = 3, 4
@@ -5157,110 +4778,8 @@ class S4mimLoss(S4mimCase):
         self.assertAlmostEqual(found.item(), 0.1, places=6)
         self.assertTrue(dark.grad.isfinite().all())
 
-    def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
-        """And its gradient, if each divides by the mean of their numbers of pixels."""
-        B, C, D = 4, 4, 5
-        fea, label, conf, removed, void = self.batch(range(C), B, D)
-        void[0], void[B] = True, True                           # the halves have unlike numbers
-        p_m, p = self.logits(3 * B, C, 4), self.logits(3 * B, C, 4)
-        x = torch.from_numpy(self.rng.standard_normal((3 * B, 3, 4, 4)))
-        r, y_l = torch.randn_like(x), torch.where(void, 255, label)
-        prototypes = s4mim.Prototypes(C, D)
-        prototypes.update(prototypes.sums(fea[:B], label[:B], conf[:B], ~(removed | void)[:B]))
-        one_stream = lambda at: (~void[at]).sum()
-        streams = lambda at: (~void[at]).reshape(3, -1).sum(1)
-        weights = lambda at: prototypes.weights(label[at], conf[at],
-                                                (removed & ~void)[at]).sum((0, 2, 3))
-        every = list(range(3 * B))
-        halves = every[::2], every[1::2]                        # of each stream
-        sums = [prototypes.sums(fea[at[:B // 2]], label[at[:B // 2]], conf[at[:B // 2]],
-                                ~(removed | void)[at[:B // 2]]) for at in halves]
-        other = s4mim.Prototypes(C, D)
-        other.update(sum(sums) / 2)
-        torch.testing.assert_close(other.v, prototypes.v)
-        for count, leaf, f in (
-                (one_stream, p, lambda at, n: s4mim.supervised(p[at], y_l[at], n)),
-                (one_stream, p, lambda at, n: s4mim.consistency(p[at], label[at], conf[at],
-                                                                void[at], 0.5, n)),
-                (one_stream, r, lambda at, n: s4mim.pixel_loss(r[at], x[at])),
-                (streams, p_m, lambda at, n: s4mim.semantic_loss(p_m[at], p[at].argmax(1),
-                                                                 void[at], n)),
-                (streams, p_m, lambda at, n: s4mim.semantic_loss(p_m[at], p[at].softmax(1).detach(),
-                                                                 void[at], n)),
-                (weights, fea, lambda at, n: prototypes(fea[at], label[at], conf[at],
-                                                        (removed & ~void)[at], n))):
-            leaf.requires_grad_()
-            whole = f(every, None)
-            n = sum(count(at) for at in halves) / 2
-            mean = sum(f(at, n) for at in halves) / 2
-            self.assertNotAlmostEqual(f(halves[0], n).item(), whole.item(), places=4)
-            self.assertAlmostEqual(mean.item(), whole.item(), places=5)
-            torch.testing.assert_close(*(torch.autograd.grad(t, leaf)[0] for t in (mean, whole)),
-                                       rtol=1e-4, atol=1e-7)
-
-
-class PasteS4mim(S4mimCase):
-    """Sections of s4mim.py, cut out by their header lines, run alone."""
-
-    def paste(self, name, **given):
-        """The functions and classes of a section, which is given these modules and no others."""
-        header, sections = re.compile(r"# -+ (.*)"), {}
-        for line in (MAIN / "s4mim.py").read_text("utf-8").splitlines():
-            if found := header.fullmatch(line):
-                sections[found[1]] = []
-            elif sections:
-                sections[next(reversed(sections))].append(line)
-        exec("\n".join(sections[name]), given)
-        return types.SimpleNamespace(**given)
-
-    def test_the_map_at_the_top_is_right(self):
-        lines = (MAIN / "s4mim.py").read_text("utf-8").splitlines()
-        first, last = map(int, re.search(r"Lines (\d+) to (\d+) are the method",
-                                         s4mim.__doc__).groups())
-        self.assertRegex(lines[first - 1], "^# -+ model$")
-        source, start = inspect.getsourcelines(s4mim.train_step)
-        self.assertEqual(last, start + len(source) - 1)
-        method = "\n".join(lines[first - 1:last])
-        for name in ("class_heads", "Heads", "Prototypes", "patch_mask", "supervised",
-                     "consistency", "pixel_loss", "semantic_loss", "phase_one", "phase_two"):
-            self.assertRegex(method, rf"(?m)^(def|class) {name}\b")
-
-    def test_the_model_against_loops(self):
-        model = self.paste("model", torch=torch, nn=torch.nn, F=F)
-        B, C, D, H, W = 2, 3, 4, 3, 5
-        fea = torch.from_numpy(self.rng.standard_normal((B, D, H, W))).float()
-        label = torch.from_numpy(self.rng.integers(0, C, (B, H, W)))
-        label[0, 0, 0], label[1, 2, 2] = 255, -1
-        heads = model.Heads(D, C)
-        weight, expected = heads.weight.detach().view(C, 3, D, 3, 3), np.zeros((B, 3, H, W))
-        for b, i, j, di, dj in itertools.product(range(B), range(H), range(W), (-1, 0, 1),
-                                                 (-1, 0, 1)):
-            y, x = i + di, j + dj                               # where (i, j) adds to
-            if 0 <= y < H and 0 <= x < W and 0 <= label[b, i, j] < C:
-                tap = weight[label[b, i, j], :, :, 1 - di, 1 - dj]
-                expected[b, :, y, x] += (tap @ fea[b, :, i, j]).numpy()
-        np.testing.assert_allclose(heads(fea, label, (H, W)).detach(), expected, atol=1e-5)
-
-        prototypes = model.Prototypes(C, D, alpha=0.9)
-        conf = torch.from_numpy(self.rng.uniform(0.2, 1, (B, H, W))).float()
-        removed = torch.from_numpy(self.rng.random((B, H, W)) < 0.5)
-        v, terms = np.zeros((C, D)), []
-        prototypes.update(prototypes.sums(fea, label, conf, ~removed))
-        z, k = fea.movedim(1, 3).numpy(), conf.numpy()
-        for c in range(C):
-            at = (label == c).numpy() & ~removed.numpy()
-            v[c] = 0.1 * sum(k[p] * z[p] for p in zip(*at.nonzero())) / k[at].sum()
-        np.testing.assert_allclose(prototypes.v, v, rtol=1e-5)
-        for c in range(C):
-            at = [*zip(*((label == c).numpy() & removed.numpy()).nonzero())]
-            cos = [z[p] @ v[c] / np.linalg.norm(z[p]) / np.linalg.norm(v[c]) for p in at]
-            weights = [k[p] for p in at]
-            terms.append(np.average([(1 - x) / 10 for x in cos], weights=weights))
-        self.assertAlmostEqual(prototypes(fea, label, conf, removed).item(), np.mean(terms),
-                               places=6)
-
     def test_void_labels_are_left_out_of_the_prototypes(self):
-        prototypes = self.paste("model", torch=torch, nn=torch.nn, F=F).Prototypes(2, 3)
+        prototypes = s4mim.Prototypes(2, 3)
         fea = torch.tensor([[1.0, 0, 0], [0, 1, 0], [5, 5, 5]]).T.reshape(1, 3, 1, 3)
         one, everywhere = torch.ones(1, 1, 3), torch.ones(1, 1, 3).bool()
         for void in 255, 2, -1:
@@ -5274,42 +4793,56 @@ class PasteS4mim(S4mimCase):
             self.assertLess(found.item(), 1e-6)                 # both lie on their prototypes
             self.assertEqual(leaf.grad[..., 2].abs().max().item(), 0)
 
-    def test_masking_against_loops(self):
-        masking = self.paste("masking", torch=torch)
-        noise = masking.noise_of([3, 4], 16)
-        m = masking.patch_mask(noise, 14, patch=4, ratio=0.4)
-        for b in range(2):
-            removed = set(np.argsort(noise[b].numpy())[:6].tolist())    # int(0.4 * 16)
-            for y, x in itertools.product(range(14), repeat=2):
-                self.assertEqual(m[b, 0, y, x].item(), y // 4 * 4 + x // 4 not in removed)
-        self.assertEqual(masking.perturb([torch.ones(1, 2, 1, 1)], [torch.tensor([[0.4, 0.6]])])[0]
-                         .flatten().tolist(), [0, 2])
-        x, box = torch.arange(8).view(2, 2, 2), torch.eye(2).bool().expand(2, 2, 2)
-        self.assertEqual(masking.mix(x, torch.tensor([1, 0]), box).tolist(),
-                         [[[4, 1], [2, 7]], [[0, 5], [6, 3]]])
+    def test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch(self):
+        """And its gradient, if each divides by the mean of their numbers of pixels."""
+        B, C, D = 4, 4, 5
+        fea, label, conf, removed, void = self.batch(range(C), B, D)
+        void[0], void[B] = True, True                           # the halves have unlike numbers
+        p_m, p, r, x = (self.normal(3 * B, n, 4, 4) for n in (C, C, 3, 3))
+        y_l = torch.where(void, 255, label)
+        prototypes = s4mim.Prototypes(C, D)
+        prototypes.update(prototypes.sums(fea[:B], label[:B], conf[:B], ~(removed | void)[:B]))
+        one_stream = lambda at: (~void[at]).sum()
+        streams = lambda at: (~void[at]).reshape(3, -1).sum(1)
+        weights = lambda at: prototypes.weights(label[at], conf[at],
+                                                (removed & ~void)[at]).sum((0, 2, 3))
+        every = list(range(3 * B))
+        halves = every[::2], every[1::2]                        # of each stream
+        sums = [prototypes.sums(fea[at[:B // 2]], label[at[:B // 2]], conf[at[:B // 2]],
+                                ~(removed | void)[at[:B // 2]]) for at in halves]
+        other = s4mim.Prototypes(C, D)
+        other.update(sum(sums) / 2)
+        torch.testing.assert_close(other.v, prototypes.v)
+        for count, leaf, f, *args in (
+                (one_stream, p, s4mim.supervised, y_l),
+                (one_stream, p, s4mim.consistency, label, conf, void, 0.5),
+                (one_stream, r, lambda r, x, n: s4mim.pixel_loss(r, x), x),
+                (streams, p_m, s4mim.semantic_loss, p.argmax(1), void),
+                (streams, p_m, s4mim.semantic_loss, p.softmax(1), void),
+                (weights, fea, prototypes, label, conf, removed & ~void)):
+            loss = lambda at, n: f(leaf[at], *(t[at] if torch.is_tensor(t) else t for t in args),
+                                   n)
+            leaf.requires_grad_()
+            whole = loss(every, None)
+            n = sum(count(at) for at in halves) / 2
+            mean = sum(loss(at, n) for at in halves) / 2
+            self.assertNotAlmostEqual(loss(halves[0], n).item(), whole.item(), places=4)
+            self.assertAlmostEqual(mean.item(), whole.item(), places=5)
+            torch.testing.assert_close(*(torch.autograd.grad(t, leaf)[0] for t in (mean, whole)),
+                                       rtol=1e-4, atol=1e-7)
 
-    def test_losses_against_loops(self):
-        loss = self.paste("loss", math=math, torch=torch, F=F)
-        N, C, S = 3, 4, 5
-        p, target = (torch.from_numpy(self.rng.standard_normal((N, C, S, S))) for _ in range(2))
-        y = torch.from_numpy(self.rng.integers(0, C, (N, S, S)))
-        void = torch.from_numpy(self.rng.random((N, S, S)) < 0.3)
-        conf = torch.from_numpy(self.rng.random((N, S, S)))
-        ce = np.array([[[-log_softmax(p[b, :, i, j])[y[b, i, j]] for j in range(S)]
-                        for i in range(S)] for b in range(N)])
-        valid = ~void.numpy()
-        kept = ce * (conf.numpy() >= 0.5)
-        squares = np.square(p.numpy() - target.numpy())
-        for found, expected in (
-                (loss.supervised(p, torch.where(void, 255, y)), ce[valid].mean()),
-                (loss.supervised(p, loss.hard_pixels(p, torch.where(void, 255, y))),
-                 ce[valid].mean()),                             # fewer than 100,000 a crop
-                (loss.consistency(p, y, conf, void, 0.5), kept[valid].mean()),
-                (loss.consistency(p, y, conf, void, 0.5, n=torch.tensor(7)), kept[valid].sum() / 7),
-                (loss.pixel_loss(p[:, :3], target[:, :3]),
-                 sum(squares[b, :3].mean() for b in range(N))),
-                (loss.semantic_loss(p, y, void), sum(ce[b][valid[b]].mean() for b in range(N)))):
-            self.assertAlmostEqual(found.item(), expected, places=5)
+
+class PasteS4mim(Pastes, S4mimMasking):
+    method = ("class_heads", "Heads", "Prototypes", "patch_mask", "supervised", "consistency",
+              "pixel_loss", "semantic_loss", "phase_one", "phase_two", "train_step")
+    plain, same, case, batch = S4mimHeads.plain, S4mimHeads.same, S4mimHeads.case, S4mimLoss.batch
+    test_heads = S4mimHeads.test_equal_to_the_sum_of_convolutions
+    test_prototypes = S4mimLoss.test_equations_9_to_12_over_three_batches
+    test_supervised = S4mimLoss.test_equation_1_against_a_loop
+    test_consistency = S4mimLoss.test_equation_2_against_a_loop
+    test_pixels = S4mimLoss.test_pixels_of_three_streams_against_a_loop
+    test_semantic = S4mimLoss.test_equation_13_against_a_loop
+    test_processes = S4mimLoss.test_the_mean_of_two_processes_is_the_loss_of_the_whole_batch
 
 
 def average(values, where):
@@ -5320,110 +4853,89 @@ def ce(p, y):
     return -p.log_softmax(1).gather(1, y.long()[:, None])[:, 0]
 
 
-class S4mimPhases(S4mimCase):
+class S4mimPhases(MethodCase):
     """The two phases of Fig. 2. BatchNorm has given statistics: passes then do not interact."""
     C, B, S = 4, 2, 32
 
     def views(self):
         B, S = self.B, self.S
-        picture = lambda: torch.from_numpy(self.rng.standard_normal((B, 3, S, S))).float()
-        where = lambda share: torch.from_numpy(self.rng.random((B, S, S)) < share)
-        y_l = torch.from_numpy(self.rng.integers(0, self.C, (B, S, S), dtype=np.uint8))
+        image = lambda: self.normal(B, 3, S, S).float()
+        y_l, box = self.classes(self.C, B, S, S), torch.zeros(B, S, S).bool()
         y_l[:, 28:] = 255
-        box = torch.zeros(B, S, S).bool()
         box[0, 4:25, 8:], box[1, :9] = True, True
         drop = [torch.from_numpy(self.rng.random((B, n))) for n in (4, 32)]
-        m = torch.from_numpy(self.rng.random((B, 1, 8, 8)) < 0.6)
-        return s4mim.Views(picture(), y_l, picture(), picture(), where(0.1), where(0.2),
-                           torch.tensor([1, 0]), box,
-                           m.repeat_interleave(4, 2).repeat_interleave(4, 3), drop)
+        m = self.where(0.6, B, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return s4mim.Views(image(), y_l, image(), image(), self.where(0.1, B, S, S),
+                           self.where(0.2, B, S, S), torch.tensor([1, 0]), box, m, drop)
 
     def phases(self, model, v, cfg, v_0=None):
-        """What s4mim.py makes of the Views: (L_s, L_u, confident), Seen, (L_pi, L_fea, L_se),
-        prototypes."""
+        """What s4mim.py makes of the Views: {name: loss or share}, Seen, prototypes."""
         machine = common.Machine(cfg)
         prototypes = s4mim.Prototypes(self.C, 16, cfg.alpha, cfg.tau, cfg.dic)
         if v_0 is not None:
             prototypes.v.copy_(v_0)
         *one, seen = s4mim.phase_one(model, v, cfg, machine)
         two, _ = s4mim.phase_two(model, prototypes, v, seen, cfg, machine)
-        return one, seen, two, prototypes.v
+        names = "L_s", "L_u", "confident", "L_pi", "L_fea", "L_se"
+        return dict(zip(names, (*one, *two))), seen, prototypes.v
 
-    def literal(self, model, v, psi, alpha=0.99, v_0=None, classwise=True, weighted=True,
-                semantic="ce"):
-        """The same, picture by picture, stream by stream and class by class."""
-        B, C, size = self.B, self.C, (self.S, self.S)
+    def step(self, model, v, cfg, machine=None):
+        """{name: value} of the terms of a training step, and the prototypes."""
+        machine, prototypes = machine or common.Machine(cfg), s4mim.Prototypes(self.C, 16)
+        optimizer = s4mim.make_optimizer(model, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = s4mim.rate(0, 9, group)
+        terms = s4mim.train_step(model, prototypes, optimizer, machine.scaler(), machine, cfg, v)
+        return dict(zip(s4mim.TERMS, terms.tolist())), prototypes.v
+
+    def literal(self, model, v, psi, v_0, classwise=True, weighted=True, semantic="ce"):
+        """The same as phases(), stream by stream and class by class."""
+        C, size = self.C, (self.S, self.S)
         E, SeD, PiD = model.E, model.SeD, model.PiD
-        drop = [torch.where(u < 0.5, 0.0, 2.0)[:, :, None, None] for u in v.drop]
-        rows = [slice(i, i + 1) for i in range(B)]
-        p_l, p_s, p_w, p_fp, c_fp = [], [], [], [], []
-        for i in rows:                                                          # Phase I
-            p_l.append(SeD(*E(v.x_l[i]), size))
-            p_s.append(SeD(*E(v.x_s[i]), size))
-            c1, c4 = E(v.x_w[i])
-            p_w.append(SeD(c1, c4, size))
-            c_fp.append((c1 * drop[0][i], c4 * drop[1][i]))
-            p_fp.append(SeD(*c_fp[-1], size))
-        p_l, p_s, p_w, p_fp = map(torch.cat, (p_l, p_s, p_w, p_fp))
-        conf_w, y_w = p_w.detach().softmax(1).max(1)
-        conf_w_mixed, y_w_mixed = conf_w.clone(), y_w.clone()
-        for i in range(B):
-            j = int(v.partner[i])
-            conf_w_mixed[i][v.box[i]] = conf_w[j][v.box[i]]
-            y_w_mixed[i][v.box[i]] = y_w[j][v.box[i]]
+        heads = PiD.heads.weight.view(C, 3, 16, 3, 3)
+
+        def perturbed(maps):
+            return [c * torch.where(u < 0.5, 0.0, 2.0)[:, :, None, None]
+                    for c, u in zip(maps, v.drop)]
+
+        def painted(fea, y):
+            parts = [F.conv2d(fea * (y[:, ::4, ::4] == c)[:, None] if classwise else fea,
+                              heads[c], padding=1) for c in range(C)]
+            return stretched(sum(parts), size)
+
+        p_l, p_s, c_w = SeD(*E(v.x_l), size), SeD(*E(v.x_s), size), E(v.x_w)    # Phase I
+        c_fp = perturbed(c_w)
+        p_fp = SeD(*c_fp, size)
+        conf_w, y_w = SeD(*c_w, size).detach().softmax(1).max(1)
+        conf_w_mixed, y_w_mixed = (torch.where(v.box, t[v.partner], t) for t in (conf_w, y_w))
         L_s = average(ce(p_l, v.y_l.clamp(max=C - 1)), v.y_l != 255)
         L_u = (average(ce(p_s, y_w_mixed) * (conf_w_mixed >= psi), ~v.void_s)
                + average(ce(p_fp, y_w) * (conf_w >= psi), ~v.void_w))
         confident = average((conf_w >= psi).float(), ~v.void_w)
 
-        def painted(fea, y):
-            heads = PiD.heads.weight.view(C, 3, 16, 3, 3)
-            parts = [F.conv2d(fea * (y[:, ::4, ::4] == c)[:, None] if classwise else fea,
-                              heads[c], padding=1) for c in range(C)]
-            return stretched(sum(parts), size)
-
-        L_pi, L_se, feas, confs, ys, visibles, valids = 0, 0, [], [], [], [], []
+        L_pi, L_se, feas, confs, ys, voids = 0, 0, [], [], [], []
         streams = ((v.x_l, p_l, p_l.argmax(1), v.y_l == 255), (v.x_s, p_s, y_w_mixed, v.void_s),
                    (v.x_w, p_fp, y_w, v.void_w))
-        for k, (x, p, y, void) in enumerate(streams):                           # Phase II
-            r, target, p_m = [], [], []
-            for n, i in enumerate(rows):
-                c1, c4 = E(x[i] * v.m[i])
-                if k == 2:
-                    c1, c4 = c1 * drop[0][i], c4 * drop[1][i]
-                feas.append(PiD(c1, c4))
-                r.append(painted(feas[-1], y[i]))
-                target.append(x[i] if k < 2 else painted(PiD(*c_fp[n]), y[i]).detach())
-                p_m.append(SeD(c1, c4, size))
-            L_pi = L_pi + (torch.cat(r) - torch.cat(target)).square().mean()
-            p, p_m = p.detach(), torch.cat(p_m)
-            each = (ce(p_m, p.argmax(1)) if semantic == "ce" else
-                    (p_m.softmax(1) - p.softmax(1)).square().mean(1))
-            L_se = L_se + average(each, ~void)
-            confs.append(p.softmax(1).amax(1)[:, ::4, ::4])
-            ys.append(y[:, ::4, ::4])
-            visibles.append(v.m[:, 0, ::4, ::4])
-            valids.append(~void[:, ::4, ::4])
-        fea = torch.cat(feas).movedim(1, 3)
-        conf, y, visible, valid = map(torch.cat, (confs, ys, visibles, valids))
-        conf = conf if weighted else torch.ones_like(conf)
-        terms, prototypes = [], torch.zeros(C, 16) if v_0 is None else v_0.clone()
-        labelled = torch.arange(3 * B)[:, None, None] < B
-        for c in range(C):
-            at = (y == c) & visible & valid & labelled
-            if at.any():
-                mean = (conf[at][:, None] * fea.detach()[at]).sum(0) / conf[at].sum()
-                prototypes[c] = alpha * prototypes[c] + (1 - alpha) * mean
-            at = (y == c) & ~visible & valid
-            if at.any() and prototypes[c].any():
-                cos = F.cosine_similarity(fea[at], prototypes[c][None])
-                terms.append((conf[at] * (1 - cos)).sum() / conf[at].sum() / 10)
+        for x, p, y, void in streams:                                           # Phase II
+            maps = perturbed(E(x * v.m)) if x is v.x_w else E(x * v.m)
+            feas.append(PiD(*maps))
+            target = painted(PiD(*c_fp), y).detach() if x is v.x_w else x
+            L_pi = L_pi + (painted(feas[-1], y) - target).square().mean()
+            p, p_m = p.detach(), SeD(*maps, size)
+            error = (ce(p_m, p.argmax(1)) if semantic == "ce" else
+                     (p_m.softmax(1) - p.softmax(1)).square().mean(1))
+            L_se = L_se + average(error, ~void)
+            for into, t in (confs, p.softmax(1).amax(1)), (ys, y), (voids, void):
+                into.append(t[:, ::4, ::4])
+        conf, y, void = map(torch.cat, (confs, ys, voids))
+        terms, prototypes = equations_9_to_11(
+            torch.cat(feas), y, conf if weighted else torch.ones_like(conf),
+            ~v.m[:, 0, ::4, ::4].repeat(3, 1, 1), void, v_0, 0.99, 10)
         p = torch.cat([p_l, p_s, p_fp]).softmax(1)
-        return ((L_s, L_u, confident), (torch.cat([p_l.argmax(1), y_w_mixed, y_w]),
-                                        torch.cat([conf_w_mixed, conf_w]), p.amax(1),
-                                        p.argmax(1) if semantic == "ce" else p,
-                                        tuple(map(torch.cat, zip(*c_fp)))),
-                (L_pi, sum(terms) / len(terms), L_se), prototypes)
+        seen = (torch.cat([p_l.argmax(1), y_w_mixed, y_w]), torch.cat([conf_w_mixed, conf_w]),
+                p.amax(1), p.argmax(1) if semantic == "ce" else p, tuple(c_fp))
+        return dict(L_s=L_s, L_u=L_u, confident=confident, L_pi=L_pi,
+                    L_fea=sum(terms) / len(terms), L_se=L_se), seen, prototypes
 
     def gradients(self, loss, model):
         return dict(zip(dict(model.named_parameters()), torch.autograd.grad(
@@ -5436,40 +4948,37 @@ class S4mimPhases(S4mimCase):
                                    ({"semantic": "mse", "conf": False},
                                     {"semantic": "mse", "weighted": False})):
             cfg = tiny(psi=0.5, **changes)
-            ours = self.phases(model, v, cfg, v_0)
-            theirs = self.literal(model, v, 0.5, v_0=v_0, **literally)
-            self.assertTrue(0.1 < theirs[0][2] < 0.9)           # some are confident, some not
-            names = ["L_s", "L_u", "confident", "L_pi", "L_fea", "L_se"]
-            for name, a, b in zip(names, (*ours[0], *ours[2]), (*theirs[0], *theirs[2])):
-                if cfg.method == "mim" and name in ("L_fea", "L_se"):
-                    self.assertEqual(a.item(), 0)
+            losses, seen, prototypes = self.phases(model, v, cfg, v_0)
+            expected, expected_seen, expected_v = self.literal(model, v, 0.5, v_0, **literally)
+            self.assertTrue(0.1 < expected["confident"] < 0.9)      # some are confident, some not
+            if cfg.method == "mim":
+                self.assertEqual((losses.pop("L_fea").item(), losses.pop("L_se").item()), (0, 0))
+            else:
+                torch.testing.assert_close(prototypes, expected_v, rtol=1e-4, atol=1e-5)
+            for name, loss in losses.items():
+                self.assertAlmostEqual(loss.item(), expected[name].item(), places=4, msg=name)
+                if name == "confident":
                     continue
-                self.assertAlmostEqual(a.item(), b.item(), places=4, msg=name)
-                if name != "confident":
-                    found, expected = (self.gradients(t, model) for t in (a, b))
-                    for key, g in expected.items():
-                        if g is None or not g.any():
-                            self.assertTrue(found[key] is None or not found[key].any(), key)
-                        else:
-                            self.assertLess((found[key] - g).abs().max().item(),
-                                            1e-3 * g.abs().max().item() + 1e-6, (name, key))
-            for name, a, b in zip(s4mim.Seen._fields, ours[1], theirs[1]):
-                for s, t in zip(a, b) if name == "c_fp" else [(a, b)]:
-                    torch.testing.assert_close(s, t.detach(), rtol=1e-4, atol=1e-4)
-                    self.assertFalse(s.requires_grad, name)
-            if cfg.method != "mim":
-                torch.testing.assert_close(ours[3], theirs[3], rtol=1e-4, atol=1e-5)
+                found = self.gradients(loss, model)
+                for key, g in self.gradients(expected[name], model).items():
+                    if g is None or not g.any():
+                        self.assertTrue(found[key] is None or not found[key].any(), key)
+                    else:
+                        self.assertLess((found[key] - g).abs().max().item(),
+                                        1e-3 * g.abs().max().item() + 1e-6, (name, key))
+            torch.testing.assert_close(tuple(seen), expected_seen, rtol=1e-4, atol=1e-4)
+            self.assertFalse(any(t.requires_grad for t in (*seen[:-1], *seen.c_fp)))
 
     def test_which_weights_each_loss_reaches(self):
         """The table of what learns from what; nothing that should learns from nothing."""
         model, v = small(self.C), self.views()
-        one, seen, two, _ = self.phases(model, v, tiny(psi=0.3), torch.randn(self.C, 16))
+        losses, seen, _ = self.phases(model, v, tiny(psi=0.3), torch.randn(self.C, 16))
         self.assertEqual(set(seen.y.unique().tolist()), set(range(self.C)))
+        self.assertFalse(losses["confident"].requires_grad)
         E, SeD, trunk, heads = "E.", "SeD.", "PiD.", "PiD.heads"
-        for name, loss, reached in (("L_s", one[0], (E, SeD)), ("L_u", one[1], (E, SeD)),
-                                    ("L_pi", two[0], (E, trunk, heads)),
-                                    ("L_fea", two[1], (E, trunk)), ("L_se", two[2], (E, SeD))):
-            for key, g in self.gradients(loss, model).items():
+        for name, reached in (("L_s", (E, SeD)), ("L_u", (E, SeD)), ("L_pi", (E, trunk, heads)),
+                              ("L_fea", (E, trunk)), ("L_se", (E, SeD))):
+            for key, g in self.gradients(losses[name], model).items():
                 part = heads if key.startswith(heads) else key[:key.index(".") + 1]
                 if part not in reached:
                     self.assertIsNone(g, (name, key))
@@ -5477,7 +4986,6 @@ class S4mimPhases(S4mimCase):
                 self.assertTrue(g.isfinite().all() and g.abs().max() > 0, (name, key))
                 if part == heads:                               # of every class
                     self.assertTrue((g.view(self.C, -1).abs().amax(1) > 0).all())
-        self.assertFalse(one[2].requires_grad)
 
     def test_the_steps_gradient_is_that_of_equation_14(self):
         """Two backward passes, each with its share, are one step down the whole loss; and the
@@ -5510,17 +5018,12 @@ class S4mimPhases(S4mimCase):
                 w = model.get_parameter(key).detach()
                 rate = 0.01 if key.startswith("E.") else 0.1            # of the decoders x10
                 expected[key] = w if g is None else w - rate * (g + 1e-4 * w)
-            optimizer = s4mim.make_optimizer(model, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = s4mim.rate(0, 9, group)
-            found = s4mim.train_step(model, s4mim.Prototypes(self.C, 16), optimizer,
-                                     machine.scaler(), machine, cfg, seen)
-            self.assertEqual([t != 0 for t in found[2:6].tolist()], [w != 0 for w in weights])
-            for name, a, b in zip(s4mim.TERMS, found, (loss, L_s, *terms, share)):
-                self.assertAlmostEqual(a.item(), b.item(), places=5, msg=name)
-            for key, w in expected.items():
-                torch.testing.assert_close(model.get_parameter(key).detach(), w, rtol=1e-4,
-                                           atol=1e-6)
+            found, _ = self.step(model, seen, cfg)
+            self.assertEqual([t != 0 for t in list(found.values())[2:6]], [w != 0 for w in weights])
+            for (name, a), b in zip(found.items(), (loss, L_s, *terms, share)):
+                self.assertAlmostEqual(a, b.item(), places=5, msg=name)
+            torch.testing.assert_close({k: p.detach() for k, p in model.named_parameters()},
+                                       expected, rtol=1e-4, atol=1e-6)
 
     def test_the_third_stream_has_no_error_where_a_perfect_painter_sees(self):
         """E and PiD that look at single pixels paint what they see whatever is removed elsewhere:
@@ -5535,11 +5038,11 @@ class S4mimPhases(S4mimCase):
             model.PiD.project[0].weight.zero_()                 # nothing from far away
             for one in (*(part[0] for part in model.PiD.fuse), model.PiD.heads):
                 one.weight *= torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
-        made, heads = [], s4mim.class_heads
+        outputs, heads = [], s4mim.class_heads
         with mock.patch("s4mim.class_heads",
-                        side_effect=lambda *args: made.append(heads(*args)) or made[-1]):
+                        side_effect=lambda *args: outputs.append(heads(*args)) or outputs[-1]):
             self.phases(model, v, cfg)
-        r, x = made                                             # before they are enlarged
+        r, x = outputs                                             # before they are enlarged
         error, visible = (r[2 * B:] - x).abs().amax(1), v.m[:, 0, ::4, ::4]
         self.assertLess(error[visible].max().item(), 1e-5)
         self.assertGreater(error[~visible].min().item(), 1e-5)
@@ -5551,15 +5054,14 @@ class S4mimPhases(S4mimCase):
         v, start = self.views(), small(self.C).state_dict()
         for method in "s4mim", "fixmatch":
             cfg = tiny(method=method)
-            machine, stepped = common.Machine(cfg), s4mim.build(cfg, self.C).train()
+            stepped = s4mim.build(cfg, self.C).train()
             stepped.load_state_dict({k: start[k] for k in stepped.state_dict()})
             clean, seen = copy.deepcopy(stepped), []
-            for norm in stepped.modules():
-                if isinstance(norm, torch.nn.BatchNorm2d):
-                    norm.register_forward_hook(lambda norm, x, y: seen.append(
-                        (y - norm.bias[:, None, None]).float().mean((0, 2, 3)).abs().max().item()))
-            s4mim.train_step(stepped, s4mim.Prototypes(self.C, 16),
-                             s4mim.make_optimizer(stepped, cfg), machine.scaler(), machine, cfg, v)
+            norms = [m for m in stepped.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+            for norm in norms:
+                norm.register_forward_hook(lambda norm, x, y: seen.append(
+                    (y - norm.bias[:, None, None]).float().mean((0, 2, 3)).abs().max().item()))
+            self.step(stepped, v, cfg)
             self.assertLess(max(seen), 1e-3)            # normalised by the batch's own mean
             clean(torch.cat([v.x_l, v.x_w]))
             moved, expected = stepped.state_dict(), clean.state_dict()
@@ -5567,8 +5069,7 @@ class S4mimPhases(S4mimCase):
                 if name.endswith(("running_mean", "running_var", "batches_tracked")):
                     torch.testing.assert_close(moved[name], expected[name], msg=name)
                     self.assertEqual(name.startswith("PiD"), moved[name].equal(start[name]), name)
-            self.assertTrue(all(m.track_running_stats for m in stepped.modules()
-                                if isinstance(m, torch.nn.BatchNorm2d)))
+            self.assertTrue(all(norm.track_running_stats for norm in norms))
 
     def test_step_png_shows_what_a_step_sees_and_moves_nothing(self):
         root = self.folder(n=12, classes=self.C, size=(40, 50))
@@ -5588,117 +5089,74 @@ class S4mimPhases(S4mimCase):
                                 labeled.info, "step.png")
             (_, tiles, titles, *_), (v,) = sheet.call_args.args, views
             self.assertEqual(titles, rows)
-            for name, t in model.state_dict().items():
-                self.assertTrue(t.equal(before[name]), name)
+            same_bits(model.state_dict(), before)
             # as in training, with the statistics of the batch
             p = model.train()(torch.cat([v.x_l, v.x_w]))[4:].softmax(1).detach()
             for shown, conf, y in zip(tiles[1], *p.max(1)):
                 y = np.where(conf < 0.3, 255, y)
-                np.testing.assert_array_equal(shown, common.colorize(y.astype(np.uint8),
+                arrays_equal(shown, common.colorize(y.astype(np.uint8),
                                                                      labeled.info.colors))
 
     def test_a_batch_without_anything_to_learn_from(self):
         v, everywhere = self.views(), torch.ones(self.B, self.S, self.S).bool()
         v = v._replace(y_l=torch.full_like(v.y_l, 255), void_w=everywhere, void_s=everywhere)
-        cfg = tiny()
-        machine, model = common.Machine(cfg), s4mim.build(cfg, self.C).train()
-        prototypes = s4mim.Prototypes(self.C, 16)
-        terms = s4mim.train_step(model, prototypes, s4mim.make_optimizer(model, cfg),
-                                 machine.scaler(), machine, cfg, v)
-        terms = dict(zip(s4mim.TERMS, terms.tolist()))
+        model = s4mim.build(tiny(), self.C).train()
+        terms, prototypes = self.step(model, v, tiny())
         self.assertEqual([terms[k] for k in ("loss_s", "loss_u", "loss_fea", "loss_se")], [0] * 4)
         self.assertAlmostEqual(terms["loss"], terms["loss_pi"] / 3 / 3.25, places=5)
         self.assertTrue(all(w.isfinite().all() for w in model.state_dict().values()))
-        self.assertFalse(prototypes.v.any())
+        self.assertFalse(prototypes.any())
 
     def test_half_precision_is_near(self):
-        v, cfg = self.views(), tiny(psi=0.4)
-        found = []
+        v, cfg, found = self.views(), tiny(psi=0.4), []
         for amp in "off", "bf16":
-            machine, model = common.Machine(tiny(amp=amp)), small(self.C)
-            optimizer = s4mim.make_optimizer(model, cfg)
-            found.append(s4mim.train_step(model, s4mim.Prototypes(self.C, 16), optimizer,
-                                          machine.scaler(), machine, cfg, v))
+            model = small(self.C)
+            terms, _ = self.step(model, v, cfg, common.Machine(tiny(amp=amp)))
+            found.append(terms)
             self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
         torch.testing.assert_close(*found, rtol=0.05, atol=0.01)
 
 
-class S4mimPretrained(S4mimCase):
-    def release(self, name, width=64, prefix=""):
-        """A file with names and shapes of torchvision's release, written out independently."""
-        made = torch.Generator().manual_seed(0)
-        weights = {prefix + k: torch.tensor(7) if shape == () else
-                   torch.rand(shape, generator=made)
-                   for k, shape in torchvision(name, width).items()}
-        head = {"fc.weight": torch.rand(1000, 8), "fc.bias": torch.rand(1000)}
-        torch.save(weights | head, self.tmp / f"{name}.pth")
-        return weights | head
+class S4mimPretrained(Pretrained, MethodCase):
+    script, encoder, model = "s4mim.py", "backbone", "resnet18"
+    urls = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for name, digest in (
+        ("resnet18", "f37072fd"), ("resnet50", "0676ba61"), ("resnet101", "63fe2227"))}
+    misfit = ["0 of its tensors fit", "resnet18"]
+    others = ({"backbone": "resnet50"}, ["resnet50"]), ({"width": 8}, ["--width 8"])
 
-    def load(self, source, **changes):
-        cfg = tiny(pretrained=str(source), **changes)
-        torch.manual_seed(0)
-        E, text = s4mim.ResNet(cfg.backbone, cfg.stem, cfg.width), io.StringIO()
-        before = {k: v.clone() for k, v in E.state_dict().items()}
-        with contextlib.redirect_stdout(text):
-            s4mim.load_encoder(E, cfg)
-        return before, E.state_dict(), text.getvalue()
+    def release(self, model=model, prefix=""):
+        weights = {prefix + k: v for k, v in filled(torchvision(model, 4)).items()}
+        return weights | {"fc.weight": torch.rand(1000, 8), "fc.bias": torch.rand(1000)}
+
+    def network(self, **changes):
+        cfg = tiny(**changes)
+        E = s4mim.ResNet(cfg.backbone, cfg.stem, cfg.width)
+        return E, lambda: s4mim.load_encoder(E, cfg)
 
     def test_every_weight_of_the_encoder_comes_from_the_file(self):
         for name, prefix in ("resnet18", ""), ("resnet50", "module.backbone."):
-            theirs = self.release(name, 4, prefix)
-            _, after, text = self.load(self.tmp / f"{name}.pth", backbone=name)
-            for key, value in after.items():
-                self.assertTrue(torch.equal(value, theirs[prefix + key]), key)
+            released = self.release(name, prefix)
+            _, after, text = self.load(self.write(released), backbone=name)
+            same_bits(after, {key: released[prefix + key] for key in after})
             n = sum("num_batches" not in key for key in after)
             self.assertIn(f"{n} of E's {n} tensors; not used: fc.bias, fc.weight\n", text)
             self.assertNotIn("not in the file", text)
 
     def test_a_deep_stem_keeps_its_own_and_says_which(self):
-        theirs = self.release("resnet50", 4)
-        before, after, text = self.load(self.tmp / "resnet50.pth", backbone="resnet50",
-                                        stem="deep")
-        self.assertIn("not in the file: bn1.bias,", text)
-        self.assertIn("conv1.0.weight", text)
-        self.assertIn("not used: bn1.bias,", text)              # of another shape
-        for key, value in after.items():
-            kept = not (key in theirs and theirs[key].shape == value.shape)
-            self.assertTrue(torch.equal(value, before[key] if kept else theirs[key]), key)
-        self.assertTrue(torch.equal(after["layer4.2.conv3.weight"],
-                                    theirs["layer4.2.conv3.weight"]))
-
-    def test_what_cannot_be_loaded_is_one_line(self):
-        (self.tmp / "no.pth").write_bytes(b"nothing")
-        torch.save({"a": torch.ones(1)}, self.tmp / "other.pth")
-        torch.save([1], self.tmp / "list.pth")
-        self.release("resnet18", 4)
-        for source, words in (("gone.pth", ["gone.pth", "cannot be read", "resnet18-f37072fd"]),
-                              ("no.pth", ["no.pth", "cannot be read"]),
-                              ("list.pth", ["list.pth", "cannot be read"]),
-                              ("other.pth", ["other.pth", "0 of its tensors fit", "resnet18"])):
-            with self.fails(*words):
-                self.load(self.tmp / source)
-        with self.fails("resnet50"):                                    # another network's
-            self.load(self.tmp / "resnet18.pth", backbone="resnet50")
-        with self.fails("--width 8"):
-            self.load(self.tmp / "resnet18.pth", width=8)
+        released = self.release("resnet50")
+        before, after, text = self.load(self.write(released), backbone="resnet50", stem="deep")
+        for words in ("not in the file: bn1.bias,", "conv1.0.weight",
+                      "not used: bn1.bias,"):                           # of another shape
+            self.assertIn(words, text)
+        fits = [k for k, v in before.items() if k in released and released[k].shape == v.shape]
+        same_bits(after, before | {key: released[key] for key in fits})
+        same_bits(after["layer4.2.conv3.weight"], released["layer4.2.conv3.weight"])
         with self.fails("standard stem", "--stem deep"):
             self.load("imagenet", stem="deep")
 
-    def test_imagenet_is_the_release_checked_by_its_hash(self):
-        for name, digest in (("resnet18", "f37072fd"), ("resnet50", "0676ba61"),
-                             ("resnet101", "63fe2227")):
-            weights = self.release(name, 4)
-            with mock.patch("torch.hub.load_state_dict_from_url", return_value=weights) as asked:
-                self.load("imagenet", backbone=name)
-            self.assertEqual(asked.call_args.args,
-                             (f"https://download.pytorch.org/models/{name}-{digest}.pth",))
-            self.assertTrue(asked.call_args.kwargs["check_hash"])
-            self.assertTrue(asked.call_args.kwargs["weights_only"])
-
-
     def test_a_release_that_does_not_arrive_whole_is_never_taken(self):
-        theirs, hub = self.release("resnet18", 4), self.tmp / "hub"
-        content = (self.tmp / "resnet18.pth").read_bytes()
+        released, hub = self.release(), self.tmp / "hub"
+        content = self.write(released).read_bytes()
         digest = hashlib.sha256(content).hexdigest()[:8]
 
         def load(name):
@@ -5706,7 +5164,7 @@ class S4mimPretrained(S4mimCase):
             with mock.patch.dict(s4mim.RELEASE, resnet18=url), \
                     contextlib.redirect_stderr(io.StringIO()), \
                     mock.patch.dict(os.environ, TORCH_HOME=str(hub)):
-                return self.load("imagenet", backbone="resnet18")
+                return self.load("imagenet")
 
         with Server() as server:
             server.content = content
@@ -5718,11 +5176,10 @@ class S4mimPretrained(S4mimCase):
                     load(f"resnet18-{name}.pth")
                 self.assertEqual(list(hub.rglob("*.*")), [])
             _, after, _ = load(f"resnet18-{digest}.pth")
-            self.assertTrue(torch.equal(after["layer4.0.conv1.weight"],
-                                        theirs["layer4.0.conv1.weight"]))
+            same_bits(after["layer4.0.conv1.weight"], released["layer4.0.conv1.weight"])
 
 
-class S4mimTraining(S4mimCase):
+class S4mimTraining(MethodCase):
     def test_the_papers_recipes(self):
         """Section IV-A and Eq. 14, typed in; psi and the decoders' rate are UniMatch's."""
         paper = dict(backbone="resnet101", batch_size=16, size=321, lr=0.001, weight_decay=1e-4,
@@ -5730,15 +5187,13 @@ class S4mimTraining(S4mimCase):
                      lambda_mp=1 / 3, lambda_mf=0.05, lambda_ms=0.1 / 3, psi=0.95, decoder_lr=10,
                      pixel_lr=10, ohem=False, window="whole", method="s4mim", semantic="ce",
                      pi=True, fea=True, burn_in=0, se=True, dic=True, conf=True,
-                     pretrained="imagenet",
-                     zoom=1)
+                     pretrained="imagenet", zoom=1)
         cities = dict(size=801, lr=0.005, epochs=240, ohem=True, window="slide", psi=0,
                       decoder_lr=1, pixel_lr=1)
         for name, expected in ("voc", paper), ("cityscapes", paper | cities):
             cfg, _ = common.parse(s4mim.Config, s4mim.RECIPES, "", ["--data", name])
             s4mim.fill_in(cfg)
-            for key, value in expected.items():
-                self.assertEqual(getattr(cfg, key), value, (name, key))
+            self.assertEqual({key: getattr(cfg, key) for key in expected}, expected)
             s4mim.check(cfg)
 
     def test_patches_in_small_crops_have_the_same_share_of_their_side(self):
@@ -5753,10 +5208,10 @@ class S4mimTraining(S4mimCase):
         text, real = io.StringIO(), data.labeled_split
         cfg = tiny(data="voc", root=str(self.tmp), labeled="1", batch_size=16)
         with contextlib.redirect_stdout(text):
-            for n in 1463, 10_581:          # the labelled picture, and n times the other
+            for n in 1463, 10_581:          # the labelled image, and n times the other
                 with mock.patch("data.labeled_split", lambda *args: [
                         part * times for part, times in zip(real(*args), (1, n))]), \
-                        mock.patch("data.Dataset", lambda *args, items, **more: items):
+                        mock.patch("data.Dataset", lambda *args, items, **extra: items):
                     s4mim.datasets(cfg)
         lines = [t for t in text.getvalue().splitlines() if "instead of the paper's" in t]
         self.assertEqual(lines, [
@@ -5780,22 +5235,22 @@ class S4mimTraining(S4mimCase):
                                                   cfg).param_groups), 2)
 
     def test_flags_that_cannot_be(self):
-        for changes, words in (
-                ({"size": 31}, ["--size 31"]), ({"width": 6}, ["--width 6", "multiple of 4"]),
-                ({"batch_size": 5}, ["--batch-size 5", "multiple of 2"]),
-                ({"batch_size": 2}, ["--batch-size 2", "at least 4"]),
-                ({"ratio": 0.0}, ["--ratio 0.0"]), ({"ratio": 1.0}, ["--ratio 1.0"]),
-                ({"ratio": 0.02}, ["--ratio 0.02", "36 patches", "at least one"]),
-                ({"patch": 99}, ["--patch 99", "1 patches"]), ({"patch": 0}, ["--patch 0"]),
-                ({"epochs": -1}, ["--epochs -1"]), ({"lr": -1.0}, ["--lr -1"]),
-                ({"lr": float("nan")}, ["--lr nan"]), ({"zoom": 0.0}, ["--zoom"]),
-                ({"tau": 0.0}, ["--tau"]), ({"decoder_lr": 0.0}, ["--decoder-lr"]),
-                ({"pixel_lr": 0.0}, ["--pixel-lr"]),
-                ({"alpha": 1.0}, ["--alpha 1.0"]), ({"alpha": -0.1}, ["--alpha"]),
-                ({"lambda_mf": -0.1}, ["--lambda"]), ({"psi": -0.5}, ["--psi"]),
-                ({"setup": "aug"}, ["--setup aug", "voc"]), ({"eval_every": 0}, ["--eval-every"]),
-                ({"burn_in": -1}, ["--burn-in -1"]), ({"stride": 4}, ["--stride 4", "8 or 16"]),
-                ({"to": "x"}, ["--predict"]), ({"ckpt": "x"}, ["--predict"])):
+        for changes, *words in (
+                ({"size": 31}, "--size 31"), ({"width": 6}, "--width 6", "multiple of 4"),
+                ({"batch_size": 5}, "--batch-size 5", "multiple of 2"),
+                ({"batch_size": 2}, "--batch-size 2", "at least 4"),
+                ({"ratio": 0.0}, "--ratio 0.0"), ({"ratio": 1.0}, "--ratio 1.0"),
+                ({"ratio": 0.02}, "--ratio 0.02", "36 patches", "at least one"),
+                ({"patch": 99}, "--patch 99", "1 patches"), ({"patch": 0}, "--patch 0"),
+                ({"epochs": -1}, "--epochs -1"), ({"lr": -1.0}, "--lr -1"),
+                ({"lr": float("nan")}, "--lr nan"), ({"zoom": 0.0}, "--zoom"),
+                ({"tau": 0.0}, "--tau"), ({"decoder_lr": 0.0}, "--decoder-lr"),
+                ({"pixel_lr": 0.0}, "--pixel-lr"), ({"psi": -0.5}, "--psi"),
+                ({"alpha": 1.0}, "--alpha 1.0"), ({"alpha": -0.1}, "--alpha"),
+                ({"lambda_mf": -0.1}, "--lambda"), ({"eval_every": 0}, "--eval-every"),
+                ({"setup": "aug"}, "--setup aug", "voc"), ({"burn_in": -1}, "--burn-in -1"),
+                ({"stride": 4}, "--stride 4", "8 or 16"), ({"to": "x"}, "--predict"),
+                ({"ckpt": "x"}, "--predict")):
             with self.subTest(changes), self.fails(*words):
                 s4mim.check(tiny(**changes))
         s4mim.check(tiny())
@@ -5807,19 +5262,17 @@ class S4mimTraining(S4mimCase):
 
     def test_both_kinds_are_drawn_apart_and_meet_others_in_each_epoch(self):
         root = self.folder(n=40, size=(40, 50))
-        cfg = tiny(data=str(root), labeled="6")
-        labeled, unlabeled, digest = s4mim.datasets(cfg)
+        labeled, unlabeled, digest = s4mim.datasets(tiny(data=str(root), labeled="6"))
         everything = {i.stem for i in data.list_items(str(root), "", "train")}
         stems = [{i.stem for i in part.items} for part in (labeled, unlabeled)]
         self.assertEqual((len(stems[0]), stems[0] & stems[1]), (6, set()))
         self.assertEqual(stems[0] | stems[1], everything)
         self.assertEqual({i.mask for i in unlabeled.items}, {None})
-        self.assertEqual(digest, hashlib.sha256(
-            "\n".join(sorted(stems[0])).encode()).hexdigest()[:12])
+        self.assertEqual(digest, hashed(stems[0]))
         for part in labeled, unlabeled:
             self.assertEqual((part.train, part.flip, part.crop, part.scale),
                              (True, True, 32, (0.5, 2)))
-        # which labelled picture goes with which unlabelled one, epoch after epoch
+        # which labelled image goes with which unlabelled one, epoch after epoch
         n, met = len(unlabeled), []
         loaders = [data.train_loader(part, 1, seed=common.seed_of(0, kind), stop=3 * n,
                                      endless=True)
@@ -5833,7 +5286,7 @@ class S4mimTraining(S4mimCase):
 
 
 class Fake:
-    """A network whose answer hangs on where in its input a pixel lies."""
+    """A network whose answer for a pixel depends on where in its input it lies."""
     SeD = mock.Mock(**{"classifier.out_channels": 3})
 
     def __init__(self):
@@ -5845,126 +5298,102 @@ class Fake:
         return x + torch.stack([rows + 0 * x[0, 0], -rows * x[0, 0], x[0, 2]])
 
 
-class S4mimEvaluation(S4mimCase):
+class S4mimEvaluation(MethodCase):
     def test_windows_cover_every_pixel(self):
-        for length in range(1, 120):
-            for window in 1, 2, 7, 32, 200:
-                places = s4mim.places(length, window)
-                covered = {p + i for p in places for i in range(window)}
-                self.assertTrue(covered >= set(range(length)))
-                self.assertEqual(places, sorted(set(places)))
-                self.assertEqual(places[0], 0)
-                self.assertEqual(places[-1], max(0, length - window))
-                steps = np.diff(places)
-                self.assertTrue((steps <= max(1, 2 * window // 3)).all())
+        for length, window in itertools.product(range(1, 120), (1, 2, 7, 32, 200)):
+            places = s4mim.places(length, window)
+            covered = {p + i for p in places for i in range(window)}
+            self.assertTrue(covered >= set(range(length)))
+            self.assertEqual(places, sorted(set(places)))
+            self.assertEqual((places[0], places[-1]), (0, max(0, length - window)))
+            self.assertTrue((np.diff(places) <= max(1, 2 * window // 3)).all())
         # Cityscapes, 801: as UniMatch's sliding window does it
         self.assertEqual(s4mim.places(1024, 801), [0, 223])
         self.assertEqual(s4mim.places(2048, 801), [0, 534, 1068, 1247])
 
     def test_probabilities_average_the_windows(self):
-        machine = common.Machine(tiny())
-        x = torch.from_numpy(self.rng.standard_normal((1, 3, 50, 71))).float()
-        fake = Fake()
+        machine, x, fake = common.Machine(tiny()), self.normal(1, 3, 50, 71).float(), Fake()
         whole = s4mim.probabilities(fake, x, tiny(), machine)
         self.assertEqual(fake.sizes, [(50, 71)])
         torch.testing.assert_close(whole, Fake()(x).softmax(1))
         found = s4mim.probabilities(fake, x, tiny(window="slide"), machine)
         total, times = np.zeros((3, 50, 71)), np.zeros((50, 71))
-        for top in 0, 18:                   # two thirds of 32 apart, the last flush
-            for left in 0, 21, 39:
-                part = Fake()(x[..., top:top + 32, left:left + 32]).softmax(1)[0].numpy()
-                total[:, top:top + 32, left:left + 32] += part
-                times[top:top + 32, left:left + 32] += 1
+        for top, left in itertools.product((0, 18), (0, 21, 39)):   # 2/3 of 32, the last flush
+            at = np.s_[..., top:top + 32, left:left + 32]
+            total[at] += Fake()(x[at]).softmax(1)[0].numpy()
+            times[at] += 1
         self.assertEqual(set(np.unique(times)), {1, 2, 4})
         np.testing.assert_allclose(found[0], total / times, atol=1e-6)
         np.testing.assert_allclose(found.sum(1), np.ones((1, 50, 71)), atol=1e-5)
-        # windows of a picture that is smaller than one
+        # windows of an image that is smaller than one
         little = s4mim.probabilities(fake, x[..., :9, :40], tiny(window="slide"), machine)
         self.assertEqual((fake.sizes[-2:], little.shape[2:]), ([(9, 32), (9, 32)], (9, 40)))
 
-    def test_probabilities_of_shrunken_pictures(self):
-        x = torch.from_numpy(self.rng.standard_normal((1, 3, 48, 80))).float()
-        fake, machine = Fake(), common.Machine(tiny())
-        found = s4mim.probabilities(fake, x, tiny(zoom=0.5), machine)
+    def test_probabilities_of_shrunken_images(self):
+        x, fake = self.normal(1, 3, 48, 80).float(), Fake()
+        found = s4mim.probabilities(fake, x, tiny(zoom=0.5), common.Machine(tiny()))
         self.assertEqual(fake.sizes, [(24, 40)])
         half = np.stack([Image.fromarray(plane.numpy()).resize((40, 24), Image.BILINEAR)
                          for plane in x[0]])[None]
         p = Fake()(torch.from_numpy(half)).softmax(1)
         torch.testing.assert_close(found, stretched(p, (48, 80)), rtol=1e-4, atol=1e-5)
 
-    def test_evaluation_against_a_loop_over_pictures(self):
+    def test_evaluation_against_a_loop_over_images(self):
         root = self.folder(6, classes=3, size=(40, 52))
         self.folder(5, classes=3, size=(33, 32), sub="val")
         save(root / "val/images/p009.png", self.noise(20, 45, 3))       # of another size
         save(root / "val/masks/p009.png", self.noise(20, 45) % 2)
-        for path in (root / "val/masks").iterdir():                     # void as well
-            mask = np.array(Image.open(path))
-            mask[:3] = 255
-            save(path, mask)
+        rewrite(root / "val/masks", void_first_rows)
         model, machine = small(4), common.Machine(tiny())
         info = data.Info("own", tuple("abcd"), ((0, 0, 0),) * 4, (0, 1, 2, 3))
-        for data_of in root, root / "val":                              # one size, or two
+        for data_of, split in (root, "val"), (root / "val", "train"):   # two sizes, or one
             cfg = tiny(data=str(data_of))
-            split = "val" if data_of == root else "train"
             loader = s4mim.eval_loader(cfg, split, machine)
             found = s4mim.evaluate(model, loader, cfg, machine, info)
-            inter, union, pixels = np.zeros(4), np.zeros(4), np.zeros(4)
-            loss = n = 0
+            answer, truth, losses = [], [], []
             for item in data.list_items(str(data_of), "", split):
-                image = np.array(Image.open(item.image)) / 255.0
-                truth = np.array(Image.open(item.mask))
-                x = (image - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+                label = pixels(item.mask)
                 with torch.no_grad():
-                    p = model(torch.from_numpy(x).permute(2, 0, 1)[None].float())[0]
-                p = p.double().softmax(0).numpy()
-                answer = p.argmax(0)
-                for c in range(4):
-                    right, is_c = (truth == c) & (answer == c), truth == c
-                    inter[c] += right.sum()
-                    union[c] += (is_c | ((answer == c) & (truth != 255))).sum()
-                    pixels[c] += is_c.sum()
-                    loss -= np.log(p[c][is_c]).sum()
-                    n += is_c.sum()
-            np.testing.assert_allclose(found["class_iou"], 100 * inter / union, rtol=1e-6)
-            self.assertAlmostEqual(found["miou"], 100 * np.mean(inter / union), places=4)
-            self.assertAlmostEqual(found["loss"], loss / n, places=4)
+                    p = model(normalised(pixels(item.image)))[0].double().softmax(0).numpy()
+                answer.append(p.argmax(0).ravel()), truth.append(label.ravel())
+                losses += [-np.log(p[c][label == c]) for c in range(4)]
+            truth = np.concatenate(truth)
+            iou = naive_iou(np.concatenate(answer), truth, 4)
+            np.testing.assert_allclose(found["class_iou"], iou, rtol=1e-6)
+            self.assertAlmostEqual(found["miou"], np.mean(iou), places=4)
+            self.assertAlmostEqual(found["loss"], np.concatenate(losses).mean(), places=4)
             # the best constant answer is the most frequent class: its share, over three classes
-            self.assertAlmostEqual(found["constant"], 100 * pixels.max() / n / 3, places=3)
+            shares = np.bincount(truth[truth != 255]) / (truth != 255).sum()
+            self.assertAlmostEqual(found["constant"], 100 * shares.max() / 3, places=3)
 
 
-def here(*argv):
-    """Run s4mim.py in this process, which saves the start of another; what it prints."""
-    text, ctrl_c = io.StringIO(), signal.getsignal(signal.SIGINT)
-    try:
-        with mock.patch("sys.argv", ["s4mim.py", *map(str, argv)]), \
-                contextlib.redirect_stdout(text):
-            s4mim.main()
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-    return text.getvalue()
+class S4mimRuns(Runs, MethodCase):
+    script, flags = "s4mim.py", S4MIM
+    files = Runs.files | {"labeled.txt"}
+    counts = ["params", "params_E", "params_PiD"]
+    paper = (["--data", "voc", "--stem", "deep", "--pretrained", "none"],
+             {"params": 59_468_085, "params_E": 42_623_936}, "59,468,085")
+    methods = [(images, ["--method", method])               # suponly has the labelled alone
+               for images, method in ((2, "suponly"), (4, "fixmatch"), (4, "s4mim"))]
 
-
-class S4mimRuns(S4mimCase):
     def same_state(self, a, b):
-        """Whether two checkpoints hold the same bits, whatever took them there."""
-        self.assertEqual(a["step"], b["step"])
-        for part in "model", "prototypes":
-            self.assertEqual(a[part].keys(), b[part].keys())
-            for name, value in a[part].items():
-                self.assertTrue(torch.equal(value, b[part][name]), name)
-        states = [end["optimizer"]["state"] for end in (a, b)]
-        self.assertEqual(states[0].keys(), states[1].keys())
-        for n, state in states[0].items():
-            for name, value in state.items():
-                self.assertTrue(torch.equal(value, states[1][n][name]), name)
+        """Two checkpoints hold the same bits, whatever took them there."""
+        for state in a, b:
+            state["momentum"] = state["optimizer"]["state"]
+        for part in "step", "model", "prototypes", "momentum":
+            same_bits(a[part], b[part])
 
     def own(self, n=24, size=(40, 44)):
-        """A folder of n training and 4 validation pictures of four classes, and flags for it."""
+        """A folder of n training and 4 validation images of four classes, and flags for it."""
         root = self.folder(n, 4, size)
-        self.folder(4, 4, size, sub="val")
-        (root / "classes.txt").write_text("a\nb\nc\nd\n")
+        self.folder(4, 4, size, sub="val", names="abcd")
         return root, [*S4MIM, "--data", root, "--backbone", "resnet18", "--pretrained", "none",
                       "--psi", 0.3, "--lr", 0.01]
+
+    def train(self, *argv, out):
+        """The last checkpoint of a run in self.tmp / out."""
+        self.runs(*argv, "--out", self.tmp / out)
+        return saved(self.tmp / out / "last.pt")
 
     def test_a_run_from_the_command_line_its_baseline_and_their_evaluation(self):
         out = self.tmp / "run"
@@ -5972,30 +5401,23 @@ class S4mimRuns(S4mimCase):
                  "--epochs", 20]
         done = new_process("s4mim.py", *flags, "--out", out)
         self.assertEqual(done.returncode, 0, done.stderr)
-        files = {"config.json", "log.csv", "last.pt", "best.pt", "samples.png", "curves.png",
-                 "metrics.json", "labeled.txt"}
-        self.assertEqual({p.name for p in out.iterdir()}, files | {"step.png", "suponly"})
-        self.assertEqual({p.name for p in (out / "suponly").iterdir()}, files)
-        full, base = (json.loads((run / "metrics.json").read_text())
-                      for run in (out, out / "suponly"))
+        expected = s4mim.S4MIM(6, "resnet18", "standard", 4)
+        params = s4mim.parameters(expected.E, expected.SeD)
+        full = self.finished(out, 3, params, also=["step.png", "suponly"])
+        base = self.finished(out / "suponly", 3, params)
         self.assertEqual(list(full), [
             "miou", "class_iou", "constant", "epoch", "steps", "seconds", "params", "method",
             "labeled", "labeled_hash"])
-        expected = s4mim.S4MIM(6, "resnet18", "standard", 4)
-        for scores, method in (full, "s4mim"), (base, "suponly"):
-            self.assertEqual((scores["steps"], scores["labeled"], scores["method"]),
-                             (3, 6, method))
-            self.assertEqual(scores["params"], s4mim.parameters(expected.E, expected.SeD))
-            self.assertAlmostEqual(scores["miou"], np.mean(
-                [v for v in scores["class_iou"] if v is not None]), places=3)
+        labels = [i.stem for i in data.labeled_split("shapes", "", str(out / "labeled.txt"))[0]]
+        for found, method in (full, "s4mim"), (base, "suponly"):
+            self.assertEqual([found[k] for k in ("method", "labeled", "labeled_hash")],
+                             [method, len(labels), hashed(labels)])
+        self.assertEqual(len(labels), 6)
         self.assertEqual(done.stdout.splitlines()[-1],
                          f"with the same labels and steps: --method suponly {base['miou']:.2f}, "
                          f"--method s4mim {full['miou']:.2f}")
 
-        rows = [list(csv.DictReader((run / "log.csv").read_text().splitlines()))
-                for run in (out, out / "suponly")]
-        self.assertEqual([len(r) for r in rows], [1, 1])
-        (row,), (plain,) = rows
+        (row,), (plain,) = table(out / "log.csv"), table(out / "suponly/log.csv")
         terms = {k: float(v) for k, v in row.items()}
         self.assertAlmostEqual(terms["loss"], (
             terms["loss_s"] + terms["loss_u"] / 2 + terms["loss_pi"] / 3
@@ -6008,97 +5430,60 @@ class S4mimRuns(S4mimCase):
             self.assertEqual((group["momentum"], group["weight_decay"]), (0.9, 1e-4))
         self.assertEqual(plain["loss"], plain["loss_s"])
         self.assertEqual([float(plain[f"loss_{k}"]) for k in ("u", "pi", "fea", "se")], [0] * 4)
-        labels = [i.stem for i in data.labeled_split("shapes", "", str(out / "labeled.txt"))[0]]
-        self.assertEqual(len(labels), 6)
-        self.assertEqual(full["labeled_hash"], hashlib.sha256(
-            "\n".join(sorted(labels)).encode()).hexdigest()[:12])
-        self.assertEqual(base["labeled_hash"], full["labeled_hash"])
-        sizes = {}
-        for name in "samples", "step", "curves":
-            with Image.open(out / f"{name}.png") as picture:
-                sizes[name] = picture.size
+        samples, step, curves = (pixels(out / f"{name}.png").shape[:2] for name in
+                                 ("samples", "step", "curves"))
         # tiles of 160 with 4 between them: 3 rows in samples.png, 8 in step.png; a line for the
         # title and one for the legend have 22 each, with 8 between the legend and the tiles
-        self.assertEqual((sizes["samples"][1], sizes["step"][1]),
-                         (22 + 4 + 3 * 164 + 8 + 22, 22 + 4 + 8 * 164 + 8 + 22))
-        self.assertTrue(6 * 164 < sizes["samples"][0] < 6 * 164 + 120)
-        self.assertTrue(4 * 164 < sizes["step"][0] < 4 * 164 + 200)
-        self.assertEqual(sizes["curves"], (1120, 420))
+        self.assertEqual((samples[0], step[0], curves), (
+            22 + 4 + 3 * 164 + 8 + 22, 22 + 4 + 8 * 164 + 8 + 22, (420, 1120)))
+        self.assertTrue(6 * 164 < samples[1] < 6 * 164 + 120)
+        self.assertTrue(4 * 164 < step[1] < 4 * 164 + 200)
 
-        text = here("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
-                    self.tmp / "eval")
-        for name, scores in ("run-last", full), ("suponly-best", base):
-            again = json.loads((self.tmp / f"eval/{name}/metrics.json").read_text())
-            self.assertEqual({k: again[k] for k in ("class_iou", "constant", "method")},
-                             {k: scores[k] for k in ("class_iou", "constant", "method")})
+        text = self.runs("--eval", out / "last.pt", out / "suponly/best.pt", "--out",
+                         self.tmp / "eval")
+        for name, found in ("run-last", full), ("suponly-best", base):
+            again = scores(self.tmp / "eval" / name)
+            for key in "class_iou", "constant", "method":
+                self.assertEqual(again[key], found[key])
             self.assertTrue((self.tmp / f"eval/{name}/samples.png").exists())
-            self.assertIn(f"mIoU {scores['miou']:.2f}", text)
-        here("--eval", out / "last.pt", "--window", "slide", "--zoom", 1.5, "--out",
-             self.tmp / "zoomed")                               # may be given, and change it
-        again = json.loads((self.tmp / "zoomed/metrics.json").read_text())
-        self.assertNotEqual(again["class_iou"], full["class_iou"])
+            self.assertIn(f"mIoU {found['miou']:.2f}", text)
+        self.runs("--eval", out / "last.pt", "--window", "slide", "--zoom", 1.5, "--out",
+                  self.tmp / "zoomed")                          # may be given, and change it
+        self.assertNotEqual(scores(self.tmp / "zoomed")["class_iou"], full["class_iou"])
 
-        for argv, words in (
-                ([*flags, "--out", out], ["already holds a run"]),
-                ([*flags, "--out", out, "--resume", "--lr", 0.5], ["lr was 0.02, now 0.5"]),
-                ([*flags, "--init", self.tmp / "no.pt"], ["no.pt"]),
-                ([*flags, "--labeled", 5000], ["--labeled 5000", "512"]),
-                (["--modle", "x"], ["--modle"]), (["--method", "fixmacth"], ["fixmatch"]),
-                (["--size", 30], ["--size 30"]), (["--data", "gone"], ["--data gone"]),
-                (["--predict", self.tmp], ["--ckpt"]), (["--to", "x"], ["--predict"]),
-                (["--eval", out / "last.pt", "--out", out], ["already holds a run, or"]),
-                (["--eval", out / "last.pt", out / "last.pt"], ["run-last", "rename"]),
-                (["--eval", out / "last.pt", "--lr", 1], ["--lr", "fixed by"]),
-                (["--eval", out / "last.pt", "--size", 64], ["--size", "fixed by"]),
-                (["--eval", out / "last.pt", "--method", "mim"], ["--method", "fixed by"]),
-                (["--eval", out / "log.csv"], ["log.csv", "a complete checkpoint"]),
+        evaluate = ["--eval", out / "last.pt"]
+        for argv, *words in (
+                ([*flags, "--labeled", 5000], "--labeled 5000", "512"),
+                (["--modle", "x"], "--modle"), (["--method", "fixmacth"], "fixmatch"),
+                (["--size", 30], "--size 30"),
+                (["--predict", self.tmp], "--ckpt"), (["--to", "x"], "--predict"),
+                ([*evaluate, out / "last.pt"], "run-last", "rename"),
+                ([*evaluate, "--lr", 1], "--lr", "fixed by"),
+                ([*evaluate, "--size", 64], "--size", "fixed by"),
+                ([*evaluate, "--method", "mim"], "--method", "fixed by"),
                 (["--predict", self.tmp, "--ckpt", out / "last.pt", "--to", self.tmp / "to",
-                  "--size", 64], ["--size", "fixed by"])):
-            with self.subTest(argv), self.fails(*words):
-                here(*argv)
+                  "--size", 64], "--size", "fixed by")):
+            self.refuses(argv, *words)
         self.assertFalse((self.tmp / "to").exists())
 
-    def test_killed_and_resumed_is_the_unbroken_run_bit_for_bit(self):
+    def test_the_list_of_labelled_images_it_has_written_is_a_list_it_reads(self):
         _, flags = self.own()
-        flags += ["--epochs", 4]
-        whole, broken = self.tmp / "whole", self.tmp / "broken"
-        self.assertEqual(killed("s4mim.py", flags, broken, "last.pt"), -9)
-        here(*flags, "--out", whole)
-        for more in ["--max-steps", 10], []:                    # in the middle of an epoch
-            here(*flags, "--out", broken, "--resume", *more)
-        a, b = (saved(out / "last.pt") for out in (whole, broken))
-        self.assertEqual(a["step"], 4 * (16 // 4))
-        self.same_state(a, b)
-        self.assertTrue(a["prototypes"]["v"].any())
-        rows = [{r["step"]: (r["miou"], r["val_loss"]) for r in end["history"]} for end in (a, b)]
-        self.assertTrue(rows[0].items() <= rows[1].items(), rows)       # and one row at step 10
-        self.assertEqual((broken / "labeled.txt").read_text(), (whole / "labeled.txt").read_text())
-        # the list it has written is a list it reads
-        again = [f if f != "8" or flags[n - 1] != "--labeled" else whole / "labeled.txt"
-                 for n, f in enumerate(flags)]
-        here(*again, "--out", self.tmp / "again", "--max-steps", 4)
-        self.assertEqual((self.tmp / "again/labeled.txt").read_text(),
-                         (whole / "labeled.txt").read_text())
-        self.assertEqual(saved(self.tmp / "again/last.pt")["history"][0]["loss"],
-                         a["history"][0]["loss"])
+        flags += ["--max-steps", 4]
+        first = self.train(*flags, out="first")
+        labels = self.tmp / "first/labeled.txt"
+        again = self.train(*flags, "--labeled", labels, out="again")
+        self.assertEqual((self.tmp / "again/labeled.txt").read_text(), labels.read_text())
+        self.same_state(again, first)
 
     def test_steps_of_the_burn_in_are_suponlys_bit_for_bit(self):
         _, flags = self.own()
-        ends = {}
-        for name, more in (("suponly", ["--method", "suponly", "--max-steps", 2]),
-                           ("burnt", ["--burn-in", 2, "--max-steps", 2]),
-                           ("after", ["--burn-in", 2, "--max-steps", 3])):
-            here(*flags, *more, "--out", self.tmp / name)
-            ends[name] = saved(self.tmp / name / "last.pt")
-        plain, burnt, after = ends.values()
-        momentum = lambda end: {k: t["momentum_buffer"]
-                                for k, t in end["optimizer"]["state"].items()}
-        self.assertEqual(momentum(plain).keys(), momentum(burnt).keys())
-        for a, b in (plain["model"], burnt["model"]), (momentum(plain), momentum(burnt)):
-            for name, t in a.items():
-                self.assertTrue(torch.equal(t, b[name]), name)
-        self.assertEqual({k for k in burnt["model"] if k not in plain["model"]},
-                         {k for k in burnt["model"] if k.startswith("PiD.")})
+        plain = self.train(*flags, "--method", "suponly", "--max-steps", 2, out="suponly")
+        burnt, after = (self.train(*flags, "--burn-in", 2, "--max-steps", n, out=f"burn-in {n}")
+                        for n in (2, 3))
+        same_bits(burnt["optimizer"]["state"], plain["optimizer"]["state"])
+        same_bits({k: t for k, t in burnt["model"].items() if not k.startswith("PiD.")},
+                  plain["model"])
+        self.assertIn("PiD.heads.weight", burnt["model"])
         self.assertEqual(burnt["history"][0]["loss"], plain["history"][0]["loss"])
         self.assertFalse(burnt["prototypes"]["v"].any())
         terms = [after["history"][0][f"loss_{k}"] for k in ("u", "pi", "fea", "se")]
@@ -6110,100 +5495,80 @@ class S4mimRuns(S4mimCase):
         flags += ["--baseline", "suponly", "--epochs", 3]
         out = self.tmp / "run"
         self.assertEqual(killed("s4mim.py", flags, out, "suponly/last.pt"), -9)
-        self.assertIn("with the same labels", here(*flags, "--out", out, "--resume"))
+        self.assertIn("with the same labels", self.runs(*flags, "--out", out, "--resume"))
         self.assertEqual([saved(run / "last.pt")["step"] for run in (out, out / "suponly")],
                          [12, 12])
 
     def test_a_folder_that_holds_a_run_is_left_as_it_is(self):
         _, flags = self.own(8)
-        out = self.tmp / "run"
-        here(*flags, "--max-steps", 1, "--out", out)
-        before = contents(out)
-        for more in [], ["--baseline", "suponly"]:
-            with self.fails("already holds a run"):
-                here(*flags, *more, "--max-steps", 1, "--out", out)
-            self.assertEqual({p for p in out.iterdir()}, set(before))   # nor a baseline trained
-        self.assertEqual(contents(out), before)
+        flags += ["--max-steps", 1, "--out", self.tmp / "run"]
+        self.runs(*flags)
+        before = contents(self.tmp / "run")
+        self.refuses([*flags, "--baseline", "suponly"], "already holds a run")
+        self.assertEqual(contents(self.tmp / "run"), before)            # no baseline was trained
 
-    def test_masks_of_unlabelled_pictures_change_nothing(self):
+    def test_masks_of_unlabelled_images_change_nothing(self):
         root, flags = self.own(14)
         labels = self.tmp / "labels.txt"
         labels.write_text("".join(f"images/p{i:03d}.png masks/p{i:03d}.png\n" for i in (1, 4, 7)))
-        flags = [*flags, "--labeled", labels, "--max-steps", 4]
-        for method in "s4mim", "fixmatch":
+        flags += ["--labeled", labels, "--max-steps", 4]
+        losses = []
+        for method in "fixmatch", "s4mim":
             ends = []
             for attempt in "before", "after":
-                out = self.tmp / f"{method}-{attempt}"
-                here(*flags, "--method", method, "--out", out)
-                ends.append(saved(out / "last.pt"))
+                ends.append(self.train(*flags, "--method", method, out=f"{method}-{attempt}"))
                 for i in set(range(14)) - {1, 4, 7}:            # noise, voids, other sizes
                     save(root / f"masks/p{i:03d}.png", self.noise(40, 44) % 5)
             self.same_state(*ends)
-            self.assertEqual([end["history"][0]["loss"] for end in ends],
-                             [ends[0]["history"][0]["loss"]] * 2)
+            losses = [end["history"][0]["loss"] for end in ends]
+            self.assertEqual(*losses)
         save(root / "masks/p004.png", self.noise(40, 44) % 4)           # and a labelled one's do
-        here(*flags, "--out", self.tmp / "other")
-        other = saved(self.tmp / "other/last.pt")
-        self.assertNotEqual(other["history"][0]["loss"], saved(
-            self.tmp / "s4mim-after/last.pt")["history"][0]["loss"])
+        self.assertNotEqual(self.train(*flags, out="other")["history"][0]["loss"], losses[1])
 
-    def test_very_few_pictures(self):
-        """One labelled picture of two, fewer than a batch of either kind, a class that no label
-        has; pictures without masks beside them."""
+    def test_very_few_images(self):
+        """One labelled image of two, fewer than a batch of either kind, a class that no label
+        has; images without masks."""
         root, flags = self.own(2)
-        for path in (root / "masks").iterdir():
-            save(path, np.array(Image.open(path)) % 2)          # classes 2 and 3 are in val only
-        for n, labeled in enumerate(("1", "2")):
-            out = self.tmp / f"run{n}"
-            text = here(*flags, "--labeled", labeled, "--max-steps", 3, "--out", out)
-            self.assertIn(f"{labeled} labelled", text)
-            # where all are labelled, none is unlabelled
-            self.assertIn(f"and {2 - int(labeled)} unlabelled images", text)
+        rewrite(root / "masks", lambda mask: mask % 2)          # classes 2 and 3 are in val only
+        for i, (labeled, unlabeled, steps) in enumerate(((1, 1, 3), (2, 0, 3), ("2/2", 5, 1))):
+            if i == 2:
+                for n in range(5):
+                    save(root / f"images/new{n}.png", self.noise(50, 36, 3))
+            out = self.tmp / f"run{i}"
+            text = self.runs(*flags, "--labeled", labeled, "--max-steps", steps, "--out", out)
+            self.assertIn(f"{str(labeled)[0]} labelled", text)
+            self.assertIn(f"and {unlabeled} unlabelled images", text)
             end = saved(out / "last.pt")
-            self.assertEqual(end["step"], 3)
+            self.assertEqual((end["step"], len(end["scores"]["class_iou"])), (steps, 4))
             self.assertTrue(all(t.isfinite().all() for t in end["model"].values()))
             self.assertTrue(all(np.isfinite(v) for v in end["history"][0].values()))
-            self.assertEqual(len(end["scores"]["class_iou"]), 4)
-        for i in range(5):
-            save(root / f"images/new{i}.png", self.noise(50, 36, 3))
-        text = here(*flags, "--labeled", "2/2", "--max-steps", 1, "--out", self.tmp / "more")
-        self.assertIn("2 labelled", text)
-        self.assertIn("and 5 unlabelled images", text)
 
     def test_every_method_starts_from_a_checkpoint_of_its_kind(self):
         _, flags = self.own(10)
         flags += ["--max-steps", 1]
-        for method, more, expected in (
+        for method, extra, expected in (
                 ("mim", [], {"loss_s", "loss_u", "loss_pi"}),
                 ("fixmatch", [], {"loss_s", "loss_u"}), ("suponly", [], {"loss_s"}),
                 ("s4mim", ["--no-pi", "--no-fea"], {"loss_s", "loss_u", "loss_se"}),
                 ("s4mim", ["--no-dic", "--no-conf", "--semantic", "mse", "--ohem"],
                  {"loss_s", "loss_u", "loss_pi", "loss_fea", "loss_se"})):
-            out = self.tmp / "-".join([method, *more])
-            here(*flags, "--method", method, *more, "--out", out)
-            end = saved(out / "last.pt")
+            end = self.train(*flags, "--method", method, *extra, out="-".join([method, *extra]))
             terms = {k for k, v in end["history"][0].items() if k.startswith("loss_") and v}
             self.assertEqual(terms, expected)
             self.assertEqual(any(k.startswith("PiD") for k in end["model"]),
                              "loss_pi" in expected)
-        fine = self.tmp / "fine"
-        here(*flags, "--method", "fixmatch", "--init", self.tmp / "suponly/best.pt", "--lr",
-             1e-12, "--out", fine)
-        start, end = (saved(run / "last.pt")["model"]
-                      for run in (self.tmp / "suponly", fine))
+        start = saved(self.tmp / "suponly/last.pt")["model"]
+        init = ["--init", self.tmp / "suponly/best.pt", "--lr", 1e-12]
+        end = self.train(*flags, "--method", "fixmatch", *init, out="fine")["model"]
         for name, value in start.items():
             if "running" not in name and "num_batches" not in name:
                 torch.testing.assert_close(end[name], value, rtol=0, atol=1e-8)
-        whole = self.tmp / "whole"                      # PiD is in one of the two only
-        here(*flags, "--init", self.tmp / "suponly/best.pt", "--lr", 1e-12, "--out", whole)
-        end = saved(whole / "last.pt")["model"]
+        end = self.train(*flags, *init, out="whole")["model"]           # PiD is in one of the two
         torch.testing.assert_close(end["E.conv1.weight"], start["E.conv1.weight"])
-        here(*flags, "--method", "suponly", "--init", whole / "best.pt", "--out", self.tmp / "re")
-        with self.fails("does not fit"):
-            here(*flags, "--init", whole / "best.pt", "--stem", "deep", "--out", self.tmp / "no")
-        self.assertFalse((self.tmp / "no").exists())
+        self.runs(*flags, "--method", "suponly", "--init", self.tmp / "whole/best.pt", "--out",
+                  self.tmp / "re")
 
-    def test_four_pictures_are_learned_by_heart(self):
+    def test_four_images_are_learned_by_heart(self):
         """Of four quarters each, whose colours say nothing of their classes; full method."""
         def batch(first):
             image = self.noise(4, 3, 2, 2).repeat(16, 2).repeat(16, 3) * 0.7
@@ -6227,58 +5592,42 @@ class S4mimRuns(S4mimCase):
                                            machine, cfg, v))
         with torch.no_grad():
             answer = model.eval()(v.x_l).argmax(1)
-        self.assertGreater(common.miou(common.confusion(answer, four[1], 4)), 90)
+        self.assertGreater(np.mean(naive_iou(answer.numpy(), four[1].numpy(), 4)), 90)
         first, last = (dict(zip(s4mim.TERMS, t.tolist())) for t in (losses[0], losses[-1]))
         for name, share in ("loss_s", 0.1), ("loss_pi", 0.6), ("loss_se", 0.9):
             self.assertLess(last[name], share * first[name], name)
 
-    def test_bench_counts_without_a_dataset_and_ends_in_json(self):
-        text = here("--data", "voc", "--root", self.tmp, "--bench", 0, "--stem", "deep",
-                    "--pretrained", "none")
-        last = json.loads(text.splitlines()[-1])
-        self.assertEqual((last["params"], last["params_E"]), (59_468_085, 42_623_936))
-        self.assertIn("59,468,085", text)
-        for method in "suponly", "fixmatch", "s4mim":
-            text = here(*S4MIM, "--bench", 1, "--batch-size", 4, "--method", method)
-            last = json.loads(text.splitlines()[-1])
-            self.assertEqual(list(last), ["params", "params_E", "params_PiD", "gmacs",
-                                          "ms_per_step", "img_per_s", "tflops", "peak_mb"])
-
     @needs("cityscapes-sample")
-    def test_real_pictures_by_windows(self):
+    def test_real_images_by_windows(self):
         source = SHARED / "cityscapes-sample"
         for path in source.rglob("*.png"):                      # an eighth of 2048 x 1024
-            with Image.open(path) as picture:
-                save(self.tmp / path.relative_to(source), picture.reduce(8) if
-                     "leftImg8bit" in path.name else picture.resize((256, 128), Image.NEAREST))
+            with Image.open(path) as image:
+                save(self.tmp / path.relative_to(source), image.reduce(8) if
+                     "leftImg8bit" in path.name else image.resize((256, 128), Image.NEAREST))
         out, root = self.tmp / "run", ["--root", self.tmp]
-        text = here("--data", "cityscapes", *root, "--labeled", "1/2", "--zoom", 0.5, "--size",
-                    48, "--width", 4, "--backbone", "resnet18", "--pretrained", "none",
-                    "--batch-size", 4, "--max-steps", 2, "--device", "cpu", "--out", out)
+        text = self.runs("--data", "cityscapes", *root, "--labeled", "1/2", "--zoom", 0.5, "--size",
+                         48, "--width", 4, "--backbone", "resnet18", "--pretrained", "none",
+                         "--batch-size", 4, "--max-steps", 2, "--device", "cpu", "--out", out)
         self.assertIn("2 labelled", text)
         self.assertIn("and 2 unlabelled images, 2 val images", text)
         end = saved(out / "last.pt")
         self.assertEqual((end["config"]["window"], end["config"]["ohem"]), ("slide", True))
         self.assertEqual(len(end["scores"]["class_iou"]), 19)
-        lines = (out / "labeled.txt").read_text().splitlines()
-        for line in lines:
-            image, mask = (self.tmp / part for part in line.split())
-            self.assertTrue(image.exists() and mask.exists(), line)
-        self.assertEqual(
-            {i.image for i in data.labeled_split("cityscapes", self.tmp,
-                                                 str(out / "labeled.txt"))[0]},
-            {self.tmp / line.split()[0] for line in lines})
+        pairs = [[self.tmp / part for part in line.split()]
+                 for line in (out / "labeled.txt").read_text().splitlines()]
+        self.assertTrue(all(path.exists() for pair in pairs for path in pair))
+        read, _ = data.labeled_split("cityscapes", self.tmp, str(out / "labeled.txt"))[:2]
+        self.assertEqual({i.image for i in read}, {image for image, _ in pairs})
         shapes, forward = [], s4mim.S4MIM.forward
         with mock.patch.object(s4mim.S4MIM, "forward", lambda model, x: (
                 shapes.append(tuple(x.shape[2:])) or forward(model, x))):
-            here("--eval", out / "last.pt", *root, "--out", self.tmp / "eval")
-        again = json.loads((self.tmp / "eval/metrics.json").read_text())
-        self.assertAlmostEqual(again["miou"], end["scores"]["miou"], places=3)
-        # of 128 x 64, 4 x 2 windows: of both pictures, for the score and for samples.png
+            self.runs("--eval", out / "last.pt", *root, "--out", self.tmp / "eval")
+        self.assertAlmostEqual(scores(self.tmp / "eval")["miou"], end["scores"]["miou"], places=3)
+        # of 128 x 64, 4 x 2 windows: of both images, for the score and for samples.png
         self.assertEqual(shapes, [(48, 48)] * 8 * 2 * 2)
 
     def test_two_processes_take_the_steps_of_one_with_the_whole_batch(self):
-        """Without what looks at a process's own batch: norms over each picture in place of
+        """Without what looks at a process's own batch: norms over each image instead of
         BatchNorm, and no boxes out of another."""
         _, flags = self.own(26)
         flags += ["--batch-size", 8, "--max-steps", 3]
@@ -6293,150 +5642,76 @@ class S4mimRuns(S4mimCase):
         with mock.patch("torch.nn.BatchNorm2d", lambda n: torch.nn.GroupNorm(1, n)), \
                 mock.patch("data.cutmix_boxes",
                            lambda noise, S: torch.zeros(len(noise), S, S).bool()):
-            here(*flags, "--out", self.tmp / "one")
+            self.runs(*flags, "--out", self.tmp / "one")
         one, two = (saved(self.tmp / name / "last.pt") for name in ("one", "two"))
         for key in *s4mim.TERMS, "val_loss":
             self.assertAlmostEqual(one["history"][0][key], two["history"][0][key], delta=1e-4,
                                    msg=key)
         for part in "model", "prototypes":
-            for name, value in one[part].items():
-                torch.testing.assert_close(value, two[part][name], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(two[part], one[part], atol=1e-4, rtol=1e-3)
 
     def test_two_processes_save_once_resume_and_score_what_one_scores(self):
-        _, flags = self.own()
-        two = self.tmp / "two"
-        done = two_processes("s4mim.py", *flags, "--out", two, "--max-steps", 2)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout.count("-> "), 1)
-        done = two_processes("s4mim.py", *flags, "--out", two, "--resume", "--max-steps",
-                             3)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("steps 2 to 3", done.stdout)
-        metrics = json.loads((two / "metrics.json").read_text())
-        self.assertEqual(metrics["steps"], 3)
-        here("--eval", two / "last.pt", "--out", self.tmp / "one")
-        again = json.loads((self.tmp / "one/metrics.json").read_text())
-        self.assertEqual(again["class_iou"], metrics["class_iou"])
+        _, self.flags = self.own()
+        done = two_processes("s4mim.py", *self.flags, "--out", self.tmp / "two", "--max-steps", 2)
+        self.assertEqual((done.returncode, done.stdout.count("-> ")), (0, 1), done.stderr)
+        two, one, text = self.two_as_one("--resume", "--max-steps", 3)
+        self.assertIn("steps 2 to 3", text)
+        self.assertEqual(two["steps"], 3)
+        self.assertEqual(one["class_iou"], two["class_iou"])
         # what is saved is the network that both have scored, its BatchNorm's averages too
-        cfg, info, model, state = s4mim.load(two / "last.pt")
+        cfg, info, model, state = s4mim.load(self.tmp / "two/last.pt")
         machine = common.Machine(cfg)
         found = s4mim.evaluate(model, s4mim.eval_loader(cfg, "val", machine), cfg, machine, info)
         self.assertAlmostEqual(found["loss"], state["scores"]["loss"], places=5)
 
 
-class S4mimPredict(S4mimCase):
+class S4mimPredict(Predicts, MethodCase):
+    script, smallest, agreement = "s4mim.py", 1, 0.999
+
     def setUp(self):
         super().setUp()
-        self.cfg, self.model = tiny(), small(3)
-        self.info = data.Info("own", ("a", "b", "c"), ((1, 2, 3), (200, 0, 0), (0, 200, 0)),
-                              (0, 1, 2))
-        common.save_checkpoint(self.tmp / "c.pt", {
-            "method": "s4mim", "config": dataclasses.asdict(self.cfg),
-            "info": dataclasses.asdict(self.info), "model": self.model.state_dict()})
+        self.save_network(tiny(), small(3))
 
-    def predict(self, source, *more, to="to"):
-        """The exit status, and the lines of what is complained of."""
-        complaints = io.StringIO()
-        with self.assertRaises(SystemExit) as done, contextlib.redirect_stderr(complaints):
-            here("--predict", source, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / to,
-                 "--device", "cpu", *more)
-        return done.exception.code, complaints.getvalue().splitlines()
-
-    def answer(self, image):
-        """The classes of a picture uint8 (H, W, 3), whole, step by step."""
-        x = (image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    def softmax(self, image):
         with torch.no_grad():
-            return self.model(torch.from_numpy(x).permute(2, 0, 1)[None].float())[0].argmax(0)
+            return self.network(normalised(image))[0].softmax(0).numpy()
 
-    def test_every_kind_of_picture_at_its_own_size(self):
-        folder = self.tmp / "in"
-        rgb, grey, alpha = self.noise(40, 50, 3), self.noise(33, 32), self.noise(20, 70, 4)
-        turned, ink = self.noise(40, 90, 3), np.full((48, 64, 3), (255, 0, 0), np.uint8)
-        for name, pixels in ("rgb", rgb), ("grey", grey), ("alpha", alpha), ("tiny", rgb[:1, :1]):
-            save(folder / f"{name}.png", pixels)
-        Image.new("CMYK", (64, 48), (0, 255, 255, 0)).save(folder / "ink.tif")
-        exif = Image.Exif()
-        exif[0x0112] = 6                                      # the camera was held upright
-        Image.fromarray(turned).save(folder / "turned.png", exif=exif)
-        before = {p: p.read_bytes() for p in folder.iterdir()}
-        self.assertEqual(self.predict(folder), (0, []))
-        twins = {"rgb": rgb, "grey": np.stack([grey] * 3, 2), "alpha": alpha[..., :3],
-                 "tiny": rgb[:1, :1], "ink": ink, "turned": np.rot90(turned, -1)}
-        colors, seen = np.array(self.info.colors), set()
-        for name, twin in twins.items():
-            with Image.open(self.tmp / f"to/{name}.png") as index, \
-                    Image.open(self.tmp / f"to/overlay/{name}.png") as overlay:
-                self.assertEqual((index.size, index.mode), (twin.shape[1::-1], "P"), name)
-                self.assertEqual(index.getpalette()[:9], colors.ravel().tolist())
-                index, overlay = np.array(index), np.array(overlay)
-            self.assertGreater((index == self.answer(twin).numpy()).mean(), 0.999, name)
-            np.testing.assert_array_equal(overlay[index == 0], twin[index == 0])
-            np.testing.assert_array_equal(overlay, common.overlay(twin, index, colors))
-            seen |= set(index.flat)
-        self.assertEqual(seen, {0, 1, 2})
-        self.assertEqual({p: p.read_bytes() for p in folder.iterdir()}, before)
-        with self.fails("--to", "not an empty folder"):
-            here("--predict", folder, "--ckpt", self.tmp / "c.pt", "--to", self.tmp / "to")
-
-    def test_broken_files_are_named_and_skipped(self):
-        whole = save(self.tmp / "in/whole.png", self.noise(30, 30, 3))
-        save(self.tmp / "in/whole.jpg", self.noise(30, 30, 3))          # whole names are kept
-        (self.tmp / "in/cut.png").write_bytes(whole.read_bytes()[:900])
-        (self.tmp / "in/empty.jpg").write_bytes(b"")
-        code, lines = self.predict(self.tmp / "in")
-        self.assertEqual((code, len(lines)), (1, 2), lines)
-        self.assertTrue("cut.png" in lines[0] and "empty.jpg" in lines[1], lines)
-        self.assertEqual({p.name for p in (self.tmp / "to").iterdir()},
-                         {"whole.png.png", "whole.jpg.png", "overlay", "confidence", "areas.csv"})
-
-    def test_one_picture_by_windows_and_no_picture(self):
+    def test_one_image_by_windows(self):
         image = self.noise(40, 61, 3)
         path = save(self.tmp / "a.png", image)
-        self.assertEqual(self.predict(path), (0, []))
-        self.assertEqual(self.predict(path, "--window", "slide", to="slid"), (0, []))
-        whole, slid = (np.array(Image.open(self.tmp / to / "a.png")) for to in ("to", "slid"))
-        np.testing.assert_array_equal(whole, self.answer(image))
+        self.runs(*self.predict(path))
+        self.runs(*self.predict(path, "--window", "slide", to="slid"))
+        whole, slid = (pixels(self.tmp / to / "a.png") for to in ("to", "slid"))
+        arrays_equal(whole, self.softmax(image).argmax(0))
         self.assertGreater((whole != slid).sum(), 0)
-        for source, ckpt, words in ((self.tmp / "gone", "c.pt", ["gone", "no image"]),
-                                    (path, "no.pt", ["no.pt"])):
-            with self.fails(*words):
-                here("--predict", source, "--ckpt", self.tmp / ckpt, "--to", self.tmp / "new")
-        self.assertFalse((self.tmp / "new").exists())
 
-    def test_a_picture_beyond_2048_pixels(self):
+    def test_a_image_beyond_2048_pixels(self):
         """A copy of 2048 is segmented, by windows, and the answer enlarged."""
         image = self.noise(8, 50, 3).repeat(5, 0).repeat(50, 1)         # 40 x 2500
         cfg = dataclasses.replace(self.cfg, size=200)
-        found, sure = s4mim.segment(self.model, image, cfg, common.Machine(cfg))
+        found, sure = s4mim.segment(self.network, image, cfg, common.Machine(cfg))
         self.assertEqual((found.shape, found.dtype), ((40, 2500), np.uint8))
         copy = [Image.fromarray(plane).resize((2048, 33), Image.BILINEAR)
-                for plane in (image / np.float32(255)).transpose(2, 0, 1)]
-        x = (np.stack(copy, 2) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-        x = torch.from_numpy(x).permute(2, 0, 1)[None].float()
+                for plane in image.transpose(2, 0, 1).astype(np.float32)]
+        x = normalised(np.stack(copy, 2))
         total, times = 0, torch.zeros(2048)
         for left in *range(0, 1848, 133), 1848:
             with torch.no_grad():
-                p = self.model(x[..., left:left + 200]).softmax(1)
+                p = self.network(x[..., left:left + 200]).softmax(1)
             total = total + F.pad(p, (left, 1848 - left))
             times[left:left + 200] += 1
-        answer = (total / times)[0].argmax(0).numpy()
         rows, columns = ((np.arange(n) * 2 + 1) * of // (2 * n) for n, of in ((40, 33),
                                                                               (2500, 2048)))
-        expected = answer[rows][:, columns]
-        self.assertGreater((found == expected).mean(), 0.999)
-        expected = (total / times)[0].max(0).values.numpy()[rows][:, columns]
-        self.assertGreater((abs(sure - expected) < 1e-3).mean(), 0.998)
+        p = (total / times)[0].numpy()[:, rows][:, :, columns]
+        self.assertGreater((found == p.argmax(0)).mean(), 0.999)
+        self.assertGreater((abs(sure - p.max(0)) < 1e-3).mean(), 0.998)
 
-    def test_a_checkpoint_of_another_kind_or_version(self):
-        state = saved(self.tmp / "c.pt")
-        for change, words in (({"method": "lmae"}, ["of lmae", "not of s4mim"]),
-                              ({"config": {"colour": 1}}, ["another version"]),
-                              ({"info": {}}, ["another version"])):
-            torch.save(state | change, self.tmp / "d.pt")
-            with self.fails("d.pt", *words):
-                s4mim.load(self.tmp / "d.pt")
-        cfg, info, model, _ = s4mim.load(self.tmp / "c.pt")
+    def test_what_is_loaded_is_what_was_saved(self):
+        cfg, info, model, state = s4mim.load(self.tmp / "c.pt")
         self.assertEqual((cfg, info, model.training), (self.cfg, self.info, False))
+        torch.save(state | {"info": {}}, self.tmp / "d.pt")
+        with self.fails("d.pt", "another version"):
+            s4mim.load(self.tmp / "d.pt")
 
 
 # --------------------------------------------------------------- all three: bad data, broken runs
