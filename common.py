@@ -143,7 +143,8 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
         kind = {"help": texts.get(field.name, "").replace("%", "%%")}
         if field.type is bool:
             kind["action"] = "store_false" if field.default else "store_true"
-            flag = f"no-{flag}" if field.default else flag
+            if field.default:
+                flag, kind["help"] = f"no-{flag}", f"turns off: {kind['help']}"
         elif field.type is tuple:
             kind.update(metavar=field.name.upper(),
                         nargs="*" if field.name in may_be_empty else "+")

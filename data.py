@@ -1482,7 +1482,8 @@ def print_shares(labels, pixels):
     if labels.threshold is not None:
         ids = {0: f"<={labels.threshold}", 1: f">{labels.threshold}", VOID: "none"}
     rows = [(title, ids[c], [100 * n[c] / max(1, n.sum()) for n in pixels.values()])
-            for c, title in [*enumerate(labels.classes), (VOID, "void")]]
+            for c, title in [*enumerate(labels.classes), (VOID, "void")]
+            if title != f"class {c}" or any(n[c] for n in pixels.values())]     # named, or found
     rows.append(("constant answer, mIoU", "", [
         constant_miou(torch.from_numpy(n[:len(labels.classes)]).diag()) for n in pixels.values()]))
     print(f"\n{'share of the pixels, %':>22}{'id':>6}" + "".join(f"{s:>8}" for s in pixels))
@@ -1515,8 +1516,9 @@ def main():
     show(good, labels, Path(cfg.out or f"out/check-{labels.name}.png"))
     alike = {}                      # equal problems of several files are printed once
     for file, _, what in (line.partition(": ") for line in problems):
-        # equal but for names and sizes
-        key = re.sub(r"\S*[/\\]\S+|\d+x\d+", "", what.replace(Path(file).stem, ""))
+        # equal but for names, sizes and long lists of ids, of which the first is printed
+        key = re.sub(r"\S*[/\\]\S+|\d+x\d+|([\d.]+, ){4,}[\d.]+", "",
+                     what.replace(Path(file).stem, ""))
         alike.setdefault(key, (what, []))[1].append(file)
     for what, files in alike.values():
         more = [f"and {len(files) - 5} more"] if len(files) > 5 else []

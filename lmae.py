@@ -728,6 +728,9 @@ def train(cfg):
     common.default_epochs(cfg, per_epoch)
     total, N = cfg.epochs * per_epoch, len(info.classes)
     background = background_table(info).to(device)
+    if info.threshold is not None and machine.main:
+        print("in black and white masks nothing is missing: if 255 is missing in yours, save them "
+              "with the ids 0, 1 and 255, and leave out --palette")
 
     torch.manual_seed(common.seed_of(cfg.seed))
     model = build(cfg, N).to(device)
@@ -811,8 +814,8 @@ def write_metrics(out, state, cfg, strategy):
 
 
 def warning(scores):
-    """A line if the nearest fill beats these scores, or ""."""
-    model, nearest = scores["pa_miou"], scores["pa_miou_nearest"]
+    """A line if the nearest fill beats these scores, or "". There are none before an evaluation."""
+    model, nearest = scores.get("pa_miou", 100), scores.get("pa_miou_nearest", 0)
     return "" if model > nearest else (
         f"PA-mIoU {model:.1f} against {nearest:.1f} of the nearest label: do not use it to repair")
 
@@ -1329,6 +1332,9 @@ def complete(cfg, origin):
         raise UserError(f"--{what} works in one process: python instead of torchrun")
     items = labels_and_images(labels, cfg.images, trained.data)
     truths = tree(cfg.truth) if cfg.truth else {}
+    if truths and not truths.keys() & {item.stem for item in items}:
+        raise UserError(f"--truth {cfg.truth[0]}: it has {next(iter(truths))}, .. and the labels "
+                        f"are {items[0].stem}, ..: give a folder with the same paths below it")
     path, finished = finished_files(what, cfg, labels)
     common.draw_sheet(Path(cfg.to) / "overlay/legend.png", [], [], info,
                       "Class 0 and void are left as the image is. Outlined in magenta: "

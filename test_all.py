@@ -3179,6 +3179,12 @@ class LmaeComplete(MethodCase):
             save(self.tmp / f"labels/{name}.png", label)
             save(self.tmp / f"images/{name}.jpg", self.noise(*label.shape[:2], 3))
 
+    def test_truth_of_other_names_and_a_checkpoint_without_scores(self):
+        save(self.tmp / "whole/masks/p0.png", self.noise(32, 32) % 3)
+        self.refuses(self.flags("--truth", self.tmp / "whole"), "--truth", "masks/p0", "p0")
+        torch.save({**torch.load(self.ckpt, weights_only=True), "scores": {}}, self.ckpt)
+        self.assertIn("3 repaired", self.runs(*self.flags()))
+
     def before_and_after(self):
         """(name, the array of each label, that of what --complete makes of it)."""
         for path in sorted((self.tmp / "labels").rglob("*.*")):
