@@ -1519,10 +1519,12 @@ def main():
         # equal but for names, sizes and long lists of ids, of which the first is printed
         key = re.sub(r"\S*[/\\]\S+|\d+x\d+|([\d.]+, ){4,}[\d.]+", "",
                      what.replace(Path(file).stem, ""))
-        alike.setdefault(key, (what, []))[1].append(file)
-    for what, files in alike.values():
+        alike.setdefault(key, []).append((file, what))
+    for found in alike.values():
+        files, (what, *others) = zip(*found)
+        note = " (the first file; the others are like it)" if {*others} - {what} else ""
         more = [f"and {len(files) - 5} more"] if len(files) > 5 else []
-        print(f"PROBLEM: {what}", *files[:5], *more, sep="\n    ")
+        print(f"PROBLEM: {what}{note}", *files[:5], *more, sep="\n    ")
     print(f"{len(problems)} problems" if problems else "no problems")
     sys.exit(1 if problems else 0)
 

@@ -6181,6 +6181,8 @@ class AsFoundFiles(Case):
                                   self.tmp / "x.png")
         self.assertEqual((status, text.count("PROBLEM"), text.count("and 15 more")), (1, 2, 2))
         self.assertIn("40 problems", text)
+        # both name the sizes or the stem of the first mask only
+        self.assertEqual(text.count("(the first file; the others are like it)"), 2)
         self.pairs("none", "a")
         for part in "images", "masks":
             (self.tmp / f"none/{part}/a.png").write_bytes(b"nothing")
