@@ -13,7 +13,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
         L_mimse   the classes                                                          Eq. 13
     loss = (L_s + L_u + L_mimpi + L_mimfea + L_mimse) / (the sum of their weights)     Eq. 14
 
-Lines 209 to 581 are the method; the rest is networks, data, training loop and other commands.
+Lines 208 to 580 are the method; the rest is networks, data, training loop and other commands.
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
