@@ -578,7 +578,7 @@ def read_label(path, info):
         ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
         table[list(info.ids)] = range(len(info.ids))
         known[[*info.ids, *info.void, VOID]] = True
-        with open(path, "rb") as file:          # JPEG and lossy WebP, whatever their suffix
+        with open(path, "rb") as file:          # JPEG and lossy WebP, with any suffix
             start = file.read(64)
         lossy = start[:2] == b"\xff\xd8" or start[8:12] == b"WEBP" and b"VP8 " in start
         if not known[ids].all() or lossy and ids.any():

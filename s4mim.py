@@ -192,7 +192,7 @@ SMALL = dict(backbone="resnet18", width=16, pretrained="none", lr=0.05, decoder_
 RECIPES = {                        # what differs from the defaults above, the paper's for voc
     # two minutes on a CPU core. Pseudo-labels wait for step 100. PiD's rate is low because at E's
     # its loss may diverge, and lambda_mp a tenth of the paper's because L_mimpi is the largest
-    # loss here (README.md, Results)
+    # loss here (see Results, above)
     "materials": dict(SMALL, labeled="32", size=65, scale=1.25, epochs=12, pixel_lr=0.1,
                       burn_in=100, lambda_mp=0.03, eval_every=2),
     "shapes": dict(SMALL, labeled="32", size=65, epochs=12, baseline="suponly", eval_every=2),
