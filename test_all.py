@@ -5987,7 +5987,7 @@ class BadData(Case):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))    # half of it fits
             try:
                 self.refused(name, [*argv, "--resume"], "cannot write", out, "File too large",
-                             "make room")
+                             "free space")
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             after = contents(out)
