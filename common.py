@@ -300,24 +300,12 @@ class Machine:
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def sum(self, tensor):
-        """The sum over the processes, also of the gradient. So every process has the loss of the
-        whole batch, and parallel() and average_gradients() can take the mean."""
-        return tensor if self.world == 1 else SumProcesses.apply(tensor)
-
-
-class SumProcesses(torch.autograd.Function):
-    """all_reduce with its gradient."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumProcesses.forward(ctx, gradient)
+    def mean(self, tensor):
+        """The mean over the processes, a new tensor without gradient. A loss whose sum is divided
+        by the mean number of pixels has, averaged, the gradient of the whole batch."""
+        tensor = tensor.detach().clone()
+        all_reduce(tensor)
+        return tensor / self.world
 
 
 def synchronized(model, machine):

@@ -10,7 +10,7 @@ r"""L-MAE, a label masked autoencoder: it completes broken segmentation labels.
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 200 to 547 are the method, the rest is plumbing.
+Lines 200 to 544 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -532,9 +532,8 @@ def train_step(net, weights, optimizer, scaler, machine, cfg, background, image,
         logits = net(image, shown, keep, removed)
     w, denominator = weights(), None
     if machine.world > 1:       # the counts do not depend on what is learned, the weights may
-        counts = torch.stack([(label == c).sum() for c in range(len(w))]).float()
-        common.all_reduce(counts)
-        denominator = (counts / machine.world * w).sum()
+        counts = torch.histc(label.float(), 256, 0, 256)[:len(w)]       # one bin for each label
+        denominator = (machine.mean(counts) * w).sum()
     loss = loss_fn(logits, label, w, cfg.patch, denominator)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
@@ -542,9 +541,7 @@ def train_step(net, weights, optimizer, scaler, machine, cfg, background, image,
         common.average_gradients(weights, machine.world)
     scaler.step(optimizer)
     scaler.update()
-    loss = loss.detach()
-    common.all_reduce(loss)
-    return loss / machine.world
+    return machine.mean(loss)
 
 
 # ------------------------------------------------------------------------------------------ data

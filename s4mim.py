@@ -13,7 +13,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
         L_mimse   the classes                                                          Eq. 13
     loss = (L_s + L_u + L_mimpi + L_mimfea + L_mimse) / (the sum of their weights)     Eq. 14
 
-Lines 210 to 582 are the method; the rest is networks, data, training loop and other commands.
+Lines 210 to 575 are the method; the rest is networks, data, training loop and other commands.
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
@@ -460,13 +460,6 @@ def masked(cfg):
     return any(lambdas(cfg)[0][1:])
 
 
-def process_mean(x, machine):
-    """The mean of a tensor over torchrun's processes, without gradient; of one process x itself."""
-    x = x.detach().clone()
-    common.all_reduce(x)
-    return x / machine.world
-
-
 @contextmanager
 def averages_kept(model):
     """BatchNorm normalises by its batch, as always in training, but its running averages stay. Only
@@ -495,13 +488,13 @@ def phase_one(model, v, cfg, machine):
                 p_s, p_fp = model(v.x_s), model.SeD(*c_fp, size)
     p_l, p_w = p.split([B, len(p) - B])
     y_l = hard_pixels(p_l, v.y_l) if cfg.ohem else v.y_l
-    L_s = supervised(p_l, y_l, process_mean((y_l != 255).sum(), machine))               # Eq. 1
+    L_s = supervised(p_l, y_l, machine.mean((y_l != 255).sum()))                      # Eq. 1
     if suponly:
         return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
 
     conf_w, y_w = p_w.detach().softmax(1).max(1)
     conf_w_mixed, y_w_mixed = (mix(t, v.partner, v.box) for t in (conf_w, y_w))
-    n_s, n_w = (process_mean((~void).sum(), machine) for void in (v.void_s, v.void_w))
+    n_s, n_w = (machine.mean((~void).sum()) for void in (v.void_s, v.void_w))
     L_u = (consistency(p_s, y_w_mixed, conf_w_mixed, v.void_s, cfg.psi, n_s)
            + consistency(p_fp, y_w, conf_w, v.void_w, cfg.psi, n_w))                    # Eq. 2
     confident = masked_mean((conf_w >= cfg.psi).float(), ~v.void_w, n_w)
@@ -548,12 +541,12 @@ def phase_two(model, prototypes, v, seen, cfg, machine):
     if mf:
         conf = conf if cfg.conf else torch.ones_like(conf)
         sums = prototypes.sums(fea[:B], y[:B], conf[:B], (visible & valid)[:B])
-        prototypes.update(process_mean(sums, machine))                                  # Eq. 9
+        prototypes.update(machine.mean(sums))                                           # Eq. 9
         removed = ~visible & valid
-        n = process_mean(prototypes.weights(y, conf, removed).sum((0, 2, 3)), machine)
+        n = machine.mean(prototypes.weights(y, conf, removed).sum((0, 2, 3)))
         L_fea = prototypes(fea, y, conf, removed, n)                                    # Eq. 10-12
     if ms:
-        n = process_mean((~void).reshape(3, -1).sum(1), machine)
+        n = machine.mean((~void).reshape(3, -1).sum(1))
         L_se = semantic_loss(p_m, seen.target, void, n)                                 # Eq. 13
     return (L_pi, L_fea, L_se), (fea, r, p_m)
 
@@ -579,7 +572,7 @@ def train_step(model, prototypes, optimizer, scaler, machine, cfg, v):
     common.average_gradients(model, machine.world)
     scaler.step(optimizer)
     scaler.update()
-    return process_mean(torch.stack([one + two, L_s, L_u, L_pi, L_fea, L_se, confident]), machine)
+    return machine.mean(torch.stack([one + two, L_s, L_u, L_pi, L_fea, L_se, confident]))
 
 
 # -------------------------------------------------------------------------------------- networks
