@@ -488,7 +488,7 @@ def phase_one(model, v, cfg, machine):
                 p_s, p_fp = model(v.x_s), model.SeD(*c_fp, size)
     p_l, p_w = p.split([B, len(p) - B])
     y_l = hard_pixels(p_l, v.y_l) if cfg.ohem else v.y_l
-    L_s = supervised(p_l, y_l, machine.mean((y_l != 255).sum()))                      # Eq. 1
+    L_s = supervised(p_l, y_l, machine.mean((y_l != 255).sum()))                        # Eq. 1
     if suponly:
         return L_s, torch.zeros_like(L_s), torch.zeros_like(L_s), None
 
