@@ -315,6 +315,11 @@ def synchronized(model, machine):
     return model
 
 
+def compiled(model, cfg):
+    """The model, with --compile compiled for the one shape of the training batches."""
+    return torch.compile(model, dynamic=False) if cfg.compile else model
+
+
 def parallel(model, machine):
     """The model that the training loop calls: wrapped if there is more than one process."""
     if machine.world == 1:

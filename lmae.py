@@ -746,7 +746,7 @@ def train(cfg):
         ["train_loss"], min(total, cfg.max_steps or total), per_epoch,
         may_differ={"epochs"} if cfg.schedule == "plateau" else set())
 
-    net = common.parallel(torch.compile(model) if cfg.compile else model, machine)
+    net = common.parallel(common.compiled(model, cfg), machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
@@ -939,7 +939,7 @@ def bench(cfg):
         weights = ClassWeights(torch.full((N,), 1 / N), cfg.class_weights, info.background)
         weights, background = weights.to(device), background_table(info).to(device)
         optimizer = make_optimizer(model, weights, cfg, machine.fused)
-        net, scaler = torch.compile(model) if cfg.compile else model, machine.scaler()
+        net, scaler = common.compiled(model, cfg), machine.scaler()
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8).to(device)
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)
         label[torch.rand(B, S, S, device=device) < 0.73] = 0     # VOC's background

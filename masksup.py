@@ -863,7 +863,7 @@ def train(cfg):
     if cfg.pretrain == "mae" and run.step == 0:
         run.seconds = pretrain(f, train_set, cfg, machine, run.interrupt)
 
-    net = common.parallel(MaskSup(torch.compile(f) if cfg.compile else f), machine)
+    net = common.parallel(MaskSup(common.compiled(f, cfg)), machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
@@ -945,7 +945,7 @@ def pretrain(f, train_set, cfg, machine, interrupt):
                      data.labeled_hash(train_set.items),
                      dict(model=autoencoder, optimizer=optimizer, scaler=scaler), ["loss"], total,
                      per_epoch, interrupt=interrupt, last="pretrain.pt")
-    net = common.parallel(torch.compile(autoencoder) if cfg.compile else autoencoder, machine)
+    net = common.parallel(common.compiled(autoencoder, cfg), machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=total, **machine.loading)
     run.announce("first, as a masked autoencoder")
@@ -1122,7 +1122,7 @@ def bench(cfg):
     if cfg.bench > 0:
         torch.manual_seed(cfg.seed)
         f = build(cfg, N).to(device, memory_format=torch.channels_last).train()
-        net = MaskSup(torch.compile(f) if cfg.compile else f)
+        net = MaskSup(common.compiled(f, cfg))
         optimizer, scaler = make_optimizer(f, cfg, machine.fused), machine.scaler()
         image = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8).to(device)
         label = torch.randint(0, N, (B, S, S), dtype=torch.uint8).to(device)

@@ -725,7 +725,7 @@ def build(cfg, classes):
 def compile_parts(model, cfg):
     """--compile: E, SeD and PiD, each in place so that the names of the weights stay."""
     for part in filter(None, (model.E, model.SeD, model.PiD) if cfg.compile else ()):
-        part.compile()
+        part.compile(dynamic=False)
 
 
 def parameters(*modules):
@@ -835,7 +835,8 @@ def places(length, window):
     return [*range(0, last, max(1, 2 * window // 3)), last]
 
 
-# whole images have many sizes: cudnn would try all its algorithms on each
+# whole images have many sizes: cudnn would try all its algorithms on each, --compile compile each
+@torch.compiler.set_stance("force_eager")
 @torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True)
 def probabilities(model, x, cfg, machine):
     """The probabilities of normalised images x, (B, 3, H, W) -> (B, C, H, W) float32. --window
@@ -1010,6 +1011,7 @@ def draw_samples(model, images, cfg, machine, info, scores, path, n=6):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")               # of another batch size than a step
 def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     """step.png: n unlabelled images in one step. Grey in pseudo-labels is left out of L_u. The last
     row shows the output of one head, that of the largest object. All processes have to call this,

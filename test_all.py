@@ -6770,7 +6770,9 @@ class Cuda(Base):
             step = module.train_step
 
             def train_step(*args):
-                torch.cuda.set_sync_debug_mode("error")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")         # "is a prototype feature"
+                    torch.cuda.set_sync_debug_mode("error")
                 try:
                     return step(*args)
                 finally:
