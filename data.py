@@ -835,6 +835,14 @@ def info(name, root="data", palette=None):
                 void=tuple({*range(len(names))} - {*ids}))
 
 
+def attempt(problems, read, *args):
+    """read(*args), or None where it raises a UserError, which becomes one of the problems."""
+    try:
+        return read(*args)
+    except UserError as error:
+        problems.append(str(error))
+
+
 @functools.lru_cache
 def largest_id(folder):
     """The largest id but 255 in the masks of a folder that can be read."""
@@ -1362,14 +1370,6 @@ class Config:
     root: str = "data"      # where datasets are
     palette: str = ""       # what the colours of masks mean: voc, cityscapes, binary or a file
     out: str = ""           # the contact sheet (default: out/check-NAME.png)
-
-
-def attempt(problems, read, *args):
-    """read(*args), or None where it raises a UserError, which becomes one of the problems."""
-    try:
-        return read(*args)
-    except UserError as error:
-        problems.append(str(error))
 
 
 def examine(item, info):
