@@ -407,6 +407,8 @@ def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=Fa
 
 # --------------------------------------------------------------------------------- reading one file
 
+BINARY = "if it is black and white, give --palette binary"
+
 logging.getLogger("PIL").setLevel(logging.CRITICAL)     # the errors below say what is wrong
 
 # CVC-ClinicDB's own TIFFs hold RGB but are tagged as grey ("black is zero"): Pillow refuses them
@@ -423,8 +425,13 @@ def opened(path):
         with Image.open(path) as image:
             if 0 in image.size:
                 raise ValueError("it has no pixels")
-            if (n := pages(image)) > 1:
+            n = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)   # MPO has previews
+            for page in range(1, n) if image.format == "TIFF" else ():
+                image.seek(page)
+                n -= image.tag_v2.get(254, 0) & 1       # so has TIFF: a smaller copy of a page
+            if n > 1:
                 raise UserError(f"{path}: {n} pages: save each as a file of its own")
+            image.seek(0)
             yield image
     except UserError:
         raise
@@ -438,16 +445,6 @@ def opened(path):
                 "save it as 8-bit grey or RGB"}.get(
                     type(error), f"not a complete image ({reason[:90]}): replace or remove it")
         raise UserError(f"{path}: {what}") from None
-
-
-def pages(image):
-    """The number of images in an opened file, without the previews in MPO and TIFF."""
-    n = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    for page in range(1, n) if image.format == "TIFF" else ():
-        image.seek(page)
-        n -= image.tag_v2.get(254, 0) & 1       # a smaller copy of another page
-    image.seek(0)
-    return n
 
 
 def turned(image):
@@ -542,9 +539,6 @@ def id_scale(image, path):
         return (65535 if image.mode.startswith("I") else 255) / image.tile[0][3][1]
     bits = re.search("'L;([24])'", tile)
     return 255 / (2 ** int(bits[1]) - 1) if bits else 1
-
-
-BINARY = "if it is black and white, give --palette binary"
 
 
 def read_label(path, info):
@@ -781,14 +775,20 @@ def find(name, root, markers=()):
     return next((p for p in places for m in markers or source.markers if (p / m).exists()), None)
 
 
+def attempt(problems, read, *args):
+    """read(*args), or None where it raises a UserError, which becomes one of the problems."""
+    try:
+        return read(*args)
+    except UserError as error:
+        problems.append(str(error))
+
+
 def short_side(name, root):
     """The shorter side of training images in pixels: the median of about 50. None if unknown."""
     items = [item for item in list_items(name, root, "train") if item.image]
-    sides = []
-    for item in items[::max(1, len(items) // 50)]:
-        with contextlib.suppress(UserError), opened(item.image) as image:
-            sides.append(min(image.size))
-    return sorted(sides)[len(sides) // 2] if sides else None
+    shapes = (attempt([], shape_of, item.image) for item in items[::max(1, len(items) // 50)])
+    sides = sorted(min(shape) for shape in shapes if shape)
+    return sides[len(sides) // 2] if sides else None
 
 
 def list_items(name, root, split, protocol="lists"):
@@ -833,14 +833,6 @@ def info(name, root="data", palette=None):
         raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
     return Info(title, tuple(names[c] for c in ids), distinct_colors(len(ids)), ids,
                 void=tuple({*range(len(names))} - {*ids}))
-
-
-def attempt(problems, read, *args):
-    """read(*args), or None where it raises a UserError, which becomes one of the problems."""
-    try:
-        return read(*args)
-    except UserError as error:
-        problems.append(str(error))
 
 
 @functools.lru_cache
@@ -1361,9 +1353,6 @@ def partners(index):
 
 # ----------------------------------------------------------------------------------- python data.py
 
-SHOWN = 192                 # side of the images on the contact sheet
-
-
 @dataclass
 class Config:
     data: str = "shapes"    # a dataset, or a folder of your own
@@ -1442,12 +1431,12 @@ def print_shares(labels, pixels):
 
 def show(good, labels, path):
     """Write a contact sheet of images and their labels, six spread over each split."""
-    rows, titles = [], []
+    rows, titles, side = [], [], 192
     for split, items in good.items():
         tiles = []
         for item in items[::max(1, len(items) // 6)][:6]:
-            image, label = read_pair(item, labels, SHOWN)
-            image, label = geometry(image, label, SHOWN, crop=max(label.shape))
+            image, label = read_pair(item, labels, side)
+            image, label = geometry(image, label, side, crop=max(label.shape))
             tiles += [image, overlay(image, label, labels.colors)]
         rows += [tiles[i:i + 6] for i in range(0, len(tiles), 6)]
         titles += [split] * (len(rows) - len(titles))
