@@ -268,7 +268,7 @@ def loader(dataset, batches, workers, **kwargs):
 
 
 def train_loader(dataset, batch_size, workers=0, **steps):
-    """Loads train_batches(), once, of batch_size per process; steps: its seed, start, stop, .."""
+    """The images of train_batches(), to be read once; steps: its seed, start, stop, .."""
     return loader(dataset, train_batches(len(dataset), batch_size, **steps), workers)
 
 
@@ -763,7 +763,7 @@ def eval_split(name):
 
 
 def find(name, root, markers=()):
-    """The folder of a dataset, None if a named one is missing. markers: instead of its own."""
+    """The folder of a dataset, None if a named one is missing, by its markers or the given ones."""
     if name not in SOURCES:
         for folder in Path(name), Path(root) / name:
             if folder.is_dir():
