@@ -115,6 +115,27 @@ def nearest_name(name, names):
 
 # ------------------------------------------------------------------------- configuration and flags
 
+@dataclasses.dataclass
+class RunConfig:
+    """Where and how a run takes place; a method's Config adds its own fields."""
+    root: str = "data"             # folder of the datasets
+    palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
+    init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
+    eval_every: int = 1            # epochs between evaluations
+    seed: int = 0                  # of weights, masks and order
+    workers: int = -1              # loader processes; -1: one per processor with CUDA, else none
+    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
+    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
+    device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
+    amp: typing.Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, else off
+    compile: bool = False          # torch.compile the model
+    resume: bool = False           # continue from OUT/last.pt
+    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
+    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
+    eval: tuple = ()               # evaluate these checkpoints and do nothing else
+    bench: int = -1                # time N training steps on random tensors; 0: only count
+
+
 class Parser(ArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -122,8 +143,9 @@ class Parser(ArgumentParser):
 
 @functools.lru_cache
 def help_texts(Config):
-    """{field: the comment after it} of a dataclass."""
-    return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    """{field: the comment after it} of a dataclass and its bases."""
+    source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
 
 
 def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
@@ -135,7 +157,9 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
     Returns (cfg, origin): origin[name] is "recipe" or "flag" for values that are not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
-    fields, texts = dataclasses.fields(Config), help_texts(Config)
+    fields = sorted(dataclasses.fields(Config),         # Config's own first, then RunConfig's
+                    key=lambda field: field.name not in Config.__annotations__)
+    texts = help_texts(Config)
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     for field in fields:
@@ -153,11 +177,10 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
         else:
             kind.update(type=field.type, metavar=field.type.__name__.upper())
         parser.add_argument(f"--{flag}", dest=field.name, default=None, **kind)
-    flags = [s for action in parser._actions for s in action.option_strings]
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]}{nearest_name(unknown[0], flags)}; "
-                        "--help lists them")
+        near = nearest_name(unknown[0], parser._option_string_actions)
+        raise UserError(f"unknown argument {unknown[0]}{near}; --help lists them")
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(given).items() if value is not None}
     for field in fields:
@@ -179,9 +202,11 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
 
 def show_config(cfg, origin, rest="everything else is the default: see --help or config.json"):
     """Print the values that are not the default and where they come from, in the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     titles = {"recipe": f"from the recipe for {cfg.data}", "pretrain": "because of --pretrain",
               "flag": "from the command line"}
-    for source, title in titles.items() if os.environ.get("RANK", "0") == "0" else ():
+    for source, title in titles.items():
         if values := ", ".join(f"{n} {getattr(cfg, n)}" for n in origin if origin[n] == source):
             print(textwrap.fill(f"{title}: {values}", 100, subsequent_indent="  "))
     print(rest)
@@ -259,12 +284,12 @@ class Machine:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
             raise UserError(f"--device {name}: expected one of auto, cuda, cuda:1, mps, cpu"
                             f"{nearest_name(name, ('auto', 'cuda', 'mps', 'cpu'))}")
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
         if name == "auto":
-            name = ("cuda" if torch.cuda.is_available() else
-                    "mps" if torch.backends.mps.is_available() else "cpu")
-        for wanted, found in ("cuda", torch.cuda), ("mps", torch.backends.mps):
-            if name.startswith(wanted) and not found.is_available():
-                raise UserError(f"--device {name}: torch does not find one; leave --device out")
+            name = next(kind for kind in there if there[kind])
+        if not there[name.partition(":")[0]]:
+            raise UserError(f"--device {name}: torch does not find one; leave --device out")
         if name.startswith("cuda"):
             n = torch.cuda.device_count()
             if int(name[5:] or 0) >= n:
@@ -803,6 +828,11 @@ class Interrupt:
 
 # ------------------------------------------------------------------------------------------- bench
 
+def parameters(*modules):
+    """The number of their weights."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
 def macs(model, *inputs):
     """Multiply-adds (1e9) of model(*inputs), as torch counts them."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -911,26 +941,28 @@ def save_image(path, array, palette=None):
 font = ImageFont.load_default
 
 
-def draw_sheet(path, rows, names, info=None, title="", grey="void"):
+def draw_sheet(path, rows, names, info, title="", grey="void"):
     """Write a contact sheet as one PNG: rows of images, the name of each row before it, a title
-    above, and, given the Info of a dataset, a legend of its classes below.
+    above, and a legend of the classes below.
 
-    rows: lists of uint8 (H, W, 3); none for a legend alone. Small images are enlarged by whole
-    steps to almost 160 pixels, so that patches stay square. grey: the meaning of light grey.
+    rows: of images, uint8 (H, W, 3), or labels (H, W), which get the colours of the dataset's Info;
+    none for a legend alone. Small images are enlarged by whole steps to almost 160 pixels, so that
+    patches stay square. grey: the meaning of light grey.
     """
     gap, tile, size = 4, 160, 15
-    rows = [[ImageOps.scale(Image.fromarray(p), max(1, tile // max(p.shape[:2])), Image.NEAREST)
-             for p in row] for row in rows]
+    rows = [[Image.fromarray(colorize(p, info.colors) if p.ndim == 2 else p) for p in row]
+            for row in rows]
+    rows = [[ImageOps.scale(p, max(1, tile // max(p.size)), Image.NEAREST) for p in row]
+            for row in rows]
     left = 4 * gap + max((int(font(size).getlength(name)) for name in names), default=0)
     widths = [max(row[i].width for row in rows if i < len(row))
               for i in range(max(map(len, rows), default=0))]
     heights = [max(image.height for image in row) for row in rows]
     W = max(left + sum(widths) + gap * len(widths), 480)
     head = textwrap.wrap(title, W // 8)
-    entries = legend(info, grey, W - 2 * gap) if info else []
-    y = gap + 22 * len(head)
+    entries, y = legend(info, grey, W - 2 * gap), gap + 22 * len(head)
     bottom = y + sum(heights) + gap * len(heights) + 2 * gap
-    canvas = Image.new("RGB", (W, bottom + (22 * (entries[-1][1] + 1) if entries else 0)), "white")
+    canvas = Image.new("RGB", (W, bottom + 22 * (entries[-1][1] + 1)), "white")
     draw = ImageDraw.Draw(canvas)
     for i, line in enumerate(head):
         draw.text((2 * gap, 14 + 22 * i), line, "black", font(size), anchor="lm")
