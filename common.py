@@ -41,11 +41,9 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main() and end the process.
-
-    One line on stderr and status 2 for errors that the user can fix: a UserError, a file or folder
-    that cannot be used, too little memory. Status 130 for Ctrl-C. Others keep their traceback.
-    """
+    """Call main() and end the process: with one line on stderr and status 2 for errors that the
+    user can fix (a UserError, a file or folder that cannot be used, too little memory), with status
+    130 for Ctrl-C. Other errors keep their traceback."""
     warnings.filterwarnings("ignore", module="PIL")     # about files that it can read all the same
     sys.stdout = sys.stdout or open(os.devnull, "w")
     with suppress(AttributeError):          # file names may have characters a terminal cannot show
@@ -153,7 +151,7 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
     command line. For the user's own folder --BY is "small" unless given.
 
     A field `a_b: int = 3  # text` becomes the flag --a-b with this help text, a bool that is True
-    --no-a-b. A Literal is checked. A tuple takes several values, or none if in may_be_empty.
+    --no-a-b. A tuple takes several values, or none if in may_be_empty.
     Returns (cfg, origin): origin[name] is "recipe" or "flag" for values that are not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
@@ -244,11 +242,9 @@ def check_processes():
 
 
 def idle_processors():
-    """The number of threads to use: as many as there are idle processors, at least 1.
-
-    Threads wait for each other. With another process on one of two processors, two threads are
-    slower than one (masksup.py --bench 40: 245 ms a step instead of 96; on idle ones 62 and 92).
-    """
+    """The number of threads to use: as many as there are idle processors, at least 1. Threads wait
+    for each other: with another process on one of two processors, two threads are slower than one
+    (masksup.py --bench 40: 245 ms a step instead of 96; on idle ones 62 and 92)."""
     try:        # on Linux, how many threads run now: the median of nine readings, without this one
         running = []
         for _ in range(9):
@@ -262,11 +258,8 @@ def idle_processors():
 
 class Machine:
     """Where a run takes place: .device, .rank and .world (torchrun's), .autocast() for forward
-    passes, and .loading, arguments for data.py's loaders.
-
-    If cfg.threads is 0, it becomes that of the run to resume (in the folder `first` or cfg.out), or
-    else idle_processors(). Raises UserError for a device that does not exist.
-    """
+    passes, and .loading, arguments for data.py's loaders. If cfg.threads is 0, it becomes that of
+    the run to resume (in the folder `first` or cfg.out), or else idle_processors()."""
 
     def __init__(self, cfg, first=None):
         for folder in (first or cfg.out, cfg.out) if cfg.resume else ():
@@ -483,12 +476,10 @@ def checkpoint_config(cfg, origin, path, trained, check, *flags):
 
 
 def load_weights(model, path, method, classes, may_lack=()):
-    """--init: copy a checkpoint's weights into the model, which has C classes.
-
-    With another number of classes in the checkpoint, weights whose shape depends on that number
-    keep their initial values, and are listed. Names that start with may_lack may be missing in one
-    of the two. Raises UserError if the weights do not fit.
-    """
+    """--init: copy a checkpoint's weights into the model, which has C classes. With another number
+    of classes in the checkpoint, weights whose shape depends on that number keep their initial
+    values, and are listed. Names that start with may_lack may be missing in one of the two. Raises
+    UserError if the weights do not fit."""
     initial, state = model.state_dict(), load_checkpoint(path, method)
     saved = {k: v for k, v in state["model"].items() if k in initial or not k.startswith(may_lack)}
     saved |= {k: v for k, v in initial.items() if k not in saved and k.startswith(may_lack)}
@@ -534,15 +525,13 @@ def result_folders(paths, out):
     refuse_results(out)
     if len(paths) == 1:
         return {paths[0]: out}
-    folders = {}
-    for path in paths:
-        folder = out / f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        if folder in folders.values():
-            raise UserError(f"--eval {path}: the results of another one go to {folder.name} too; "
-                            "rename its folder")
-        refuse_results(folder)
-        folders[path] = folder
-    return folders
+    names = [f"{Path(path).resolve().parent.name}-{Path(path).stem}" for path in paths]
+    for path, name in zip(paths, names):
+        if names.count(name) > 1:
+            raise UserError(f"--eval {path}: the results of another one go to {name} too; rename "
+                            "its folder")
+        refuse_results(out / name)
+    return {path: out / name for path, name in zip(paths, names)}
 
 
 def resuming(cfg):
@@ -552,11 +541,9 @@ def resuming(cfg):
 
 class Run:
     """The run folder OUT, and what a training loop does besides training: announce() before it,
-    note() after a step, log() after an evaluation, save() when note() returned something.
-
-    Raises UserError instead of overwriting a run, and if a run is resumed with another
-    configuration, other classes or other training images.
-    """
+    note() after a step, log() after an evaluation, save() when note() returned something. Raises
+    UserError instead of overwriting a run, and if a run is resumed with another configuration,
+    other classes or other training images."""
     KEPT = "step", "history", "scores", "losses", "best", "seconds"
 
     def __init__(self, cfg, method, machine, info, pictures, parts, terms, stop, per_epoch, *,
@@ -566,7 +553,6 @@ class Run:
         state is saved.  terms: names of the losses.  stop: the last step.  per_epoch: steps an
         epoch.  may_differ: more fields that --resume may change.  facts: more to save.  interrupt,
         last: for a run inside another one, the other's Interrupt and a name for its checkpoints.
-
         Create it after the datasets: if these fail, no folder is left behind.
         """
         if cfg.batch_size % machine.world:
@@ -580,7 +566,7 @@ class Run:
         self.interrupt, self.saved = interrupt or Interrupt(machine), time.time()
         self.step, self.history, self.scores, self.best, self.seconds = 0, [], {}, -1.0, 0.0
         self.losses = []                    # since the last evaluation, (n,) for each step
-        self.unchecked = {}                 # {step: (loss, batches)}, for check_finite()
+        self.unchecked = []                 # (step, loss, batches), for check_finite()
         self.better = None                  # the state for best.pt, until it is written
         self.live = sys.stdout.isatty() and machine.main
         if last == "last.pt":
@@ -651,13 +637,12 @@ class Run:
     def note(self, step, terms, *batches):
         """Record the losses of a step. Returns what to do now: "evaluate", "save" or "".
 
-        terms: float (n,), the total loss first. They are read once in CHECK_EVERY steps, because
-        reading waits for the device. batches: pairs (Dataset, indices (B,)), whose files are named
-        if the loss is not finite.
+        terms: float (n,), the total loss first, read once in CHECK_EVERY steps.  batches: pairs
+        (Dataset, indices (B,)), whose files are named if the loss is not finite.
         """
         self.step = step + 1
         self.losses.append(terms)
-        self.unchecked[self.step] = terms[0], batches
+        self.unchecked.append((self.step, terms[0], batches))
         if step % CHECK_EVERY == 0:
             self.progress(self.check_finite())
         late = 0 < self.cfg.save_every < (time.time() - self.saved) / 60
@@ -687,18 +672,17 @@ class Run:
     def check_finite(self, *modules):
         """The last loss, a float. Raises UserError, with the step and the files of its batch, if a
         loss since the last call is not finite, or a weight or buffer of the modules is not."""
-        steps, recorded = list(self.unchecked), list(self.unchecked.values())
-        losses = torch.stack([loss for loss, _ in recorded]).tolist()
+        losses = torch.stack([loss for _, loss, _ in self.unchecked]).tolist()
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         what = f"the loss is {losses[bad[0]]}" if bad else "some weights are not finite"
         weights = [t.isfinite().all() for m in modules for t in m.state_dict().values()]
         if bad or weights and not torch.stack(weights).all():
-            i = bad[0] if bad else -1
-            files = [name for dataset, index in recorded[i][1] for name in dataset.files(index)]
-            raise UserError(f"step {steps[i]}: {what}, after the batch {', '.join(files)}; "
+            step, _, batches = self.unchecked[bad[0] if bad else -1]
+            files = [name for dataset, index in batches for name in dataset.files(index)]
+            raise UserError(f"step {step}: {what}, after the batch {', '.join(files)}; "
                             f"{self.out} has the last state saved before: look at these files, or "
                             "start another run with another --out and a lower --lr or --amp off")
-        self.unchecked = {steps[-1]: recorded[-1]}
+        self.unchecked = self.unchecked[-1:]
         return losses[-1]
 
     def means(self):
@@ -733,12 +717,10 @@ class Run:
         return {**self.facts, **kept, **{k: p.state_dict() for k, p in self.parts.items()}}
 
     def save(self):
-        """Write last.pt and, if the model is better, best.pt. Exit after Ctrl-C.
-
-        After an evaluation only if --save-every minutes have passed: L-MAE's two files have 4 GB,
-        which takes longer to write than an epoch on a fast GPU. Until then a better model is kept
-        in memory, so that best.pt is never older than last.pt.
-        """
+        """Write last.pt and, if the model is better, best.pt; after an evaluation only if
+        --save-every minutes have passed: two files of 4 GB take longer to write than an epoch on a
+        fast GPU. Until then a better model is kept in memory, so that best.pt is never older than
+        last.pt. Exit after Ctrl-C."""
         asked = self.asked or self.interrupt.due(self.step - 1)[0]      # before evaluate(), in it
         if asked or self.late or self.step == self.stop or not self.cfg.save_every:
             if self.machine.main:
@@ -842,10 +824,8 @@ def macs(model, *inputs):
 
 def time_steps(step, n, batch, device, gmacs):
     """Time n calls step(i), after two to warm up: {ms_per_step, img_per_s, tflops, peak_mb}.
-
     gmacs: multiply-adds (1e9) of a step's forward passes. tflops, 1e12 FLOP a second, counts
-    forward and backward as 3 x gmacs x 2; compare it with the peak of the GPU.
-    """
+    forward and backward as 3 x gmacs x 2; compare it with the peak of the GPU."""
     sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, bool)
     for i in range(2):
         step(i)
@@ -877,12 +857,9 @@ def peak_mb(device):
 
 def vivid(colors):
     """Colours to draw C classes in, (C, 3) uint8: dark grey for class 0, and for the others bright
-    colours that differ, however dark or alike `colors` (C, 3) are.
-
-    A class keeps its hue if no earlier class has one near it. Otherwise it gets the bright colour
-    that is farthest from all used so far, and from white, from the grey of void, and from magenta,
-    which outline() uses.
-    """
+    colours that differ, however dark or alike `colors` (C, 3) are. A class keeps its hue if no
+    earlier class has one near it. Otherwise it gets the bright colour that is farthest from all
+    used so far, from white, from the grey of void, and from outline()'s magenta."""
     levels = np.linspace(0, 255, 8)
     bright = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
     bright = bright[(bright.max(1) > 180) & (np.ptp(bright, 1) > 120)]
@@ -942,13 +919,10 @@ font = ImageFont.load_default
 
 
 def draw_sheet(path, rows, names, info, title="", grey="void"):
-    """Write a contact sheet as one PNG: rows of images, the name of each row before it, a title
-    above, and a legend of the classes below.
-
-    rows: of images, uint8 (H, W, 3), or labels (H, W), which get the colours of the dataset's Info;
-    none for a legend alone. Small images are enlarged by whole steps to almost 160 pixels, so that
-    patches stay square. grey: the meaning of light grey.
-    """
+    """Write a contact sheet as one PNG: rows of images, uint8 (H, W, 3), or labels (H, W), which
+    get the colours of the dataset's Info; the name of each row before it, a title above, and a
+    legend of the classes below, in which `grey` is the meaning of light grey. Small images are
+    enlarged by whole steps to almost 160 pixels, so that patches stay square."""
     gap, tile, size = 4, 160, 15
     rows = [[Image.fromarray(colorize(p, info.colors) if p.ndim == 2 else p) for p in row]
             for row in rows]
@@ -1003,11 +977,9 @@ def refuse_nonempty(to):
 
 
 def pieces(label, classes):
-    """The number of 4-connected regions of each class in a label, (H, W) int -> (C,) int.
-
-    Runs of one class in a row are numbered. Runs that touch in two rows take the smaller number of
-    the two, until all numbers are equal within a region.
-    """
+    """The number of 4-connected regions of each class in a label, (H, W) int -> (C,) int. Runs of
+    one class in a row are numbered. Runs that touch in two rows take the smaller number of the two,
+    until all numbers are equal within a region."""
     start = np.ones(label.shape, bool)
     start[:, 1:] = label[:, 1:] != label[:, :-1]
     run = start.cumsum().reshape(label.shape) - 1
@@ -1027,14 +999,12 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     """--predict PATH .. --ckpt CKPT --to DIR: segment images and folders of images, and exit.
 
     load, check and segment belong to the method, data is data.py, flags as in checkpoint_config().
-    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), and their
-    confidence, float32 (H, W) in 0..1.
     Writes DIR/NAME.png (class indices, with the palette of the classes), DIR/overlay/NAME.png and
     DIR/confidence/NAME.png (255 times the confidence), in the size and the folders of the images,
-    upright by their EXIF data. DIR/overlay/legend.png names the colours of the overlays.
-    DIR/areas.csv: for each class its share and mean confidence in percent and its number of
-    regions. If a.jpg and a.png are given, they become a.jpg.png and a.png.png. Files that cannot be
-    read are a line on stderr each, and exit status 1.
+    upright by their EXIF data. DIR/overlay/legend.png names the colours. DIR/areas.csv: for each
+    class its share and mean confidence in percent and its number of regions. If a.jpg and a.png are
+    given, they become a.jpg.png and a.png.png. Files that cannot be read are a line on stderr each,
+    and exit status 1.
     """
     if not (cfg.ckpt and cfg.to):
         raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "

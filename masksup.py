@@ -602,11 +602,11 @@ def our_name(name, model):
 
 def load_pretrained(f, cfg, whole=False):
     """--pretrained: copy LeViT's weights into the encoder of f, or those that MaskSup's authors
-    released into all of f, and print what was not copied. whole: accept only the second.
+    released into all of f, and print what was not copied. whole: accept only the second. Raises
+    UserError if they are those of another network.
 
     LeViT's were trained on images normalised by ImageNet's mean and deviation, not to [-1, 1]:
-    BatchNorm adapts. MaskSup's for two classes have one channel z before a sigmoid: here logits
-    (0, z). Raises UserError if the weights are those of another network.
+    BatchNorm adapts. MaskSup's for two classes have one channel z before a sigmoid: here (0, z).
     """
     url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
     read = data.read_weights(cfg.pretrained, url, "model")
@@ -676,11 +676,10 @@ def evaluate(f, loader, cfg, machine, corrupt=None, bank=None):
     corrupt: bank of masks that the images are multiplied with (Fig. 6).  bank: that of the context
     branch, to compare the two branches (S 2).
     Returns, in percent: miou and dice (their means over the classes), class_iou and classes (both
-    of each class by name), from one confusion matrix over all images at size S; paper_iou
-    (image_iou) and the same without void; constant, the miou of the best prediction that is one
-    class everywhere; and the loss, CE. Void is not counted, except in paper_iou of more than two
-    classes. With a bank also tasksim, L_tasksim between M_p and M_pm, and miou_holes, the miou of
-    M_pm.
+    by name), from one confusion matrix over all images at size S; paper_iou (image_iou) and the
+    same without void; constant, the miou of the best prediction that is one class everywhere; and
+    the loss, CE. Void is not counted, except in paper_iou of more than two classes. With a bank
+    also tasksim, L_tasksim between M_p and M_pm, and miou_holes, the miou of M_pm.
     """
     net = MaskSup(f).eval()
     classes, device = loader.dataset.info.classes, machine.device
@@ -792,9 +791,8 @@ def training_masks(cfg):
                         "where the image is removed and 255 where it is kept, or the reverse with "
                         "--masks-remove bright")
     percent = 100 * bright.float().mean().item()
-    if os.environ.get("RANK", "0") == "0":
-        print(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - percent:.1f} % and "
-              f"bright {percent:.1f} % on average; --masks-remove dark|bright says which")
+    data.say(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - percent:.1f} % and "
+             f"bright {percent:.1f} % on average; --masks-remove dark|bright says which")
     return bright if cfg.masks_remove == "dark" else ~bright
 
 
@@ -896,10 +894,8 @@ def reconstruction_loss(output, image, holes, values):
 
 def pretrain(f, train_set, cfg, machine, interrupt):
     """Train f as a masked autoencoder: three channels instead of the classes, which reconstruct the
-    removed patches. All of its weights except the head's are then copied into f.
-
-    Its checkpoint, from which --resume continues, is OUT/pretrain.pt. Returns the seconds it took.
-    """
+    removed patches. All of its weights except the head's are then copied into f. Its checkpoint,
+    from which --resume continues, is OUT/pretrain.pt. Returns the seconds it took."""
     device, per_epoch = machine.device, data.steps_per_epoch(len(train_set), cfg.batch_size)
     total = cfg.pretrain_epochs * per_epoch
     autoencoder = build(cfg, 3).to(device, memory_format=torch.channels_last)
@@ -969,11 +965,9 @@ def run_names(configs):
 
 def evaluate_only(cfg, origin):
     """--eval A.pt [B.pt ..]: write metrics.json and samples.png of each checkpoint, to OUT, or for
-    several to OUT/RUN-CHECKPOINT each. --eval --pretrained FILE: of MaskSup's release instead.
-
-    All checkpoints of one size see the same holes. With --corrupt also the scores with a share of
-    the image removed, right to one percent of the image (Fig. 6).
-    """
+    several to OUT/RUN-CHECKPOINT each. --eval --pretrained FILE: of MaskSup's release instead. All
+    checkpoints of one size see the same holes. With --corrupt also the scores with a share of the
+    image removed, right to one percent of the image (Fig. 6)."""
     shares, paths = parse_shares(cfg.corrupt), cfg.eval or (cfg.pretrained,)
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
     machine, found = common.Machine(cfg), {}
@@ -1022,9 +1016,7 @@ def evaluate_only(cfg, origin):
 
 def compare(curves, rows, histories, info, out):
     """One samples.png (Fig. 3, 4) and one curves.png (S 2-3) of several checkpoints, in OUT.
-
-    All are {name: ..}. curves: {share removed: scores}.  rows: from draw_samples().
-    """
+    All are {name: ..}. curves: {share removed: scores}.  rows: from draw_samples()."""
     image, truth, _, holed, _ = next(iter(rows.values()))
     common.draw_sheet(
         out / "samples.png", [image, truth, *(r[2] for r in rows.values()), holed,
@@ -1050,11 +1042,9 @@ def write_robustness(curves, out):
 @torch.no_grad()
 def segment(f, image, cfg, machine):
     """Segment one image: uint8 (H, W, 3) -> class indices uint8 (H, W), and their probability,
-    float32 (H, W).
-
-    The network sees it at the training size; its logits are resized to (H, W). Beyond 2048 pixels a
-    side the classes are enlarged instead: N planes of floats would not fit into memory.
-    """
+    float32 (H, W). The network sees it at the training size; its logits are resized to (H, W).
+    Beyond 2048 pixels a side the classes are enlarged instead, as N planes of floats would not fit
+    into memory."""
     small = Image.fromarray(image).resize((cfg.size, cfg.size), Image.BILINEAR)
     small = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
     with machine.autocast():

@@ -15,7 +15,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
-Lines 191 to 556 are the method; the rest is networks, data, training loop and other commands.
+Lines 191 to 551 are the method; the rest is networks, data, training loop and other commands.
 
     python s4mim.py                                         # embedded dataset, CPU, two minutes
     python s4mim.py --data voc --labeled labeled.txt        # the paper's recipe, UniMatch's list
@@ -454,11 +454,8 @@ def averages_kept(model):
 
 
 def phase_one(model, v, cfg, machine):
-    """Phase I, FixMatch with UniPerb, on Views v. PiD is not used.
-
-    Returns L_s, L_u without lambda_u, the share of pixels that are confident, and Seen, None for
-    suponly.
-    """
+    """Phase I, FixMatch with UniPerb, on Views v. Returns L_s, L_u without lambda_u, the share of
+    pixels that are confident, and Seen, None for suponly."""
     B, size, suponly = len(v.x_l), v.x_l.shape[2:], v.x_w is None
     with machine.autocast():
         c = model.E(v.x_l if suponly else torch.cat([v.x_l, v.x_w]))
@@ -491,11 +488,9 @@ def phase_one(model, v, cfg, machine):
 
 
 def phase_two(model, prototypes, v, seen, cfg, machine):
-    """Phase II, mask-induced learning. Moves the prototypes.
-
-    Returns L_mimpi, L_mimfea and L_mimse without their weights, 0 for those that are switched off;
-    and fea, r and p_m of the masked views, None likewise.
-    """
+    """Phase II, mask-induced learning. Moves the prototypes. Returns L_mimpi, L_mimfea and L_mimse
+    without their weights, 0 for those that are switched off; and fea, r and p_m of the masked
+    views, None likewise."""
     B, size = len(v.x_l), v.x_l.shape[2:]
     (_, mp, mf, ms), _ = lambdas(cfg)
     L_pi = L_fea = L_se = torch.zeros((), device=v.x_l.device)
@@ -781,10 +776,8 @@ def normalize(image):
 
 def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     """The Views of two batches (image uint8, label uint8, index) of the loaders.
-
     channels: (C1, C4) of E.  seeds: one for each place in the batch.  unlabeled: None for suponly.
-    Of its labels only 255 is used, the padding.
-    """
+    Of its labels only 255 is used, the padding."""
     x_l, y_l, _ = labeled
     x_l, y_l = normalize(to_unit(x_l, device)), y_l.to(device, non_blocking=True)
     if cfg.method == "suponly":
@@ -1042,11 +1035,8 @@ def evaluate_only(cfg, origin):
 @torch.no_grad()
 def segment(model, image, cfg, machine):
     """Segment one image: uint8 (H, W, 3) -> class indices uint8 (H, W), and their probability,
-    float32 (H, W).
-
-    Above 2048 pixels a side a smaller copy is segmented, by windows, and the result enlarged: C
-    planes of floats would not fit into memory.
-    """
+    float32 (H, W). Above 2048 pixels a side a smaller copy is segmented, by windows, and the result
+    enlarged: C planes of floats would not fit into memory."""
     H, W = image.shape[:2]
     shrink = min(1, 2048 / max(H, W))
     x = to_unit(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], machine.device)
