@@ -430,8 +430,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, method):
-    """Read a checkpoint of `method` without running code in it. Raises UserError if it is not one.
-    """
+    """Read a checkpoint of `method` without running code in it. UserError if it is not one."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -461,8 +460,7 @@ def load(path, method, Config, Info, build):
 
 def checkpoint_config(cfg, origin, path, trained, check, *flags):
     """The configuration `trained` of the checkpoint at path, with the values of the command line
-    that may differ: `flags`, and those of this machine. Prints them; raises UserError for others.
-    """
+    that may differ: `flags`, and those of this machine. Prints them; UserError for others."""
     given = {name for name, source in origin.items() if source == "flag"}
     local = {"root", "workers", "device", "amp", "threads", "in_memory"}
     if wrong := sorted(given - local - {"out", *flags}):
@@ -548,12 +546,12 @@ class Run:
 
     def __init__(self, cfg, method, machine, info, pictures, parts, terms, stop, per_epoch, *,
                  may_differ=(), interrupt=None, last="last.pt", **facts):
-        """
+        """To be created after the datasets: if these fail, no folder is left behind.
+
         pictures: a hash of the training images' names.  parts: {name: model, optimizer, ..}, whose
         state is saved.  terms: names of the losses.  stop: the last step.  per_epoch: steps an
         epoch.  may_differ: more fields that --resume may change.  facts: more to save.  interrupt,
         last: for a run inside another one, the other's Interrupt and a name for its checkpoints.
-        Create it after the datasets: if these fail, no folder is left behind.
         """
         if cfg.batch_size % machine.world:
             raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of {machine.world} "

@@ -7,7 +7,7 @@ r"""MaskSup, masked supervised learning: segment an image and a copy of it that 
 f is any segmentation network, the same in both branches. At test time there are no holes, and the
 cost is that of f. Zunair and Ben Hamza, "Masked supervised learning for semantic segmentation",
 BMVC 2022; equations, tables and figures have the paper's numbers, S 1-7 are its supplement's.
-Lines 168 to 353 are the method (branches, masks, loss, training step), the rest is plumbing.
+Lines 167 to 352 are the method (branches, masks, loss, training step), the rest is plumbing.
 
     python masksup.py                                       # drawn images, CPU, two minutes
     python masksup.py --data glas                           # as released: from LeViT's weights
@@ -142,7 +142,6 @@ class Config(common.RunConfig):    # which has seed, device, resume and the like
     mae_patch: int = 16            # --pretrain mae: side of a patch, in pixels
     mae_ratio: float = 0.75        # --pretrain mae: share of the patches that is removed
     # other commands
-    eval: tuple = ()               # evaluate these checkpoints (or --pretrained) and nothing else
     corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
     predict: tuple = ()            # images to segment: files, or folders and what is in them
     ckpt: str = ""                 # --predict: the checkpoint
@@ -646,8 +645,7 @@ def dataset(cfg, split):
 
 
 def eval_loaders(cfg, machine):
-    """{split: loader} of all splits but the first; the next is the one that training is scored on.
-    """
+    """{split: loader} of the splits to evaluate on. Training is scored on the first of them."""
     return {split: data.eval_loader(dataset(cfg, split), cfg.batch_size, **machine.loading)
             for split in data.source_of(cfg.data).splits[1:]}
 

@@ -871,18 +871,16 @@ def train(cfg, machine, interrupt):
     val_loader = eval_loader(cfg, data.eval_split(cfg.data), machine)
     info, per_epoch = labeled.info, data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
     common.default_epochs(cfg, per_epoch)
-    total = cfg.epochs * per_epoch
+    total, C = cfg.epochs * per_epoch, len(info.classes)
 
     torch.manual_seed(common.seed_of(cfg.seed))
-    model = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
+    model = build(cfg, C).to(device, memory_format=torch.channels_last)
     if cfg.pretrained != "none" and not common.resuming(cfg):
         load_encoder(model.E, cfg)
     if cfg.init and not common.resuming(cfg):
-        common.load_weights(model, cfg.init, "s4mim", len(info.classes),
-                            may_lack="PiD.")                            # suponly has none
+        common.load_weights(model, cfg.init, "s4mim", C, may_lack="PiD.")   # suponly has none
     model = common.synchronized(model, machine)
-    prototypes = Prototypes(len(info.classes), 4 * cfg.width, cfg.alpha, cfg.tau,
-                            cfg.dic).to(device)
+    prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
     optimizer, scaler = make_optimizer(model, cfg, machine.fused), machine.scaler()
     run = common.Run(cfg, "s4mim", machine, info,
                      f"labelled {digest}, unlabelled {data.labeled_hash(unlabeled.items)}",
@@ -911,8 +909,7 @@ def train(cfg, machine, interrupt):
         # 2. one step. Its random numbers depend on (seed, step, place in the batch) and nothing
         #    else, so that a resumed run repeats an uninterrupted one
         model.train()
-        seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j)
-                 for j in range(B)]
+        seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j) for j in range(B)]
         now = replace(cfg, method="suponly") if step < cfg.burn_in else cfg
         v = make_views(*batches, now, model.E.channels, seeds, device)
         terms = train_step(model, prototypes, optimizer, scaler, machine, now, v)
