@@ -157,12 +157,11 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
     """
     fields = sorted(dataclasses.fields(Config),         # Config's own first, then RunConfig's
                     key=lambda field: field.name not in Config.__annotations__)
-    texts = help_texts(Config)
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     for field in fields:
         flag = field.name.replace("_", "-")
-        kind = {"help": texts.get(field.name, "").replace("%", "%%")}
+        kind = {"help": help_texts(Config).get(field.name, "").replace("%", "%%")}
         if field.type is bool:
             kind["action"] = "store_false" if field.default else "store_true"
             if field.default:
@@ -1008,21 +1007,19 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
         raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "
                         "--ckpt CKPT --to DIR")
     trained, info, model, _ = load(cfg.ckpt)
-    paths = cfg.predict
     cfg = checkpoint_config(cfg, origin, cfg.ckpt, trained, check, "predict", "ckpt", "to", *flags)
     machine, to, failed, found, areas = Machine(cfg), Path(cfg.to), 0, [], []
     if machine.world > 1:
         raise UserError("--predict runs in one process: start it with python, not torchrun")
     refuse_nonempty(to)
-    for source in map(Path, paths):
+    for source in map(Path, cfg.predict):
         inside = (data.images_below(source) if source.is_dir() else
                   [source] if source.exists() else [])
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))
                   for path in inside]
         if not inside:
             raise UserError(f"--predict {source}: no image there")
-        others = [p.name for p in source.rglob("*") if p.is_file() and p not in set(inside)]
-        if others:
+        if others := sorted(p.name for p in {*source.rglob("*")} - {*inside} if p.is_file()):
             print(f"{source}: skipped, not images: {', '.join(others[:4])}"
                   + f" and {len(others) - 4} more" * (len(others) > 4))
     model.to(machine.device)
