@@ -41,11 +41,9 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main() and end the process.
-
-    One line on stderr and status 2 for errors that the user can fix: a UserError, a file or folder
-    that cannot be used, too little memory. Status 130 for Ctrl-C. Others keep their traceback.
-    """
+    """Call main() and end the process: with one line on stderr and status 2 for errors that the
+    user can fix (a UserError, a file or folder that cannot be used, too little memory), with status
+    130 for Ctrl-C. Other errors keep their traceback."""
     warnings.filterwarnings("ignore", module="PIL")     # about files that it can read all the same
     sys.stdout = sys.stdout or open(os.devnull, "w")
     with suppress(AttributeError):          # file names may have characters a terminal cannot show
@@ -115,6 +113,27 @@ def nearest_name(name, names):
 
 # ------------------------------------------------------------------------- configuration and flags
 
+@dataclasses.dataclass
+class RunConfig:
+    """Where and how a run takes place; a method's Config adds its own fields."""
+    root: str = "data"             # folder of the datasets
+    palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
+    init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
+    eval_every: int = 1            # epochs between evaluations
+    seed: int = 0                  # of weights, masks and order
+    workers: int = -1              # loader processes; -1: one per processor with CUDA, else none
+    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
+    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
+    device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
+    amp: typing.Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, else off
+    compile: bool = False          # torch.compile the model
+    resume: bool = False           # continue from OUT/last.pt
+    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
+    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
+    eval: tuple = ()               # evaluate these checkpoints and do nothing else
+    bench: int = -1                # time N training steps on random tensors; 0: only count
+
+
 class Parser(ArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -122,8 +141,9 @@ class Parser(ArgumentParser):
 
 @functools.lru_cache
 def help_texts(Config):
-    """{field: the comment after it} of a dataclass."""
-    return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    """{field: the comment after it} of a dataclass and its bases."""
+    source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
 
 
 def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
@@ -131,16 +151,17 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
     command line. For the user's own folder --BY is "small" unless given.
 
     A field `a_b: int = 3  # text` becomes the flag --a-b with this help text, a bool that is True
-    --no-a-b. A Literal is checked. A tuple takes several values, or none if in may_be_empty.
+    --no-a-b. A tuple takes several values, or none if in may_be_empty.
     Returns (cfg, origin): origin[name] is "recipe" or "flag" for values that are not the default.
     Raises UserError for an unknown flag or value, and names the nearest valid one.
     """
-    fields, texts = dataclasses.fields(Config), help_texts(Config)
+    fields = sorted(dataclasses.fields(Config),         # Config's own first, then RunConfig's
+                    key=lambda field: field.name not in Config.__annotations__)
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     for field in fields:
         flag = field.name.replace("_", "-")
-        kind = {"help": texts.get(field.name, "").replace("%", "%%")}
+        kind = {"help": help_texts(Config).get(field.name, "").replace("%", "%%")}
         if field.type is bool:
             kind["action"] = "store_false" if field.default else "store_true"
             if field.default:
@@ -153,11 +174,10 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
         else:
             kind.update(type=field.type, metavar=field.type.__name__.upper())
         parser.add_argument(f"--{flag}", dest=field.name, default=None, **kind)
-    flags = [s for action in parser._actions for s in action.option_strings]
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]}{nearest_name(unknown[0], flags)}; "
-                        "--help lists them")
+        near = nearest_name(unknown[0], parser._option_string_actions)
+        raise UserError(f"unknown argument {unknown[0]}{near}; --help lists them")
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(given).items() if value is not None}
     for field in fields:
@@ -179,9 +199,11 @@ def parse(Config, recipes, doc, argv=None, by="recipe", may_be_empty=()):
 
 def show_config(cfg, origin, rest="everything else is the default: see --help or config.json"):
     """Print the values that are not the default and where they come from, in the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     titles = {"recipe": f"from the recipe for {cfg.data}", "pretrain": "because of --pretrain",
               "flag": "from the command line"}
-    for source, title in titles.items() if os.environ.get("RANK", "0") == "0" else ():
+    for source, title in titles.items():
         if values := ", ".join(f"{n} {getattr(cfg, n)}" for n in origin if origin[n] == source):
             print(textwrap.fill(f"{title}: {values}", 100, subsequent_indent="  "))
     print(rest)
@@ -219,11 +241,9 @@ def check_processes():
 
 
 def idle_processors():
-    """The number of threads to use: as many as there are idle processors, at least 1.
-
-    Threads wait for each other. With another process on one of two processors, two threads are
-    slower than one (masksup.py --bench 40: 245 ms a step instead of 96; on idle ones 62 and 92).
-    """
+    """The number of threads to use: as many as there are idle processors, at least 1. Threads wait
+    for each other: with another process on one of two processors, two threads are slower than one
+    (masksup.py --bench 40: 245 ms a step instead of 96; on idle ones 62 and 92)."""
     try:        # on Linux, how many threads run now: the median of nine readings, without this one
         running = []
         for _ in range(9):
@@ -237,11 +257,8 @@ def idle_processors():
 
 class Machine:
     """Where a run takes place: .device, .rank and .world (torchrun's), .autocast() for forward
-    passes, and .loading, arguments for data.py's loaders.
-
-    If cfg.threads is 0, it becomes that of the run to resume (in the folder `first` or cfg.out), or
-    else idle_processors(). Raises UserError for a device that does not exist.
-    """
+    passes, and .loading, arguments for data.py's loaders. If cfg.threads is 0, it becomes that of
+    the run to resume (in the folder `first` or cfg.out), or else idle_processors()."""
 
     def __init__(self, cfg, first=None):
         for folder in (first or cfg.out, cfg.out) if cfg.resume else ():
@@ -259,12 +276,12 @@ class Machine:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
             raise UserError(f"--device {name}: expected one of auto, cuda, cuda:1, mps, cpu"
                             f"{nearest_name(name, ('auto', 'cuda', 'mps', 'cpu'))}")
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
         if name == "auto":
-            name = ("cuda" if torch.cuda.is_available() else
-                    "mps" if torch.backends.mps.is_available() else "cpu")
-        for wanted, found in ("cuda", torch.cuda), ("mps", torch.backends.mps):
-            if name.startswith(wanted) and not found.is_available():
-                raise UserError(f"--device {name}: torch does not find one; leave --device out")
+            name = next(kind for kind in there if there[kind])
+        if not there[name.partition(":")[0]]:
+            raise UserError(f"--device {name}: torch does not find one; leave --device out")
         if name.startswith("cuda"):
             n = torch.cuda.device_count()
             if int(name[5:] or 0) >= n:
@@ -412,8 +429,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, method):
-    """Read a checkpoint of `method` without running code in it. Raises UserError if it is not one.
-    """
+    """Read a checkpoint of `method` without running code in it. UserError if it is not one."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -443,8 +459,7 @@ def load(path, method, Config, Info, build):
 
 def checkpoint_config(cfg, origin, path, trained, check, *flags):
     """The configuration `trained` of the checkpoint at path, with the values of the command line
-    that may differ: `flags`, and those of this machine. Prints them; raises UserError for others.
-    """
+    that may differ: `flags`, and those of this machine. Prints them; UserError for others."""
     given = {name for name, source in origin.items() if source == "flag"}
     local = {"root", "workers", "device", "amp", "threads", "in_memory"}
     if wrong := sorted(given - local - {"out", *flags}):
@@ -458,12 +473,10 @@ def checkpoint_config(cfg, origin, path, trained, check, *flags):
 
 
 def load_weights(model, path, method, classes, may_lack=()):
-    """--init: copy a checkpoint's weights into the model, which has C classes.
-
-    With another number of classes in the checkpoint, weights whose shape depends on that number
-    keep their initial values, and are listed. Names that start with may_lack may be missing in one
-    of the two. Raises UserError if the weights do not fit.
-    """
+    """--init: copy a checkpoint's weights into the model, which has C classes. With another number
+    of classes in the checkpoint, weights whose shape depends on that number keep their initial
+    values, and are listed. Names that start with may_lack may be missing in one of the two. Raises
+    UserError if the weights do not fit."""
     initial, state = model.state_dict(), load_checkpoint(path, method)
     saved = {k: v for k, v in state["model"].items() if k in initial or not k.startswith(may_lack)}
     saved |= {k: v for k, v in initial.items() if k not in saved and k.startswith(may_lack)}
@@ -509,15 +522,13 @@ def result_folders(paths, out):
     refuse_results(out)
     if len(paths) == 1:
         return {paths[0]: out}
-    folders = {}
-    for path in paths:
-        folder = out / f"{Path(path).resolve().parent.name}-{Path(path).stem}"
-        if folder in folders.values():
-            raise UserError(f"--eval {path}: the results of another one go to {folder.name} too; "
-                            "rename its folder")
-        refuse_results(folder)
-        folders[path] = folder
-    return folders
+    names = [f"{Path(path).resolve().parent.name}-{Path(path).stem}" for path in paths]
+    for path, name in zip(paths, names):
+        if names.count(name) > 1:
+            raise UserError(f"--eval {path}: the results of another one go to {name} too; rename "
+                            "its folder")
+        refuse_results(out / name)
+    return {path: out / name for path, name in zip(paths, names)}
 
 
 def resuming(cfg):
@@ -527,22 +538,19 @@ def resuming(cfg):
 
 class Run:
     """The run folder OUT, and what a training loop does besides training: announce() before it,
-    note() after a step, log() after an evaluation, save() when note() returned something.
-
-    Raises UserError instead of overwriting a run, and if a run is resumed with another
-    configuration, other classes or other training images.
-    """
+    note() after a step, log() after an evaluation, save() when note() returned something. Raises
+    UserError instead of overwriting a run, and if a run is resumed with another configuration,
+    other classes or other training images."""
     KEPT = "step", "history", "scores", "losses", "best", "seconds"
 
     def __init__(self, cfg, method, machine, info, pictures, parts, terms, stop, per_epoch, *,
                  may_differ=(), interrupt=None, last="last.pt", **facts):
-        """
+        """To be created after the datasets: if these fail, no folder is left behind.
+
         pictures: a hash of the training images' names.  parts: {name: model, optimizer, ..}, whose
         state is saved.  terms: names of the losses.  stop: the last step.  per_epoch: steps an
         epoch.  may_differ: more fields that --resume may change.  facts: more to save.  interrupt,
         last: for a run inside another one, the other's Interrupt and a name for its checkpoints.
-
-        Create it after the datasets: if these fail, no folder is left behind.
         """
         if cfg.batch_size % machine.world:
             raise UserError(f"--batch-size {cfg.batch_size}: not a multiple of {machine.world} "
@@ -555,7 +563,7 @@ class Run:
         self.interrupt, self.saved = interrupt or Interrupt(machine), time.time()
         self.step, self.history, self.scores, self.best, self.seconds = 0, [], {}, -1.0, 0.0
         self.losses = []                    # since the last evaluation, (n,) for each step
-        self.unchecked = {}                 # {step: (loss, batches)}, for check_finite()
+        self.unchecked = []                 # (step, loss, batches), for check_finite()
         self.better = None                  # the state for best.pt, until it is written
         self.live = sys.stdout.isatty() and machine.main
         if last == "last.pt":
@@ -626,13 +634,12 @@ class Run:
     def note(self, step, terms, *batches):
         """Record the losses of a step. Returns what to do now: "evaluate", "save" or "".
 
-        terms: float (n,), the total loss first. They are read once in CHECK_EVERY steps, because
-        reading waits for the device. batches: pairs (Dataset, indices (B,)), whose files are named
-        if the loss is not finite.
+        terms: float (n,), the total loss first, read once in CHECK_EVERY steps.  batches: pairs
+        (Dataset, indices (B,)), whose files are named if the loss is not finite.
         """
         self.step = step + 1
         self.losses.append(terms)
-        self.unchecked[self.step] = terms[0], batches
+        self.unchecked.append((self.step, terms[0], batches))
         if step % CHECK_EVERY == 0:
             self.progress(self.check_finite())
         late = 0 < self.cfg.save_every < (time.time() - self.saved) / 60
@@ -662,18 +669,17 @@ class Run:
     def check_finite(self, *modules):
         """The last loss, a float. Raises UserError, with the step and the files of its batch, if a
         loss since the last call is not finite, or a weight or buffer of the modules is not."""
-        steps, recorded = list(self.unchecked), list(self.unchecked.values())
-        losses = torch.stack([loss for loss, _ in recorded]).tolist()
+        losses = torch.stack([loss for _, loss, _ in self.unchecked]).tolist()
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         what = f"the loss is {losses[bad[0]]}" if bad else "some weights are not finite"
         weights = [t.isfinite().all() for m in modules for t in m.state_dict().values()]
         if bad or weights and not torch.stack(weights).all():
-            i = bad[0] if bad else -1
-            files = [name for dataset, index in recorded[i][1] for name in dataset.files(index)]
-            raise UserError(f"step {steps[i]}: {what}, after the batch {', '.join(files)}; "
+            step, _, batches = self.unchecked[bad[0] if bad else -1]
+            files = [name for dataset, index in batches for name in dataset.files(index)]
+            raise UserError(f"step {step}: {what}, after the batch {', '.join(files)}; "
                             f"{self.out} has the last state saved before: look at these files, or "
                             "start another run with another --out and a lower --lr or --amp off")
-        self.unchecked = {steps[-1]: recorded[-1]}
+        self.unchecked = self.unchecked[-1:]
         return losses[-1]
 
     def means(self):
@@ -708,12 +714,10 @@ class Run:
         return {**self.facts, **kept, **{k: p.state_dict() for k, p in self.parts.items()}}
 
     def save(self):
-        """Write last.pt and, if the model is better, best.pt. Exit after Ctrl-C.
-
-        After an evaluation only if --save-every minutes have passed: L-MAE's two files have 4 GB,
-        which takes longer to write than an epoch on a fast GPU. Until then a better model is kept
-        in memory, so that best.pt is never older than last.pt.
-        """
+        """Write last.pt and, if the model is better, best.pt; after an evaluation only if
+        --save-every minutes have passed: two files of 4 GB take longer to write than an epoch on a
+        fast GPU. Until then a better model is kept in memory, so that best.pt is never older than
+        last.pt. Exit after Ctrl-C."""
         asked = self.asked or self.interrupt.due(self.step - 1)[0]      # before evaluate(), in it
         if asked or self.late or self.step == self.stop or not self.cfg.save_every:
             if self.machine.main:
@@ -803,6 +807,11 @@ class Interrupt:
 
 # ------------------------------------------------------------------------------------------- bench
 
+def parameters(*modules):
+    """The number of their weights."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
 def macs(model, *inputs):
     """Multiply-adds (1e9) of model(*inputs), as torch counts them."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -812,10 +821,8 @@ def macs(model, *inputs):
 
 def time_steps(step, n, batch, device, gmacs):
     """Time n calls step(i), after two to warm up: {ms_per_step, img_per_s, tflops, peak_mb}.
-
     gmacs: multiply-adds (1e9) of a step's forward passes. tflops, 1e12 FLOP a second, counts
-    forward and backward as 3 x gmacs x 2; compare it with the peak of the GPU.
-    """
+    forward and backward as 3 x gmacs x 2; compare it with the peak of the GPU."""
     sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, bool)
     for i in range(2):
         step(i)
@@ -847,12 +854,9 @@ def peak_mb(device):
 
 def vivid(colors):
     """Colours to draw C classes in, (C, 3) uint8: dark grey for class 0, and for the others bright
-    colours that differ, however dark or alike `colors` (C, 3) are.
-
-    A class keeps its hue if no earlier class has one near it. Otherwise it gets the bright colour
-    that is farthest from all used so far, and from white, from the grey of void, and from magenta,
-    which outline() uses.
-    """
+    colours that differ, however dark or alike `colors` (C, 3) are. A class keeps its hue if no
+    earlier class has one near it. Otherwise it gets the bright colour that is farthest from all
+    used so far, from white, from the grey of void, and from outline()'s magenta."""
     levels = np.linspace(0, 255, 8)
     bright = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
     bright = bright[(bright.max(1) > 180) & (np.ptp(bright, 1) > 120)]
@@ -911,26 +915,25 @@ def save_image(path, array, palette=None):
 font = ImageFont.load_default
 
 
-def draw_sheet(path, rows, names, info=None, title="", grey="void"):
-    """Write a contact sheet as one PNG: rows of images, the name of each row before it, a title
-    above, and, given the Info of a dataset, a legend of its classes below.
-
-    rows: lists of uint8 (H, W, 3); none for a legend alone. Small images are enlarged by whole
-    steps to almost 160 pixels, so that patches stay square. grey: the meaning of light grey.
-    """
+def draw_sheet(path, rows, names, info, title="", grey="void"):
+    """Write a contact sheet as one PNG: rows of images, uint8 (H, W, 3), or labels (H, W), which
+    get the colours of the dataset's Info; the name of each row before it, a title above, and a
+    legend of the classes below, in which `grey` is the meaning of light grey. Small images are
+    enlarged by whole steps to almost 160 pixels, so that patches stay square."""
     gap, tile, size = 4, 160, 15
-    rows = [[ImageOps.scale(Image.fromarray(p), max(1, tile // max(p.shape[:2])), Image.NEAREST)
-             for p in row] for row in rows]
+    rows = [[Image.fromarray(colorize(p, info.colors) if p.ndim == 2 else p) for p in row]
+            for row in rows]
+    rows = [[ImageOps.scale(p, max(1, tile // max(p.size)), Image.NEAREST) for p in row]
+            for row in rows]
     left = 4 * gap + max((int(font(size).getlength(name)) for name in names), default=0)
     widths = [max(row[i].width for row in rows if i < len(row))
               for i in range(max(map(len, rows), default=0))]
     heights = [max(image.height for image in row) for row in rows]
     W = max(left + sum(widths) + gap * len(widths), 480)
     head = textwrap.wrap(title, W // 8)
-    entries = legend(info, grey, W - 2 * gap) if info else []
-    y = gap + 22 * len(head)
+    entries, y = legend(info, grey, W - 2 * gap), gap + 22 * len(head)
     bottom = y + sum(heights) + gap * len(heights) + 2 * gap
-    canvas = Image.new("RGB", (W, bottom + (22 * (entries[-1][1] + 1) if entries else 0)), "white")
+    canvas = Image.new("RGB", (W, bottom + 22 * (entries[-1][1] + 1)), "white")
     draw = ImageDraw.Draw(canvas)
     for i, line in enumerate(head):
         draw.text((2 * gap, 14 + 22 * i), line, "black", font(size), anchor="lm")
@@ -971,11 +974,9 @@ def refuse_nonempty(to):
 
 
 def pieces(label, classes):
-    """The number of 4-connected regions of each class in a label, (H, W) int -> (C,) int.
-
-    Runs of one class in a row are numbered. Runs that touch in two rows take the smaller number of
-    the two, until all numbers are equal within a region.
-    """
+    """The number of 4-connected regions of each class in a label, (H, W) int -> (C,) int. Runs of
+    one class in a row are numbered. Runs that touch in two rows take the smaller number of the two,
+    until all numbers are equal within a region."""
     start = np.ones(label.shape, bool)
     start[:, 1:] = label[:, 1:] != label[:, :-1]
     run = start.cumsum().reshape(label.shape) - 1
@@ -995,34 +996,30 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
     """--predict PATH .. --ckpt CKPT --to DIR: segment images and folders of images, and exit.
 
     load, check and segment belong to the method, data is data.py, flags as in checkpoint_config().
-    segment(model, image, cfg, machine): uint8 (H, W, 3) -> class indices, uint8 (H, W), and their
-    confidence, float32 (H, W) in 0..1.
     Writes DIR/NAME.png (class indices, with the palette of the classes), DIR/overlay/NAME.png and
     DIR/confidence/NAME.png (255 times the confidence), in the size and the folders of the images,
-    upright by their EXIF data. DIR/overlay/legend.png names the colours of the overlays.
-    DIR/areas.csv: for each class its share and mean confidence in percent and its number of
-    regions. If a.jpg and a.png are given, they become a.jpg.png and a.png.png. Files that cannot be
-    read are a line on stderr each, and exit status 1.
+    upright by their EXIF data. DIR/overlay/legend.png names the colours. DIR/areas.csv: for each
+    class its share and mean confidence in percent and its number of regions. If a.jpg and a.png are
+    given, they become a.jpg.png and a.png.png. Files that cannot be read are a line on stderr each,
+    and exit status 1.
     """
     if not (cfg.ckpt and cfg.to):
         raise UserError(f"--predict needs --{'to' if cfg.ckpt else 'ckpt'} too: --predict PATH "
                         "--ckpt CKPT --to DIR")
     trained, info, model, _ = load(cfg.ckpt)
-    paths = cfg.predict
     cfg = checkpoint_config(cfg, origin, cfg.ckpt, trained, check, "predict", "ckpt", "to", *flags)
     machine, to, failed, found, areas = Machine(cfg), Path(cfg.to), 0, [], []
     if machine.world > 1:
         raise UserError("--predict runs in one process: start it with python, not torchrun")
     refuse_nonempty(to)
-    for source in map(Path, paths):
+    for source in map(Path, cfg.predict):
         inside = (data.images_below(source) if source.is_dir() else
                   [source] if source.exists() else [])
         found += [(path, path.relative_to(source if source.is_dir() else source.parent))
                   for path in inside]
         if not inside:
             raise UserError(f"--predict {source}: no image there")
-        others = [p.name for p in source.rglob("*") if p.is_file() and p not in set(inside)]
-        if others:
+        if others := sorted(p.name for p in {*source.rglob("*")} - {*inside} if p.is_file()):
             print(f"{source}: skipped, not images: {', '.join(others[:4])}"
                   + f" and {len(others) - 4} more" * (len(others) > 4))
     model.to(machine.device)

@@ -7,8 +7,7 @@ r"""MaskSup, masked supervised learning: segment an image and a copy of it that 
 f is any segmentation network, the same in both branches. At test time there are no holes, and the
 cost is that of f. Zunair and Ben Hamza, "Masked supervised learning for semantic segmentation",
 BMVC 2022; equations, tables and figures have the paper's numbers, S 1-7 are its supplement's.
-
-Map: lines 192 to 377 are the method (branches, masks, loss, training step), the rest is plumbing.
+Lines 167 to 352 are the method (branches, masks, loss, training step), the rest is plumbing.
 
     python masksup.py                                       # drawn images, CPU, two minutes
     python masksup.py --data glas                           # as released: from LeViT's weights
@@ -18,7 +17,6 @@ Map: lines 192 to 377 are the method (branches, masks, loss, training step), the
     torchrun --nproc_per_node=4 masksup.py --data glas      # several GPUs
 
 The paper's tables and figures; D is glas, polyp or nyuv2:
-
     Table 1     --data D; baselines: --method base --model unet|unetpp|levit128s|levit192|levit384.
                 Its other baselines are not here: they are no part of MaskSup.
     Table 2     --data D; MAE: --data D --pretrain mae
@@ -35,49 +33,44 @@ The paper's tables and figures; D is glas, polyp or nyuv2:
 
 Results, reduced to U-Nets of width 16 (2.0 M parameters) from scratch on a CPU (AMD EPYC, torch
 2.13.0): mIoU of the last epoch, mean of seeds 0, 1, 2 (range).
-
-- Default run, --threads 1; also with a share of the image removed (--eval .. --corrupt). With holes
-  masksup is far ahead of base, on whole images behind it. Seeds 0 to 4, one thread or two: 89.6
-  to 90.5, mean 90.1.
-                       base               cb                 masksup
-    whole images       93.0 (92.6-93.2)   90.7 (90.3-91.1)   90.1 (89.9-90.1)
-    30 % removed       56.3 (55.6-57.1)   75.4 (74.1-76.7)   75.6 (74.4-77.5)
-    50 % removed       35.5 (35.0-36.2)   58.0 (55.6-60.3)   59.0 (56.7-62.1)
-    python masksup.py --threads 1 --method masksup --seed 0
+                         base               cb                 masksup
+    default run          93.0 (92.6-93.2)   90.7 (90.3-91.1)   90.1 (89.9-90.1)
+      30 % removed       56.3 (55.6-57.1)   75.4 (74.1-76.7)   75.6 (74.4-77.5)
+      50 % removed       35.5 (35.0-36.2)   58.0 (55.6-60.3)   59.0 (56.7-62.1)
+    GlaS, low            73.6 (73.0-74.3)   75.2 (74.8-76.0)   76.1 (75.8-76.5)
+    GlaS, high                              73.7 (71.6-75.4)   73.6 (71.0-74.9)
+    CamVid, validation   44.6 (42.7-46.7)   43.9 (42.2-46.3)   44.6 (42.6-47.0)
+    CamVid, test         36.5 (35.9-36.9)   36.9 (36.8-37.1)   37.3 (36.9-38.0)
+    CVC 62, low          77.4 (74.9-78.6)   75.6 (74.6-77.4)   76.4 (74.9-77.8)
+    CVC 62, high                            73.3 (73.0-74.0)   70.8 (69.8-71.5)
+    Kvasir 100, low      70.4 (70.1-70.6)   68.9 (67.8-69.8)   70.6 (70.4-70.8)
+    Kvasir 100, high                        68.9 (68.2-69.5)   68.1 (67.3-68.7)
+    python masksup.py --threads 1 --method masksup --seed 0         # then --eval .. --corrupt
+    python masksup.py --data glas --size 112 --epochs 100 --eval-every 10 FLAGS
+    python masksup.py --data camvid --size 96 --epochs 20 --eval-every 20 --optimizer adam \
+        --threads 1 FLAGS
+    python masksup.py --data polyp --size 96 --epochs 4 --eval-every 4 --threads 1 FLAGS
+    FLAGS: --model unet --width 16 --batch-size 8 --lr 1e-3 --schedule cosine --warmup 50 --amp bf16
+           --coverage low
+- Default run: with holes masksup is far ahead of base, on whole images behind it. Seeds 0 to 4, one
+  thread or two: 89.6 to 90.5, mean 90.1.
 - GlaS, 85 training and 80 test images. With low coverage the order is the paper's; with high, the
   paper's choice, whole images gain nothing. Without a validation set this is seen on the test set.
-    coverage low       73.6 (73.0-74.3)   75.2 (74.8-76.0)   76.1 (75.8-76.5)
-    coverage high                         73.7 (71.6-75.4)   73.6 (71.0-74.9)
-    python masksup.py --data glas --model unet --width 16 --size 112 --batch-size 8 --lr 1e-3 \
-        --schedule cosine --warmup 50 --epochs 100 --eval-every 10 --amp bf16 --coverage low
-- CamVid, 11 classes, 900 steps: L_tasksim divided by 2 x pixels, or by pixels x classes, which is
-  --alpha3 0.1818: 44.1 (42.5-46.8) in validation, 37.7 (37.6-37.7) in the test. Noise.
-    validation         44.6 (42.7-46.7)   43.9 (42.2-46.3)   44.6 (42.6-47.0)
-    test               36.5 (35.9-36.9)   36.9 (36.8-37.1)   37.3 (36.9-38.0)
-    python masksup.py --data camvid --model unet --width 16 --size 96 --batch-size 8 --lr 1e-3 \
-        --optimizer adam --schedule cosine --warmup 50 --epochs 20 --eval-every 20 --amp bf16 \
-        --threads 1 --coverage low
-- Polyps, trained on Kvasir-SEG and CVC-ClinicDB together, 724 steps: so short a run is best with
+- CamVid, 11 classes, 900 steps. With L_tasksim divided by pixels x classes instead of 2 x pixels
+  (--alpha3 0.1818) 44.1 (42.5-46.8) and 37.7 (37.6-37.7): noise.
+- Polyps, one training set of Kvasir-SEG and CVC-ClinicDB, 724 steps: so short a run is best with
   base. CVC-ClinicDB's frames come from 29 videos, so that its 62 have near twins in training.
-    CVC 62, low        77.4 (74.9-78.6)   75.6 (74.6-77.4)   76.4 (74.9-77.8)
-    CVC 62, high                          73.3 (73.0-74.0)   70.8 (69.8-71.5)
-    Kvasir 100, low    70.4 (70.1-70.6)   68.9 (67.8-69.8)   70.6 (70.4-70.8)
-    Kvasir 100, high                      68.9 (68.2-69.5)   68.1 (67.3-68.7)
-    python masksup.py --data polyp --model unet --width 16 --size 96 --batch-size 8 --lr 1e-3 \
-        --schedule cosine --warmup 50 --epochs 4 --eval-every 4 --amp bf16 --threads 1 \
-        --coverage low
 - The paper's U-Net (Fig. 5; from its release), base / cb / masksup: GlaS 67.41 / 67.81 / 68.32,
   polyps 69.74 / 72.51 / 73.60, NYUv2 33.60 / 38.26 / 38.54. Its metric is paper_iou of the best
   epoch on the test set. Its own networks are built and counted here, but have not been trained.
 
 Departures from the paper, and what it leaves open:
-
 - L_tasksim is half the squared distance of the probabilities, mean over the pixels: 0 to 1 for any
   number of classes and image size. The paper has a norm, which grows with the image; the released
   NYUDv2 script compares the argmax, without a gradient.
 - Binary sets have two classes and a softmax; the released networks one channel and a sigmoid.
-- M_holes is drawn by draw_mask(). "High" and "low" (Table 3) have no figures in the paper, which
-  says "roughly over 50%".
+- M_holes is drawn by draw_mask(). The paper gives no figures for "high" and "low" (Table 3), only
+  "roughly over 50%".
 - BatchNorm's running averages follow both passes. Recomputed on whole images alone they give 75.7
   instead of 76.1 (GlaS, low, three seeds), and 58.7 instead of 60.5 with half of the image removed.
 - levit384 drops branches (0.1, LeViT's own rate) anew in each of the two passes.
@@ -88,8 +81,7 @@ Departures from the paper, and what it leaves open:
 - nyuv2: learning rate 0.1, as in the paper; its code has 0.01, weight decay 5e-4 and x 0.1 every 60
   epochs. On CamVid (unetpp, width 8, 112 x 112, 20 epochs of constant rate, one seed) 0.1 gave a
   validation mIoU of 40.4, 0.01 with the decay 35.9; L_tasksim was then divided by the classes.
-- paper_iou counts void as class 0 in nyuv2, as the released code does, although training leaves it
-  out; paper_iou_without_void does not.
+- paper_iou counts void as class 0 in nyuv2, as the released code; paper_iou_without_void does not.
 - The last epoch is reported; the paper's choice, the best one on the test set, separately.
 - Table 2's MAE is a ViT; here it is f, on images whose removed patches are zero.
 - The names of the released weights were tested on their shapes, not on the files themselves.
@@ -112,15 +104,14 @@ from PIL import Image, ImageDraw
 
 import common
 import data
-from common import UserError
+from common import UserError, parameters
 
 
 # ----------------------------------------------------------------------------------------- config
 
 @dataclass
-class Config:
+class Config(common.RunConfig):    # which has seed, device, resume and the like
     data: str = "materials"        # a dataset that data.py lists, or your own folder
-    root: str = "data"             # folder of the datasets
     out: str = ""                  # run folder; empty: out/masksup-DATA
     method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
     model: Literal["unet", "unetpp", "levit128s", "levit192", "levit384"] = "levit384"  # network f
@@ -146,28 +137,12 @@ class Config:
     width: int = 32                # channels of the first level of unet and unetpp
     pretrained: str = "none"       # imagenet (downloads LeViT's), a file of LeViT's or MaskSup's
     #                                release, or none: random weights
-    init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
     pretrain: Literal["none", "mae"] = "none"  # first train as a masked autoencoder (Table 2)
     pretrain_epochs: int = 800     # --pretrain mae: its epochs; then 50 of --method base
     mae_patch: int = 16            # --pretrain mae: side of a patch, in pixels
     mae_ratio: float = 0.75        # --pretrain mae: share of the patches that is removed
-    # run
-    eval_every: int = 1            # epochs between evaluations
-    seed: int = 0                  # of weights, masks and order
-    workers: int = -1              # loader processes; -1: one per processor with CUDA, else none
-    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
-    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
-    device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
-    compile: bool = False          # torch.compile the model
-    resume: bool = False           # continue from OUT/last.pt
-    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
-    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
-    palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
     # other commands
-    eval: tuple = ()               # evaluate these checkpoints (or --pretrained) and nothing else
     corrupt: str = ""              # --eval: also with these shares removed, e.g. 0.1,0.3,0.5,0.7
-    bench: int = -1                # time N training steps on random tensors; 0: only count
     predict: tuple = ()            # images to segment: files, or folders and what is in them
     ckpt: str = ""                 # --predict: the checkpoint
     to: str = ""                   # --predict: new folder for the predictions
@@ -601,10 +576,6 @@ def build(cfg, classes):
     return {"unet": UNet, "unetpp": UNetPlusPlus}[cfg.model](classes, cfg.width)
 
 
-def parameters(f):
-    return sum(p.numel() for p in f.parameters())
-
-
 LEVIT_RELEASE = {name: f"https://dl.fbaipublicfiles.com/LeViT/LeViT-{file}.pth" for name, file in (
     ("levit128s", "128S-96703c44"), ("levit192", "192-92712e41"), ("levit384", "384-9bdaf2e2"))}
 MASKSUP_RELEASE = "https://github.com/hasibzunair/masksup-segmentation/releases"
@@ -630,11 +601,11 @@ def our_name(name, model):
 
 def load_pretrained(f, cfg, whole=False):
     """--pretrained: copy LeViT's weights into the encoder of f, or those that MaskSup's authors
-    released into all of f, and print what was not copied. whole: accept only the second.
+    released into all of f, and print what was not copied. whole: accept only the second. Raises
+    UserError if they are those of another network.
 
     LeViT's were trained on images normalised by ImageNet's mean and deviation, not to [-1, 1]:
-    BatchNorm adapts. MaskSup's for two classes have one channel z before a sigmoid: here logits
-    (0, z). Raises UserError if the weights are those of another network.
+    BatchNorm adapts. MaskSup's for two classes have one channel z before a sigmoid: here (0, z).
     """
     url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
     read = data.read_weights(cfg.pretrained, url, "model")
@@ -673,6 +644,12 @@ def dataset(cfg, split):
                         in_memory=cfg.in_memory)
 
 
+def eval_loaders(cfg, machine):
+    """{split: loader} of the splits to evaluate on. Training is scored on the first of them."""
+    return {split: data.eval_loader(dataset(cfg, split), cfg.batch_size, **machine.loading)
+            for split in data.source_of(cfg.data).splits[1:]}
+
+
 def image_iou(prediction, target, classes, void=True):
     """The paper's measure of each image, (B,) float in percent; paper_iou is its mean.
 
@@ -697,11 +674,10 @@ def evaluate(f, loader, cfg, machine, corrupt=None, bank=None):
     corrupt: bank of masks that the images are multiplied with (Fig. 6).  bank: that of the context
     branch, to compare the two branches (S 2).
     Returns, in percent: miou and dice (their means over the classes), class_iou and classes (both
-    of each class by name), from one confusion matrix over all images at size S; paper_iou
-    (image_iou) and the same without void; constant, the miou of the best prediction that is one
-    class everywhere; and the loss, CE. Void is not counted, except in paper_iou of more than two
-    classes. With a bank also tasksim, L_tasksim between M_p and M_pm, and miou_holes, the miou of
-    M_pm.
+    by name), from one confusion matrix over all images at size S; paper_iou (image_iou) and the
+    same without void; constant, the miou of the best prediction that is one class everywhere; and
+    the loss, CE. Void is not counted, except in paper_iou of more than two classes. With a bank
+    also tasksim, L_tasksim between M_p and M_pm, and miou_holes, the miou of M_pm.
     """
     net = MaskSup(f).eval()
     classes, device = loader.dataset.info.classes, machine.device
@@ -740,22 +716,25 @@ def evaluate(f, loader, cfg, machine, corrupt=None, bank=None):
 
 def score_line(scores, cfg):
     """The scores in a line; paper_iou for the paper's sets only."""
-    shown = {"mIoU": "miou"} | ({"with holes": "miou_holes"} if "miou_holes" in scores else {})
-    if cfg.data in ("glas", "polyp", "nyuv2"):
-        shown["paper_iou"] = "paper_iou"
-    if cfg.data == "nyuv2":
-        shown["without void"] = "paper_iou_without_void"
-    return ", ".join(f"{title} {scores[key]:.2f}" for title, key in shown.items())
+    shown = [("mIoU", "miou", True), ("with holes", "miou_holes", "miou_holes" in scores),
+             ("paper_iou", "paper_iou", cfg.data in ("glas", "polyp", "nyuv2")),
+             ("without void", "paper_iou_without_void", cfg.data == "nyuv2")]
+    return ", ".join(f"{title} {scores[key]:.2f}" for title, key, wanted in shown if wanted)
 
 
-def write_metrics(out, state, cfg, f, extra):
-    """OUT/metrics.json of a checkpoint's state and `extra`, and its scores on the screen."""
+def write_results(f, loaders, cfg, machine, bank, state, out, **more):
+    """Write OUT/samples.png, and OUT/metrics.json with the scores of a checkpoint's state, those of
+    the other splits and `more`, and print them. Returns the rows of samples.png."""
+    first, *others = loaders
+    splits = {split: evaluate(f, loaders[split], cfg, machine) for split in others}
+    if not machine.main:
+        return None
     scores = state["scores"]
-    metrics = {**scores, "epoch": state["history"][-1]["epoch"], "steps": state["step"],
-               "seconds": state["seconds"], "params": parameters(f), "method": cfg.method,
-               "model": cfg.model, **extra}
-    common.write_json(Path(out) / "metrics.json", metrics)
-    splits = {split: s for split, s in extra.items() if isinstance(s, dict) and "miou" in s}
+    rows = draw_samples(f, loaders[first].dataset, cfg, machine, bank, scores, out / "samples.png")
+    common.write_json(out / "metrics.json", {
+        **scores, "epoch": state["history"][-1]["epoch"], "steps": state["step"],
+        "seconds": state["seconds"], "params": parameters(f), "method": cfg.method,
+        "model": cfg.model, **splits, **more})
     for split, s in {"": scores, **splits}.items():
         classes = ", ".join(f"{name} {c['iou']:.1f} / {c['dice']:.1f}"
                             for name, c in s["classes"].items() if not math.isnan(c["iou"]))
@@ -765,6 +744,7 @@ def write_metrics(out, state, cfg, f, extra):
     print(f"{score_line(scores, cfg)} (the best constant answer {scores['constant']:.2f})"
           + "".join(f"; {split}: {score_line(s, cfg)}" for split, s in splits.items())
           + f"  -> {out}")
+    return rows
 
 
 # the rows of samples.png
@@ -784,11 +764,9 @@ def draw_samples(f, val_set, cfg, machine, bank, scores, path, n=6):
         M_p, M_pm = f(x).argmax(1), f(x * holes).argmax(1)
 
     def shown(x):
-        return list(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+        return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    truth, whole, holed = (list(common.colorize(labels.cpu(), val_set.info.colors))
-                           for labels in (label, M_p, M_pm))
-    rows = [shown(x), truth, whole, shown(x * holes), holed]
+    rows = [shown(x), label, M_p.cpu(), shown(x * holes), M_pm.cpu()]
     common.draw_sheet(path, rows, ROWS, val_set.info, f"{cfg.method}: {score_line(scores, cfg)}")
     return rows
 
@@ -803,18 +781,16 @@ def training_masks(cfg):
             return mask_bank(cfg.bank, cfg.size, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed))
     if not Path(cfg.masks).is_dir():
         raise UserError(f"--masks {cfg.masks}: no such folder")
-    images = [Image.fromarray(data.read_image(path)).convert("L")
-              for path in data.images_in(Path(cfg.masks))]
-    bright = torch.tensor(np.array([image.resize((cfg.size, cfg.size), Image.BILINEAR)
-                                    for image in images])) >= 128
+    images = [Image.fromarray(data.read_image(path)).convert("L").resize(
+        (cfg.size, cfg.size), Image.BILINEAR) for path in data.images_in(cfg.masks)]
+    bright = torch.tensor(np.array(images)) >= 128
     if bright.all() or not bright.any():
         raise UserError(f"--masks {cfg.masks}: no image in it removes a part: give masks with 0 "
                         "where the image is removed and 255 where it is kept, or the reverse with "
                         "--masks-remove bright")
     percent = 100 * bright.float().mean().item()
-    if os.environ.get("RANK", "0") == "0":
-        print(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - percent:.1f} % and "
-              f"bright {percent:.1f} % on average; --masks-remove dark|bright says which")
+    data.say(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - percent:.1f} % and "
+             f"bright {percent:.1f} % on average; --masks-remove dark|bright says which")
     return bright if cfg.masks_remove == "dark" else ~bright
 
 
@@ -840,9 +816,8 @@ def learning_rate(step, cfg, per_epoch, total):
 def train(cfg):
     """The training run, from start to end."""
     machine = common.Machine(cfg)
-    device, split = machine.device, data.eval_split(cfg.data)
-    train_set, val_set = dataset(cfg, "train"), dataset(cfg, split)
-    other_sets = {name: dataset(cfg, name) for name in data.source_of(cfg.data).splits[2:]}
+    device, train_set, loaders = machine.device, dataset(cfg, "train"), eval_loaders(cfg, machine)
+    split, val_loader = next(iter(loaders.items()))
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.default_epochs(cfg, per_epoch)
     total = cfg.epochs * per_epoch
@@ -866,9 +841,8 @@ def train(cfg):
     net = common.parallel(MaskSup(common.compiled(f, cfg)), machine)
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
-    val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
     run.announce(f"{parameters(f) / 1e6:.1f} M parameters, {len(train_set)} training and "
-                 f"{len(val_set)} {split} images, {len(bank)} masks that remove "
+                 f"{len(val_loader.dataset)} {split} images, {len(bank)} masks that remove "
                  f"{100 - 100 * bank.sum().item() / bank.numel():.0f} % on average")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. learning rate
@@ -895,13 +869,9 @@ def train(cfg):
         if due:
             run.save()
 
-    extra = {name: evaluate(f, data.eval_loader(images, cfg.batch_size, **machine.loading), cfg,
-                            machine) for name, images in other_sets.items()}
     # the paper's number: of the epoch that is best on the very set it is measured on
-    extra["paper_iou_best_epoch"] = max(row["paper_iou"] for row in run.history)
-    if machine.main:
-        draw_samples(f, val_set, cfg, machine, bank, run.scores, run.out / "samples.png")
-        write_metrics(run.out, run.state(), cfg, f, extra)
+    best = max(row["paper_iou"] for row in run.history)
+    write_results(f, loaders, cfg, machine, bank, run.state(), run.out, paper_iou_best_epoch=best)
 
 
 # ------------------------------------------------------------------------ --pretrain mae, Table 2
@@ -914,23 +884,16 @@ def patch_holes(noise, size, patch, ratio):
     return kept.view(-1, 1, n, n).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
-def reconstruction_loss(output, image, holes, values=None):
-    """Squared error over the removed pixels, their sum / values, a float32 scalar.
-
-    output, image: (B, 3, S, S).  holes: (B, 1, S, S) bool, 0 removes.  values: scalar tensor; None:
-    the number of removed values, so that this is their mean.
-    """
-    if values is None:
-        values = 3.0 * (~holes).sum()
+def reconstruction_loss(output, image, holes, values):
+    """The squared errors of the removed pixels, their sum / values, their number: a float32 scalar.
+    output, image: (B, 3, S, S).  holes: (B, 1, S, S) bool, 0 removes.  values: scalar tensor."""
     return ((output.float() - image) * ~holes).square().sum() / values
 
 
 def pretrain(f, train_set, cfg, machine, interrupt):
     """Train f as a masked autoencoder: three channels instead of the classes, which reconstruct the
-    removed patches. All of its weights except the head's are then copied into f.
-
-    Its checkpoint, from which --resume continues, is OUT/pretrain.pt. Returns the seconds it took.
-    """
+    removed patches. All of its weights except the head's are then copied into f. Its checkpoint,
+    from which --resume continues, is OUT/pretrain.pt. Returns the seconds it took."""
     device, per_epoch = machine.device, data.steps_per_epoch(len(train_set), cfg.batch_size)
     total = cfg.pretrain_epochs * per_epoch
     autoencoder = build(cfg, 3).to(device, memory_format=torch.channels_last)
@@ -993,26 +956,19 @@ def parse_shares(text):
 def run_names(configs):
     """{path: Config} of checkpoints -> {path: name}: the method and, with holes, their coverage;
     where these are equal also the run's folder and the checkpoint's name."""
-    names = {path: cfg.method + f" {cfg.coverage}" * (cfg.method != "base")
-             for path, cfg in configs.items()}
-    for name in {*names.values()}:
-        paths = [path for path in names if names[path] == name]
-        if len(paths) > 1:
-            for path in paths:
-                names[path] += f" ({Path(path).resolve().parent.name}-{Path(path).stem})"
-    return names
+    names = [cfg.method + f" {cfg.coverage}" * (cfg.method != "base") for cfg in configs.values()]
+    return {path: name + f" ({Path(path).resolve().parent.name}-{Path(path).stem})"
+            * (names.count(name) > 1) for path, name in zip(configs, names)}
 
 
 def evaluate_only(cfg, origin):
     """--eval A.pt [B.pt ..]: write metrics.json and samples.png of each checkpoint, to OUT, or for
-    several to OUT/RUN-CHECKPOINT each. --eval --pretrained FILE: of MaskSup's release instead.
-
-    All checkpoints of one size see the same holes. With --corrupt also the scores with a share of
-    the image removed, right to one percent of the image (Fig. 6).
-    """
+    several to OUT/RUN-CHECKPOINT each. --eval --pretrained FILE: of MaskSup's release instead. All
+    checkpoints of one size see the same holes. With --corrupt also the scores with a share of the
+    image removed, right to one percent of the image (Fig. 6)."""
     shares, paths = parse_shares(cfg.corrupt), cfg.eval or (cfg.pretrained,)
     out = Path(cfg.out if origin.get("out") == "flag" else Path(paths[0]).parent / "eval")
-    machine, configs, curves, rows, histories = common.Machine(cfg), {}, {}, {}, {}
+    machine, found = common.Machine(cfg), {}
     for path, folder in common.result_folders(paths, out).items():
         if cfg.eval:
             saved_cfg, info, f, state = load(path)
@@ -1025,8 +981,9 @@ def evaluate_only(cfg, origin):
             load_pretrained(f, cfg, whole=True)
             state = {"history": [{"step": 0, "epoch": 0}], "step": 0, "seconds": 0.0}
         run_cfg = replace(run_cfg, seed=cfg.seed)       # of the holes: the same for all checkpoints
-        val_set = dataset(run_cfg, data.eval_split(run_cfg.data))
-        if val_set.info.classes != info.classes:
+        loaders = eval_loaders(run_cfg, machine)
+        val_loader = next(iter(loaders.values()))
+        if val_loader.dataset.info.classes != info.classes:
             raise UserError(f"--data {run_cfg.data} has other classes than {path} was trained for")
         f.to(machine.device)
 
@@ -1034,30 +991,22 @@ def evaluate_only(cfg, origin):
             bank = mask_bank(64, run_cfg.size, low, high, common.seed_of(cfg.seed, *seed))
             return bank.to(machine.device)
 
-        def score(images, corrupt=None, bank=None):
-            loader = data.eval_loader(images, run_cfg.batch_size, **machine.loading)
-            return evaluate(f, loader, run_cfg, machine, corrupt, bank)
-
-        holes = masks(*COVERAGE["high"])
-        curve = {0.0: score(val_set, bank=holes)}
+        holes, more = masks(*COVERAGE["high"]), {}
+        curve = {0.0: evaluate(f, val_loader, run_cfg, machine, bank=holes)}
         for share in shares:
-            low, high = max(0, share - 0.01), share + 0.01
-            curve[share] = score(val_set, masks(low, high, round(1000 * share)))
-        extra = {split: score(dataset(run_cfg, split))
-                 for split in data.source_of(run_cfg.data).splits[2:]}
+            corrupt = masks(max(0, share - 0.01), share + 0.01, round(1000 * share))
+            curve[share] = evaluate(f, val_loader, run_cfg, machine, corrupt)
         if shares:
-            extra["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
-                                for share, scores in curve.items()}
-        configs[path], curves[path], histories[path] = run_cfg, curve, state["history"]
-        if machine.main:
-            rows[path] = draw_samples(f, val_set, run_cfg, machine, holes, curve[0.0],
-                                      folder / "samples.png")
-            write_metrics(folder, {**state, "scores": curve[0.0]}, run_cfg, f, extra)
+            more["corrupt"] = {f"{share:g}": {k: scores[k] for k in ("miou", "paper_iou", "loss")}
+                               for share, scores in curve.items()}
+        rows = write_results(f, loaders, run_cfg, machine, holes, {**state, "scores": curve[0.0]},
+                             folder, **more)
+        found[path] = run_cfg, curve, rows, state["history"]
     if machine.main:
-        names = run_names(configs)
-        curves, rows, histories = ({names[path]: of[path] for path in paths}
-                                   for of in (curves, rows, histories))
-        if len(paths) > 1 and len({run_cfg.data for run_cfg in configs.values()}) == 1:
+        names = run_names({path: run_cfg for path, (run_cfg, *_) in found.items()}).values()
+        configs, *others = zip(*found.values())
+        curves, rows, histories = (dict(zip(names, of)) for of in others)
+        if len(paths) > 1 and len({run_cfg.data for run_cfg in configs}) == 1:
             compare(curves, rows, histories, info, out)
         if shares:
             write_robustness(curves, out)
@@ -1065,9 +1014,7 @@ def evaluate_only(cfg, origin):
 
 def compare(curves, rows, histories, info, out):
     """One samples.png (Fig. 3, 4) and one curves.png (S 2-3) of several checkpoints, in OUT.
-
-    All are {name: ..}. curves: {share removed: scores}.  rows: from draw_samples().
-    """
+    All are {name: ..}. curves: {share removed: scores}.  rows: from draw_samples()."""
     image, truth, _, holed, _ = next(iter(rows.values()))
     common.draw_sheet(
         out / "samples.png", [image, truth, *(r[2] for r in rows.values()), holed,
@@ -1093,11 +1040,9 @@ def write_robustness(curves, out):
 @torch.no_grad()
 def segment(f, image, cfg, machine):
     """Segment one image: uint8 (H, W, 3) -> class indices uint8 (H, W), and their probability,
-    float32 (H, W).
-
-    The network sees it at the training size; its logits are resized to (H, W). Beyond 2048 pixels a
-    side the classes are enlarged instead: N planes of floats would not fit into memory.
-    """
+    float32 (H, W). The network sees it at the training size; its logits are resized to (H, W).
+    Beyond 2048 pixels a side the classes are enlarged instead, as N planes of floats would not fit
+    into memory."""
     small = Image.fromarray(image).resize((cfg.size, cfg.size), Image.BILINEAR)
     small = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
     with machine.autocast():

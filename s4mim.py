@@ -13,10 +13,9 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
         L_mimse   the classes                                                          Eq. 13
     loss = (L_s + L_u + L_mimpi + L_mimfea + L_mimse) / (the sum of their weights)     Eq. 14
 
-Lines 210 to 575 are the method; the rest is networks, data, training loop and other commands.
-
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
+Lines 191 to 551 are the method; the rest is networks, data, training loop and other commands.
 
     python s4mim.py                                         # embedded dataset, CPU, two minutes
     python s4mim.py --data voc --labeled labeled.txt        # the paper's recipe, UniMatch's list
@@ -28,18 +27,17 @@ arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
 
 The paper's experiments. LIST is UniMatch's list of labelled images, such as
 splits/pascal/92/labeled.txt in its repository; the paper's backbone, in all tables, is --stem deep
---pretrained FILE with the ImageNet weights of that stem.
-
+--pretrained FILE with the ImageNet weights of that stem. The other methods of Tables I-III and VIII
+are not here: they have code of their own.
     Table I     --data voc --labeled LIST; SupOnly: --method suponly
     Table II    --data voc --setup aug --labeled LIST --size 321 or 513; SupOnly as above
     Table III   --data cityscapes --labeled LIST; SupOnly as above
-                (the other methods of Tables I-III: not here, they have code of their own)
     Table IV    --method fixmatch | --no-fea --no-se | --no-se | --no-pi --no-fea | --no-fea |
                 (no flag)
     Table V     --method fixmatch | --method mim | --no-fea --no-se
     Table VI    --no-dic --no-conf | --no-dic | --no-conf | (no flag)
     Table VII   --method fixmatch | --no-pi --no-fea --semantic mse | --no-pi --no-fea
-    Table VIII  --stride 8; CorrMatch: not here, it has code of its own
+    Table VIII  --stride 8
     Fig. 1-3    not here, they are diagrams: of train_step() (2), class_heads() and Prototypes (3)
     Fig. 4      (a) --ratio 0.3, 0.35, .. 0.5; (b) --patch 4, 6, 8 or 10
     Fig. 5      not here: t-SNE is in none of the libraries used
@@ -67,31 +65,29 @@ of an AMD EPYC (torch 2.13.0), mIoU of the last epoch. The paper's setting has n
            --decoder-lr 1 --pixel-lr 0.1 --amp bf16 --threads 1
 - CamVid 1/8 (46 labels, 400 steps), seeds 0, 1: suponly 36.8, 35.7; fixmatch 33.6, 32.0; all 32.8,
   31.9. --data camvid --labeled 1/8 --zoom 0.4 --epochs 10 --eval-every 10 FLAGS
-So FixMatch gains on materials and GlaS, not on the polyps, and loses on CamVid. The masked losses
-gain on none of these: such short runs from scratch are not the paper's 80 epochs from ImageNet.
+So FixMatch gains on materials and GlaS alone, and the masked losses on none of these: such short
+runs from scratch are not the paper's 80 epochs from ImageNet.
 
 Departures from the paper:
 - Stem: the default is the standard one with torchvision's weights (BSD licence; trained on
   ImageNet, which has terms of its own): we know of no public address with a checksum for weights of
   the paper's deep stem. Table VIII's "standard backbone" is a stride of 8 instead of 16 (ASPP 12,
-  24, 36), as in CorrMatch but not in UniMatch; the weights are the same.
-- CutMix takes its box from another image of the batch. UniMatch's released code pairs an image with
-  itself.
+  24, 36), as in CorrMatch but not in UniMatch.
+- CutMix takes its box from another image of the batch; in UniMatch's code from the image itself.
 - BatchNorm: each pass is normalised by its own batch, but only the pass of x_l and x_w moves the
-  running averages, which predictions use. In UniMatch p_fp shares a batch with these two, and all
-  passes move the averages. In Phase II PiD has the masked streams and the whole x_w in one batch,
-  so that r_fp and its target x_fp are comparable: on visible pixels they differ by 0.092, with two
-  batches by 0.118 (mean square, after the default run). --method fixmatch, seeds 0, 1, 2, has 72.6,
-  69.9, 72.5; with averages that follow all passes 73.3, 68.8, 69.1: within the noise.
+  running averages, which predictions use. In UniMatch p_fp shares their batch, and all passes move
+  the averages: --method fixmatch would have 73.3, 68.8, 69.1 (above 72.6, 69.9, 72.5), within the
+  noise. In Phase II PiD has the masked streams and the whole x_w in one batch, so that r_fp and its
+  target x_fp are comparable: on visible pixels they differ by 0.092, with two batches by 0.118
+  (mean square, after the default run).
 - Crops below 321: the blur (sigma up to 2) and the patches (6 pixels) are scaled down with the
-  side, patches to at least 2 pixels. --patch N sets another side. FixMatch as above with the blur
-  of 321: 72.3, 70.4, 71.9, within the noise.
+  side, patches to at least 2 pixels, or to --patch. FixMatch as above with the blur of 321: 72.3,
+  70.4, 71.9, within the noise.
 - Means: Eq. 1, 2, 11 and 13 average over the valid pixels of a batch, not over images first. Eq. 2
   divides by all valid pixels, not by the confident ones, as UniMatch does.
 - Losses that are switched off leave the divisor of Eq. 14, too: 2 for fixmatch, 1 for suponly.
 - Void and padding are left out of all losses but the reconstruction; the paper says so of the
   features. Unlabelled crops have only padding: no ground truth is used.
-- Labels, masks and confidence at the features are those of one pixel: see at_features().
 - suponly has 8 labelled images a step, for as many steps as the method. UniMatch's has 16 a step
   and 80 epochs of the labelled images, which is 400 steps with 92.
 - metrics.json is of the last epoch; UniMatch reports the best on the validation set.
@@ -102,7 +98,8 @@ Departures from the paper:
 - Left open by the paper, and here: each place in the batch has one mask m for its three streams;
   removed pixels have the mean colour; these streams share one pass of E; x_fp is made of Phase I's
   features, as the weights have not changed since; prototypes move before they are used; PiD's rate
-  is E's first, times --pixel-lr; OHEM keeps at least 100,000 pixels a labelled crop of each process
+  is E's first, times --pixel-lr; labels, masks and confidence at the features are those of one
+  pixel (at_features()); OHEM keeps at least 100,000 pixels a labelled crop of each process
   (UniMatch: 200,000 of the two crops of a GPU).
 """
 import json
@@ -121,15 +118,14 @@ from PIL import Image
 
 import common
 import data
-from common import UserError
+from common import UserError, parameters
 
 
 # ---------------------------------------------------------------------------------------- config
 
 @dataclass
-class Config:
+class Config(common.RunConfig):    # which has seed, device, resume and the like
     data: str = "materials"        # a dataset that data.py lists, or your own folder
-    root: str = "data"             # where datasets are stored
     out: str = ""                  # run folder; empty: out/s4mim-DATA
     labeled: str = "1/1"           # labelled images: a number, a share of the masks, or a list
     split_seed: int = 0            # seed of their choice, the same for runs of several --seed
@@ -146,7 +142,6 @@ class Config:
     stride: int = 16               # of E: 16, or 8 for Table VIII's "standard backbone"
     width: int = 64                # channels of E's first stage, and a quarter of the decoders'
     pretrained: str = "imagenet"   # weights of E: imagenet (downloads), a file, or none
-    init: str = ""                 # start from the weights of this checkpoint
     recipe: Literal["auto", "small", "paper"] = "auto"  # auto: small for a folder, else paper
     epochs: int = 80               # passes over the unlabelled images; 0: 3000 steps
     batch_size: int = 16           # images a step, over all processes, half of them labelled
@@ -170,20 +165,6 @@ class Config:
     alpha: float = 0.99            # moving average of the prototypes
     tau: float = 10.0              # temperature of Eq. 10
     baseline: Literal["none", "suponly"] = "none"  # train this first on the same labels, compare
-    eval_every: int = 1            # epochs between evaluations
-    seed: int = 0                  # of weights, masks and order
-    workers: int = -1              # loader processes; -1: one a processor with CUDA, or else none
-    threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
-    in_memory: float = 2.0         # GB of decoded images up to which a split is read only once
-    device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
-    compile: bool = False          # torch.compile E, SeD and PiD
-    resume: bool = False           # continue from OUT/last.pt
-    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
-    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
-    palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
-    eval: tuple = ()               # evaluate these checkpoints and do nothing else
-    bench: int = -1                # time N training steps on random tensors; 0: only count
     predict: tuple = ()            # images to segment: files, or folders of images
     ckpt: str = ""                 # --predict: the checkpoint
     to: str = ""                   # --predict: new folder for the predictions
@@ -473,11 +454,8 @@ def averages_kept(model):
 
 
 def phase_one(model, v, cfg, machine):
-    """Phase I, FixMatch with UniPerb, on Views v. PiD is not used.
-
-    Returns L_s, L_u without lambda_u, the share of pixels that are confident, and Seen, None for
-    suponly.
-    """
+    """Phase I, FixMatch with UniPerb, on Views v. Returns L_s, L_u without lambda_u, the share of
+    pixels that are confident, and Seen, None for suponly."""
     B, size, suponly = len(v.x_l), v.x_l.shape[2:], v.x_w is None
     with machine.autocast():
         c = model.E(v.x_l if suponly else torch.cat([v.x_l, v.x_w]))
@@ -510,11 +488,9 @@ def phase_one(model, v, cfg, machine):
 
 
 def phase_two(model, prototypes, v, seen, cfg, machine):
-    """Phase II, mask-induced learning. Moves the prototypes.
-
-    Returns L_mimpi, L_mimfea and L_mimse without their weights, 0 for those that are switched off;
-    and fea, r and p_m of the masked views, None likewise.
-    """
+    """Phase II, mask-induced learning. Moves the prototypes. Returns L_mimpi, L_mimfea and L_mimse
+    without their weights, 0 for those that are switched off; and fea, r and p_m of the masked
+    views, None likewise."""
     B, size = len(v.x_l), v.x_l.shape[2:]
     (_, mp, mf, ms), _ = lambdas(cfg)
     L_pi = L_fea = L_se = torch.zeros((), device=v.x_l.device)
@@ -728,10 +704,6 @@ def compile_parts(model, cfg):
         part.compile(dynamic=False)
 
 
-def parameters(*modules):
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
 def load_encoder(E, cfg):
     """--pretrained: copy weights with torchvision's names into E, and print which are not used.
     Raises UserError if they cannot be read, or if less than nine of ten of E's tensors fit."""
@@ -804,10 +776,8 @@ def normalize(image):
 
 def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     """The Views of two batches (image uint8, label uint8, index) of the loaders.
-
     channels: (C1, C4) of E.  seeds: one for each place in the batch.  unlabeled: None for suponly.
-    Of its labels only 255 is used, the padding.
-    """
+    Of its labels only 255 is used, the padding."""
     x_l, y_l, _ = labeled
     x_l, y_l = normalize(to_unit(x_l, device)), y_l.to(device, non_blocking=True)
     if cfg.method == "suponly":
@@ -901,18 +871,16 @@ def train(cfg, machine, interrupt):
     val_loader = eval_loader(cfg, data.eval_split(cfg.data), machine)
     info, per_epoch = labeled.info, data.steps_per_epoch(len(unlabeled), cfg.batch_size // 2)
     common.default_epochs(cfg, per_epoch)
-    total = cfg.epochs * per_epoch
+    total, C = cfg.epochs * per_epoch, len(info.classes)
 
     torch.manual_seed(common.seed_of(cfg.seed))
-    model = build(cfg, len(info.classes)).to(device, memory_format=torch.channels_last)
+    model = build(cfg, C).to(device, memory_format=torch.channels_last)
     if cfg.pretrained != "none" and not common.resuming(cfg):
         load_encoder(model.E, cfg)
     if cfg.init and not common.resuming(cfg):
-        common.load_weights(model, cfg.init, "s4mim", len(info.classes),
-                            may_lack="PiD.")                            # suponly has none
+        common.load_weights(model, cfg.init, "s4mim", C, may_lack="PiD.")   # suponly has none
     model = common.synchronized(model, machine)
-    prototypes = Prototypes(len(info.classes), 4 * cfg.width, cfg.alpha, cfg.tau,
-                            cfg.dic).to(device)
+    prototypes = Prototypes(C, 4 * cfg.width, cfg.alpha, cfg.tau, cfg.dic).to(device)
     optimizer, scaler = make_optimizer(model, cfg, machine.fused), machine.scaler()
     run = common.Run(cfg, "s4mim", machine, info,
                      f"labelled {digest}, unlabelled {data.labeled_hash(unlabeled.items)}",
@@ -941,8 +909,7 @@ def train(cfg, machine, interrupt):
         # 2. one step. Its random numbers depend on (seed, step, place in the batch) and nothing
         #    else, so that a resumed run repeats an uninterrupted one
         model.train()
-        seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j)
-                 for j in range(B)]
+        seeds = [common.seed_of(cfg.seed, step, machine.rank + machine.world * j) for j in range(B)]
         now = replace(cfg, method="suponly") if step < cfg.burn_in else cfg
         v = make_views(*batches, now, model.E.channels, seeds, device)
         terms = train_step(model, prototypes, optimizer, scaler, machine, now, v)
@@ -984,14 +951,9 @@ def write_metrics(model, loader, cfg, machine, info, out, state):
 
 
 def shown(x):
-    """Normalised images (B, 3, H, W) -> a list of uint8 (H, W, 3)."""
+    """Normalised images (B, 3, H, W) -> uint8 (B, H, W, 3)."""
     x = ((x.float().cpu() * STD + MEAN) * 255).round().clamp(0, 255)
-    return list(x.to(torch.uint8).permute(0, 2, 3, 1).numpy())
-
-
-def colored(labels, info):
-    """Classes (B, H, W) -> a list of uint8 (H, W, 3)."""
-    return list(common.colorize(labels.cpu(), info.colors))
+    return x.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 @torch.no_grad()
@@ -1002,10 +964,9 @@ def draw_samples(model, images, cfg, machine, info, scores, path, n=6):
     for i in range(0, len(images), max(1, len(images) // n))[:n]:
         image, label, _ = images[i]
         x = normalize(to_unit(image[None], machine.device))
-        p = probabilities(model, x, cfg, machine).argmax(1)
-        step = max(1, max(x.shape[2:]) // 320)
-        rows.append([tile[::step, ::step] for tile in (
-            *shown(x), *colored(label[None], info), *colored(p, info))])
+        p = probabilities(model, x, cfg, machine)[0].argmax(0).cpu()
+        step = max(1, max(p.shape) // 320)
+        rows.append([tile[::step, ::step] for tile in (*shown(x), label, p)])
     common.draw_sheet(path, list(zip(*rows)), ["image", "ground truth", "prediction"], info,
                       f"{cfg.method}: mIoU {scores['miou']:.2f}")
 
@@ -1024,15 +985,15 @@ def draw_step(model, labeled, unlabeled, cfg, machine, info, path, n=4):
     s, C = slice(n, 2 * n), len(info.classes)
     with averages_kept(model), machine.autocast():
         *_, seen = phase_one(model, v, cfg, machine)
-        y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).chunk(2)
-        rows = {"weak view": shown(v.x_w), "pseudo-label": colored(y_w, info),
-                "strong view": shown(v.x_s), "mixed pseudo-label": colored(y_w_mixed, info)}
+        y_w_mixed, y_w = seen.y[n:].masked_fill(seen.conf_w < cfg.psi, 255).cpu().chunk(2)
+        rows = {"weak view": shown(v.x_w), "pseudo-label": y_w,
+                "strong view": shown(v.x_s), "mixed pseudo-label": y_w_mixed}
         if masked(cfg):
             spare = Prototypes(C, 4 * cfg.width).to(machine.device)     # Phase II moves them
             _, (fea, r, p_m) = phase_two(model, spare, v, seen, cfg, machine)
             rows["masked strong view"] = shown(v.x_s * v.m)
             if p_m is not None:
-                rows["prediction from masked"] = colored(p_m[s].argmax(1), info)
+                rows["prediction from masked"] = p_m[s].argmax(1).cpu()
             if r is not None:
                 rows["painted by PiD"] = shown(r[s])
             if r is not None and cfg.method != "mim":
@@ -1071,11 +1032,8 @@ def evaluate_only(cfg, origin):
 @torch.no_grad()
 def segment(model, image, cfg, machine):
     """Segment one image: uint8 (H, W, 3) -> class indices uint8 (H, W), and their probability,
-    float32 (H, W).
-
-    Above 2048 pixels a side a smaller copy is segmented, by windows, and the result enlarged: C
-    planes of floats would not fit into memory.
-    """
+    float32 (H, W). Above 2048 pixels a side a smaller copy is segmented, by windows, and the result
+    enlarged: C planes of floats would not fit into memory."""
     H, W = image.shape[:2]
     shrink = min(1, 2048 / max(H, W))
     x = to_unit(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], machine.device)
