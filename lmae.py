@@ -104,7 +104,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ImageOps
 
 import common
 import data
@@ -986,8 +986,8 @@ def rebuild(models, image, label, missing, broken, share, machine):
     Returns probabilities (N, S, S), 0 outside the predicted patches, the passes, and the ratio.
     """
     p, device = models[0][0].patch, machine.device
-    missing = patchify(torch.from_numpy(missing)[None, None], p)[0].to(device)      # (L, pp)
-    label = patchify(torch.from_numpy(label)[None, None], p)[0].to(device)          # (L, pp)
+    label, missing = (patchify(torch.from_numpy(a)[None, None], p)[0].to(device)    # (L, pp)
+                      for a in (label, missing))
     todo = missing.any(1) if broken != "background" else missing.float().mean(1) >= 0.5
     if broken == "255":
         share, label = todo.float().mean().item(), label.masked_fill(missing, common.VOID)
@@ -1007,7 +1007,7 @@ def rebuild(models, image, label, missing, broken, share, machine):
         chosen = order[:min(limit, int(remove.sum()))]
         # "nearest" is trained with the emptiest patches removed, even if they know something
         removed = order[:limit] if partial and cfg.supplement == "nearest" else chosen
-        keep = torch.ones_like(todo).index_fill_(0, removed, False).nonzero()[:, 0]
+        keep = order[len(removed):].sort().values
         shown = unpatchify(label.index_fill(0, chosen, common.VOID)[None], p)
         with machine.autocast():
             logits = model(image, shown, keep[None], removed[None])
@@ -1033,33 +1033,31 @@ def repair(models, image, label, missing, broken, machine):
     """
     (cfg, model), (H, W), side = models[0], label.shape, models[0][0].crop
     ys, xs = (windows(length, side, patch_span(cfg)) for length in (H, W))
-    index, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.float32)
-    share, square, passes, ratios = missing.mean().item(), (cfg.size, cfg.size), 0, set()
-    total = torch.zeros(model.classes, side, xs[-1] + side, device=machine.device)
+    share, passes, ratios = missing.mean().item(), 0, set()
     pad = (0, ys[-1] + side - H), (0, xs[-1] + side - W)        # of an image smaller than a window
-    image, label = np.pad(image, (*pad, (0, 0))), np.pad(label, pad, constant_values=common.VOID)
-    missing = np.pad(missing, pad)
+    image, missing = np.pad(image, (*pad, (0, 0))), np.pad(missing, pad)
+    label = np.pad(label, pad, constant_values=common.VOID)
+    index, confidence = np.zeros_like(label), np.zeros(label.shape, np.float32)
+    total = torch.zeros(model.classes, side, label.shape[1], device=machine.device)
     for y, next_y in zip(ys, [*ys[1:], ys[-1] + side]):
         for x in xs:
             at = np.s_[y:y + side, x:x + side]
             if not missing[at].any():
                 continue
-            hole = F.adaptive_max_pool2d(torch.from_numpy(missing[at])[None].float(), square)[0]
-            answer, n, ratio = rebuild(
-                models, np.array(Image.fromarray(image[at]).resize(square, Image.BILINEAR)),
-                np.array(Image.fromarray(label[at]).resize(square, Image.NEAREST)),
-                hole.bool().numpy(), broken, share, machine)
+            hole = F.adaptive_max_pool2d(torch.from_numpy(missing[at])[None].float(), cfg.size)[0]
+            answer, n, ratio = rebuild(models, *data.geometry(image[at], label[at], cfg.size),
+                                       hole.bool().numpy(), broken, share, machine)
             predicted = (answer.sum(0) > 0).float()[None, None]     # bilinear would leak out of it
             predicted = F.interpolate(predicted, (side, side))[0]
             answer = F.interpolate(answer[None], (side, side), mode="bilinear")[0]
             total[:, :, x:x + side] += answer * predicted
             passes, ratios = max(passes, n), ratios | {ratio}
-        rows = total[:, :min(next_y, H) - y, :W]                # no later window reaches these
+        rows = total[:, :next_y - y]                            # no later window reaches these
         best, index[y:next_y] = (t.cpu().numpy() for t in rows.max(0))
         confidence[y:next_y] = best / rows.sum(0).clamp(min=1e-6).cpu().numpy()
-        total = torch.cat([total[:, next_y - y:], torch.zeros_like(total[:, :next_y - y])], 1)
-    return index, confidence, {"passes": passes,
-                               "mask_ratio": " ".join(f"{r:g}" for r in sorted(ratios))}
+        total = F.pad(total[:, next_y - y:], (0, 0, 0, next_y - y))
+    return index[:H, :W], confidence[:H, :W], {
+        "passes": passes, "mask_ratio": " ".join(f"{r:g}" for r in sorted(ratios))}
 
 
 def regions(mask, ids=None):
@@ -1074,14 +1072,13 @@ def regions(mask, ids=None):
     first, none = ids.max() + 1, mask.size + 1000
     at = np.where(mask, first + np.arange(mask.size).reshape(mask.shape), np.where(ids, ids, none))
     at = np.pad(at, 1, constant_values=none)
-    inner, free = at[1:-1, 1:-1], mask
-    while True:     # every pixel takes the smallest number next to it, until nothing changes
-        least = np.minimum.reduce([at[:-2, 1:-1], at[2:, 1:-1], at[1:-1, :-2], at[1:-1, 2:], inner])
-        changed = free & (least < inner)
+    inner = at[1:-1, 1:-1]
+    while True:     # every pixel that is in no object takes the smallest number next to it
+        least = np.minimum.reduce([at[:-2, 1:-1], at[2:, 1:-1], at[1:-1, :-2], at[1:-1, 2:]])
+        changed = mask & (inner >= first) & (least < inner)
         if not changed.any():
             break
         inner[changed] = least[changed]
-        free = mask & (inner >= first)                  # a pixel that has joined an object stays
     out = np.where(mask, inner, ids)
     new = np.unique(out[out >= first])
     return np.where(out >= first, first + np.searchsorted(new, out), out)
@@ -1121,94 +1118,70 @@ def labels_and_images(labels, images, dataset):
 
 
 class Mask:
-    """A label file: .label, class indices and 255 (H, W); .missing, the pixels that it marks as
-    missing; .raw, its ids (H, W) or its colours (H, W, 3 or 4), for painting and saving."""
+    """A label file to paint in. raw: its ids, greys or indices (H, W), or colours (H, W, 3 or 4).
+    values: what each class is in raw."""
 
     def __init__(self, path, info):
-        self.info, self.path, self.label = info, path, data.read_label(path, info)
-        self.colored = bool(info.palette)
+        self.path, self.info, self.values = path, info, info.ids
         with data.opened(path) as file:
-            self.mode, self.palette = file.mode, file.getpalette()
-            self.raw = (np.array(file.convert("RGBA" if "A" in file.getbands() else "RGB"))
-                        if self.colored else data.read_ids(path, bool(info.threshold)))
-        # where 255 is a class it is never missing
-        self.missing = (self.label if self.colored else self.raw) == common.VOID
-        self.missing &= info.threshold is None
+            file = ImageOps.exif_transpose(file) if data.turned(file) else file
+            self.palette = file.getpalette() if file.mode == "P" and not info.threshold else None
+            grey = file.mode in ("1", "L")
+            table = [v for v in range(256) for _ in "rgb"] if grey else self.palette or []
+            shades = [tuple(table[i:i + 3]) for i in range(0, len(table), 3)]
+            if not info.palette:
+                self.raw = data.read_ids(path, bool(info.threshold))
+            elif set(info.colors) <= set(shades):       # greys and indices stay so
+                self.raw = np.array(file.convert("L") if grey else file)
+                self.values = [shades.index(color) for color in info.colors]
+            else:
+                self.raw = np.array(file.convert("RGBA" if "A" in file.getbands() else "RGB"))
+                self.values = [(*color, 255)[:self.raw.shape[2]] for color in info.colors]
+                self.palette = None
 
     def paint(self, where, classes):
         """Give the pixels `where` (H, W) bool these class indices (H, W)."""
-        info, known = self.info, self.raw.copy()
-        if self.colored:
-            self.raw[where, :3] = np.array(info.colors, np.uint8)[classes[where]]
-            self.raw[where, 3:] = 255
-        elif info.threshold == 0:       # numbers of objects: join the existing ones
-            drawn = regions(where & (classes > 0), np.where(where, 0, known))
-            if drawn.max() > 255 and known.max() > 1:
+        if self.info.threshold == 0:            # numbers of objects: join the existing ones
+            drawn = regions(where & (classes > 0), np.where(where, 0, self.raw))
+            if drawn.max() < 256:
+                self.raw = drawn.astype(np.uint8)
+                return
+            if self.raw.max() > 1:              # else 0 and 1 alone, not numbers of objects
                 raise UserError(f"{self.path}: more than 255 objects after the repair; skipped")
-            # 0 and 1 alone that fall into more pieces are not numbers of objects
-            self.raw = (drawn if drawn.max() < 256 else np.where(where, classes, known)).astype(
-                np.uint8)
-        else:
-            ids = np.array([*info.ids, *[0] * (256 - len(info.ids))], np.uint8)
-            self.raw = np.where(where, ids[classes], known)
-
-    def save(self, path):
-        """As PNG, with its palette; colours that were stored as greys or indices stay so."""
-        raw, palette = self.raw, None
-        if self.colored and self.mode in ("1", "L") and (raw == raw[..., :1]).all():
-            raw = raw[..., 0]
-        elif self.colored and self.mode == "P" and raw.shape[2] == 3:
-            table = np.array(self.palette, np.uint8).reshape(-1, 3)
-            same = (raw[:, :, None] == table).all(-1) if len(table) <= 64 else None
-            if same is not None and same.any(-1).all():
-                raw, palette = same.argmax(-1).astype(np.uint8), self.palette
-        elif not self.colored and self.mode == "P" and not self.info.threshold:
-            palette = self.palette
-        common.save_image(path, raw, palette)
+        self.raw[where] = np.array(self.values, np.uint8)[classes[where]]
 
 
-def open_pair(item, info, images):
-    """The Mask and the image (H, W, 3) of an Item. Raises UserError if they do not fit."""
-    if item.image is None:
-        raise UserError(f"{item.mask}: no image called {item.stem} in {' '.join(images)}; skipped")
-    mask = Mask(item.mask, info)
-    image = data.read_image(item.image, mask.label.shape)
-    data.check_sizes(item, image.shape, mask.label.shape)
-    return mask, image
-
-
-def worst_place(doubt, side):
-    """The box "left top right bottom" of the cell of side x side pixels with the largest sum."""
-    cells = F.avg_pool2d(torch.from_numpy(doubt)[None], side, ceil_mode=True)[0]
-    y, x = (side * i for i in divmod(int(cells.argmax()), cells.shape[1]))
-    return f"{x} {y} {min(x + side, doubt.shape[1])} {min(y + side, doubt.shape[0])}"
-
-
-def repair_file(item, truth, models, info, cfg, machine):
+def repair_file(item, image, label, truth, models, info, cfg, machine):
     """Repair one label: DIR/NAME.png, confidence/, overlay/ and, for ids, preview/.
     Returns its row of review.csv, in a list, and the confusion matrices (2, N, N) of L-MAE and the
     nearest fill on the predicted pixels, if there is a true label, a file."""
-    (mask, image), to, N = open_pair(item, info, cfg.images), Path(cfg.to), len(info.classes)
-    label, name = mask.label, f"{item.stem}.png"
-    missing = mask.missing if cfg.broken == "255" else np.isin(label, info.background)
+    mask, to, N, name = Mask(item.mask, info), Path(cfg.to), len(info.classes), f"{item.stem}.png"
+    if cfg.broken == "background":
+        missing = np.isin(label, info.background)
+    else:           # other ids can be void, too; where 255 is a class it is never missing
+        missing = (label if info.palette else mask.raw) == common.VOID
+        missing &= info.threshold is None
     index, confidence, columns = repair(models, image, label, missing, cfg.broken, machine)
     answered = missing & (confidence > 0)
     rebuilt = answered & (confidence >= cfg.sure)
     fixed = np.where(rebuilt, index, label)
     changed, doubt = rebuilt & (fixed != label), np.where(answered, 1 - confidence, 0)
     mask.paint(rebuilt, fixed)
-    mask.save(to / name)
+    common.save_image(to / name, mask.raw, mask.palette)
     common.save_image(to / "confidence" / name, (255 * (1 - doubt)).astype(np.uint8))
     common.save_image(to / "overlay" / name,
                       common.outline(common.overlay(image, fixed, info.colors), changed))
     if not info.palette:                                # grey ids look black
         common.save_image(to / "preview" / name, common.colorize(fixed, info.colors))
     counts = np.bincount(fixed[changed], minlength=N).tolist()
+    side = patch_span(models[0][0])             # the worst cell of this size
+    cells = F.avg_pool2d(torch.from_numpy(doubt)[None], side, ceil_mode=True)[0]
+    y, x = (side * i for i in divmod(int(cells.argmax()), cells.shape[1]))
     percent = lambda pixels: round(100 * float(pixels.mean()), 2)
     row = {"file": name, "doubt": percent(doubt[answered]) if answered.any() else 0.0,
            "missing": percent(missing), "rebuilt": percent(rebuilt),
-           "worst": worst_place(doubt, patch_span(models[0][0])), **columns,
-           **{f"to {title}": n for title, n in zip(info.classes, counts)}}
+           "worst": f"{x} {y} {min(x + side, label.shape[1])} {min(y + side, label.shape[0])}",
+           **columns, **{f"to {title}": n for title, n in zip(info.classes, counts)}}
     matrices = torch.zeros(2, N, N, dtype=torch.int64)
     if truth:
         target = data.read_label(truth, info)
@@ -1221,25 +1194,24 @@ def repair_file(item, truth, models, info, cfg, machine):
     return [row], matrices
 
 
-def suspect_file(item, truth, models, info, cfg, machine):
+def suspect_file(item, image, label, truth, models, info, cfg, machine):
     """The regions of a label that the model, which does not see them, predicts as another class
     with a confidence of at least --sure (0.9). Returns rows of suspects.csv, and no matrices;
     overlay/ has their outlines."""
-    mask, image = open_pair(item, info, cfg.images)
-    known = mask.label != common.VOID
-    index, confidence, _ = repair(models, image, mask.label, known, "suspect", machine)
-    doubted = known & (index != mask.label) & (confidence >= (cfg.sure or 0.9))
+    known = label != common.VOID
+    index, confidence, _ = repair(models, image, label, known, "suspect", machine)
+    doubted = known & (index != label) & (confidence >= (cfg.sure or 0.9))
     found, rows = regions(doubted), []
     for number in range(1, found.max() + 1):
         ys, xs = (found == number).nonzero()
-        drawn, seen = (np.bincount(a[ys, xs]).argmax() for a in (mask.label, index))
+        drawn, seen = (np.bincount(a[ys, xs]).argmax() for a in (label, index))
         rows.append({"file": str(item.mask), "pixels": len(xs), "box": f"{xs.min()} {ys.min()} "
                      f"{xs.max() + 1} {ys.max() + 1}", "label": info.classes[drawn],
                      "predicted": info.classes[seen],
                      "confidence": round(100 * float(confidence[ys, xs].mean()), 2)})
     if rows:
         common.save_image(Path(cfg.to) / "overlay" / f"{item.stem}.png", common.outline(
-            common.overlay(image, mask.label, info.colors), doubted))
+            common.overlay(image, label, info.colors), doubted))
     return rows, torch.zeros(2, 1, 1, dtype=torch.int64)
 
 
@@ -1262,18 +1234,17 @@ def mask_info(cfg, path, info):
 def finished_files(what, cfg, labels):
     """The file in DIR that lists what is finished, and its lines, each of a label, where --resume
     goes on in DIR; otherwise DIR is made."""
-    path, settings = Path(cfg.to) / f"{what}.jsonl", [
-        what, *labels, *cfg.images, *cfg.ckpt, cfg.broken, cfg.sure, cfg.palette]
-    if not cfg.resume or not path.exists():
+    path, lines, settings = Path(cfg.to) / f"{what}.jsonl", [], json.dumps(
+        [what, *labels, *cfg.images, *cfg.ckpt, cfg.broken, cfg.sure, cfg.palette])
+    if cfg.resume and path.exists():
+        was, *lines = path.read_text("utf-8").split("\n")[:-1]     # without an incomplete last line
+        if was != settings:
+            raise UserError(f"--resume: {cfg.to} was started with other flags ({was}); give those, "
+                            "or another --to")
+    else:
         common.refuse_nonempty(cfg.to)
-        common.write(path, json.dumps(settings) + "\n")
-        return path, []
-    lines = path.read_text("utf-8").split("\n")[:-1]               # without an incomplete last line
-    if json.loads(lines[0]) != settings:
-        raise UserError(f"--resume: {cfg.to} was started with other flags ({lines[0]}); give "
-                        "those, or another --to")
-    common.write(path, "\n".join(lines) + "\n")
-    return path, [json.loads(line) for line in lines[1:]]
+    common.write(path, "\n".join([settings, *lines, ""]))
+    return path, [json.loads(line) for line in lines]
 
 
 def load_models(what, cfg, origin):
@@ -1322,13 +1293,14 @@ def complete(cfg, origin):
     A label that cannot be repaired is a line on stderr, and the exit status is then 1. The given
     folders are only read. --resume goes on in DIR.
     """
-    what, labels = ("complete", cfg.complete) if cfg.complete else ("suspect", cfg.suspect)
+    what, work, labels = (("complete", repair_file, cfg.complete) if cfg.complete else
+                          ("suspect", suspect_file, cfg.suspect))
     cfg, info, models = load_models(what, cfg, origin)
     machine, trained = common.Machine(cfg), models[0][0]
     if machine.world > 1:
         raise UserError(f"--{what} works in one process: python instead of torchrun")
     items = labels_and_images(labels, cfg.images, trained.data)
-    truths = tree(cfg.truth) if cfg.truth else {}
+    truths = tree(cfg.truth)
     if truths and not truths.keys() & {item.stem for item in items}:
         raise UserError(f"--truth {cfg.truth[0]}: it has {next(iter(truths))}, .. and the labels "
                         f"are {items[0].stem}, ..: give a folder with the same paths below it")
@@ -1344,8 +1316,11 @@ def complete(cfg, origin):
           + ", ".join(f"{c.mask_ratio:g}" for c, _ in models))
     for item in common.progress([item for item in items if item.stem not in done]):
         try:
-            rows, matrices = (repair_file if what == "complete" else suspect_file)(
-                item, truths.get(item.stem), models, info, cfg, machine)
+            if item.image is None:
+                raise UserError(f"{item.mask}: no image called {item.stem} in "
+                                f"{' '.join(cfg.images)}; skipped")
+            rows, matrices = work(item, *data.read_pair(item, info, None), truths.get(item.stem),
+                                  models, info, cfg, machine)
         except UserError as error:
             failed += 1
             print(error, file=sys.stderr)
