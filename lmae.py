@@ -10,7 +10,7 @@ r"""L-MAE, a label masked autoencoder: it completes broken segmentation labels.
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 200 to 544 are the method, the rest is plumbing.
+Lines 196 to 528 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -18,18 +18,17 @@ Lines 200 to 544 are the method, the rest is plumbing.
     python lmae.py --complete LABELS --images IMAGES --ckpt out/lmae-folder/best.pt --to REPAIRED
     torchrun --nproc_per_node=4 lmae.py --data voc          # several GPUs
 
-The paper's own model is built and counted but has not been trained here.
-
-Results of small models from scratch, on one core of an AMD EPYC, torch 2.13.0; the flags --amp bf16
---threads 1 belong to each command. Scores are the mIoU of the missing pixels, the nearest fill's in
-brackets. CELLS N is a folder of masks in which half of the N-pixel cells of a grid are 255.
-- CamVid, whole training labels, seeds 0, 1, 2: cells of 8 pixels 84.1, 84.0, 84.1 (81.9), of 16
-  pixels 78.7, 78.6, 78.7 (74.4), of 32 pixels 69.5, 69.4, 69.6 (64.1). 26 to 37 minutes.
+Results of small models from scratch (the paper's is built and counted, but has not been trained
+here), on one core of an AMD EPYC, torch 2.13.0; --amp bf16 --threads 1 belong to each command.
+Scores are the mIoU of the missing pixels, in brackets the nearest fill's. CELLS is a folder of
+masks in which half of the N-pixel cells of a grid are 255.
+- CamVid, whole training labels, seeds 0, 1, 2; 26 to 37 minutes. N = 8: 84.1, 84.0, 84.1 (81.9);
+  16: 78.7, 78.6, 78.7 (74.4); 32: 69.5, 69.4, 69.6 (64.1).
     python lmae.py --data camvid --model small --epochs 130 --eval-every 10 --seed 0
     python lmae.py --complete CELLS --images data/camvid/val --truth data/camvid/valannot \
         --ckpt out/lmae-camvid/last.pt --to REPAIRED
-- A dataset repairs itself: the 367 training masks with cells of 16 pixels, trained on these alone,
-  seed 0: 76.6 (72.9); 41 minutes.
+- A dataset repairs itself: the 367 training masks with N = 16, trained on these alone, seed 0: 76.6
+  (72.9); 41 minutes.
     python lmae.py --data SELF --epochs 240 --eval-every 40
     python lmae.py --complete SELF --truth WHOLE --ckpt out/lmae-SELF/last.pt --to REPAIRED
 - A U-Net trained on these masks, mIoU on whole validation labels, seeds 0, 1, 2: broken 47.5, 49.8,
@@ -40,8 +39,8 @@ brackets. CELLS N is a folder of masks in which half of the N-pixel cells of a g
     python lmae.py --data glas --model small --epochs 0 --eval-every 50
     python lmae.py --complete CELLS --images glas/test/img --truth glas/test/labelcol \
         --broken background --ckpt out/lmae-glas/last.pt --to REPAIRED
-- --supplement nearest 64.4, 64.3, 64.4, image (IPS) 45.7, 45.3, 44.0 (62.4, 62.2, 62.1): PA-mIoU on
-  CamVid after 15 epochs. So short a run with IPS does not reach the nearest fill.
+- PA-mIoU on CamVid after 15 epochs, with --supplement nearest 64.4, 64.3, 64.4, with image (IPS)
+  45.7, 45.3, 44.0 (62.4, 62.2, 62.1): so short a run with IPS does not reach the nearest fill.
     python lmae.py --data camvid --size 112 --patch 8 --batch-size 8 --lr 1e-3 --schedule cosine \
         --warmup 100 --epochs 15 --enc-blocks 1 --dec-blocks 3 --enc-dim 256 --dec-dim 192 \
         --heads 4 --drop-path 0 --weight-decay 0 --mask-strategy random --eval-every 5 \
@@ -52,11 +51,11 @@ Departures from the paper:
   A folder trains with both, camvid with the first; voc and cityscapes with IPS.
 - Eq. 10 as printed gives Pascal VOC's background a weight of 1e-13 and drops it from the loss, yet
   the tables count it. V(x) is taken as the standard deviation, and background counts.
-- beta and gamma of Eq. 10 stay at 1 (--class-weights fixed; the paper's is learned). They are
-  trained to lower the loss that they weigh, so gamma falls while rare classes have larger errors:
-  with VOC's shares and constant errors it is 0 after 10,000 steps and -2.6 after the paper's
-  41,600, where rare classes weigh 0.05 and 98 % of the loss is background (test_all.py, LmaeLoss).
-  log.csv has both. The plateau schedule follows the cross entropy without class weights, val_ce.
+- beta and gamma of Eq. 10 stay at 1 (--class-weights fixed; the paper's is learned). They lower the
+  loss that they weigh: gamma falls while rare classes have larger errors. With VOC's shares and
+  constant errors it is 0 after 10,000 steps, and -2.6 after the paper's 41,600, where rare classes
+  weigh 0.05 and 98 % of the loss is background (test_all.py, LmaeLoss). log.csv has both. The
+  plateau schedule follows val_ce, the cross entropy without class weights.
 - A head has D / 8 dimensions (the text also says 64, which 1440 and 720 do not give).
 - 8 and 6 blocks, the best of the tables; the text's default is 12 and 8.
 - Positions are also added before the decoder: IPS alone does not say where a patch belongs.
@@ -65,33 +64,30 @@ Departures from the paper:
 - Table 4 trains small FCN and U-Net for a number of epochs (the paper: 300 iterations), and adds
   the nearest fill, void for background, and the complete labels.
 - cityscapes is scored on the whole of each image, in crops next to each other.
-The texts leave open: the learning rate and the patch size (here 1e-4 and 16), the rate of DropPath
-(0.1 at the last block), mirrored crops, the initial weights (Xavier), which classes are background
-where no class has that name (the "stuff" of Cityscapes and CamVid), and the masks of the
-evaluation (random, fixed by seed and index). Crops of 448 pad VOC's 500 x 375: 16 % is black and
-void. The "preservation status" of Fig. 2 is in none of Eq. 4-8.
+Left open by the texts: the learning rate and the patch size (here 1e-4 and 16), the rate of
+DropPath (0.1 at the last block), mirrored crops, the initial weights (Xavier), which classes are
+background where none has that name (the "stuff" of Cityscapes and CamVid), and the masks of the
+evaluation (random, fixed by seed and index). The "preservation status" of Fig. 2 is in none of
+Eq. 4-8. Crops of 448 pad VOC's 500 x 375: 16 % is black and void.
 
 Slips of the paper: the sort orders of background-first and label-first are swapped in the Patterns
-text (here they do what their names and the rest of the text say); Table 4's column heads are
-swapped; Table 9's last row is "layer", its columns are swapped; the text on Fig. 6 says "with IPS"
-for "without"; Cityscapes' row for m = 0.5 averages 89.0, not 86.4.
+text (here they do what their names and the rest of the text say); the column heads of Table 4 and
+the columns of Table 9 are swapped; Table 9's last row is "layer"; the text on Fig. 6 says "with
+IPS" for "without"; Cityscapes' row for m = 0.5 averages 89.0, not 86.4.
 
-Paper item | python lmae.py ..  (the rows of other methods in Tables 1 to 3 are quoted: not here)
-Fig. 1     | --data voc                                    # OUT/samples.png
-Fig. 2, 3  | not here: drawings of the network and of IPS, which are class LMAE
-Fig. 4     | --complete LABELS --images IMAGES --ckpt A.pt B.pt --to DIR --broken background
-Fig. 5     | not here: a drawing of the experiment of Table 4
-Fig. 6, 7  | --eval A.pt B.pt --ratios 0.3 0.5 0.7         # A, B: with --supplement image, none
-Fig. 8     | --eval A.pt --ratios 0.5                      # worst.png
-Table 1    | --data voc --mask-ratio 0.5                   # or 0.6; pa_class_iou in metrics.json
-Table 2    | --data cityscapes --mask-ratio 0.5            # or 0.6
-Table 3    | --data voc --mask-ratio 0.8                   # or 0.7, 0.5
-Table 4    | --augment --ckpt out/lmae-voc/best.pt
-Table 5    | --data voc --enc-blocks 12 --dec-blocks 8 --enc-dim 1024 --dec-dim 512    # and so on
-Table 6    | --data voc --mask-strategy random             # or label, background, mixed
-Table 7    | not here: BUS-M2AE masks by another method; L-MAE's rows are "mixed" of Table 6
-Table 8    | --data voc --bench 20                         # and for Table 5 --bench 0 only counts
-Table 9    | --data voc --mask-strategy random --fuse direct     # or insert, layer
+Paper item   | python lmae.py ..  (rows of other methods in Tables 1 to 3 are quoted: not here)
+Fig. 1       | --data voc                                  # OUT/samples.png
+Fig. 2, 3, 5 | not here: drawings of the network, of IPS (both are class LMAE) and of Table 4
+Fig. 4       | --complete LABELS --images IMAGES --ckpt A.pt B.pt --to DIR --broken background
+Fig. 6, 7, 8 | --eval A.pt B.pt --ratios 0.3 0.5 0.7       # --supplement image, none; 8: worst.png
+Table 1, 3   | --data voc --mask-ratio 0.5                 # to 0.8; pa_class_iou in metrics.json
+Table 2      | --data cityscapes --mask-ratio 0.5          # or 0.6
+Table 4      | --augment --ckpt out/lmae-voc/best.pt
+Table 5      | --data voc --enc-blocks 12 --dec-blocks 8 --enc-dim 1024 --dec-dim 512  # and so on
+Table 6      | --data voc --mask-strategy random           # or label, background, mixed
+Table 7      | not here: BUS-M2AE masks by another method; L-MAE's rows are "mixed" of Table 6
+Table 8      | --data voc --bench 20                       # and for Table 5 --bench 0 only counts
+Table 9      | --data voc --mask-strategy random --fuse direct   # or insert, layer
 """
 import json
 import math
@@ -243,9 +239,7 @@ class LMAE(nn.Module):
 
     def fuse_map(self, image, label):
         """Eq. 1 on patches: (B, K, 3 * p * p), (B, K, p * p) -> F, (B, K, channels * p * p).
-
-        A void pixel (255) is zero in every label plane.
-        """
+        Void (255) is 0 in every label plane."""
         if self.fuse == "layer":                # l_1 .. l_N, one plane a class, then the image
             return torch.cat([self.planes(label).flatten(2).to(image.dtype), image], -1)
         one = torch.where(label < self.classes, (label + 1.0) / self.classes, 0.0).to(image.dtype)
@@ -279,8 +273,7 @@ class LMAE(nn.Module):
             x = x + self.ips(torch.cat([planes, pixels, (distance / self.patch).clamp(max=4)], -1))
         for block in self.decoder:
             x = block(x)
-        x = self.head(self.dec_norm(x))
-        x = x.view(*x.shape[:2], self.classes, self.patch ** 2)                     # (B, L, N, pp)
+        x = self.head(self.dec_norm(x)).unflatten(2, (self.classes, -1))            # (B, L, N, pp)
         if self.supplement == "nearest":
             trust = self.trust[distance.clamp(max=len(self.trust) - 1)]             # (B, L, pp)
             x = x.float().scatter_add(2, near[:, :, None].long(), trust[:, :, None])
@@ -298,11 +291,9 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def attention(self, x):
-        B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)                       # Eq. 6
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # each (B, h, L, D / h)
-        z = F.scaled_dot_product_attention(q, k, v)                                        # Eq. 7
-        return self.proj(z.transpose(1, 2).reshape(B, L, D))                               # Eq. 8
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # Eq. 6
+        z = F.scaled_dot_product_attention(q, k, v)                     # (B, h, L, D / h)   Eq. 7
+        return self.proj(z.transpose(1, 2).flatten(2))                                     # Eq. 8
 
     def ffn(self, x):
         return self.fc2(F.relu(self.fc1(x)))                                               # Eq. 9
@@ -322,16 +313,14 @@ class Block(nn.Module):
 
 def patchify(x, p):
     """(B, C, H, W) -> (B, L, C * p * p): patches row by row, each flattened as a conv reads it."""
-    B, C, H, W = x.shape
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)      # (B, H/p, W/p, C, p, p)
-    return x.reshape(B, (H // p) * (W // p), C * p * p)
+    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                     # (B, C, H/p, p, W/p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(x, p):
     """(B, L, p * p) -> (B, S, S), for a square of L patches."""
-    B, L, _ = x.shape
-    n = math.isqrt(L)
-    return x.view(B, n, n, p, p).transpose(2, 3).reshape(B, n * p, n * p)
+    n = math.isqrt(x.shape[1])
+    return x.unflatten(2, (p, p)).unflatten(1, (n, n)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def take(x, ids):
@@ -352,17 +341,15 @@ def nearest_label(label):
     label: (B, H, W) integer, 255 = void.  Returns the filled label, uint8, and the distance in
     pixels, int32, both (B, H, W); with no label in an image these are 0 and at least 2^16.
 
-    Two cumulative minima an axis, of distance and label in one number: no loop, no wait for the
-    device. nearest_fill() below is Euclidean and takes 20 to 70 times as long (101 x 112 x 112:
-    17 ms against 350 to 1170), and on CamVid its fill is no better: 58.1 against 58.4.
+    Two cumulative minima an axis, of distance and label in one number: no wait for the device. The
+    Euclidean nearest_fill() takes 20 to 70 times as long, for 58.1 on CamVid instead of 58.4.
     """
     key = label.int().masked_fill(label == 255, 1 << 24)            # distance * 256 + label
-    for axis in 1, 2:
-        at = 256 * torch.arange(label.shape[axis], device=label.device, dtype=torch.int32)
-        at = at if axis == 2 else at[:, None]
-        before = (key - at).cummin(axis).values + at
-        after = (key + at).flip(axis).cummin(axis).values.flip(axis) - at
-        key = torch.minimum(before, after)
+    for _ in range(2):                                              # along rows, then columns
+        at = 256 * torch.arange(key.shape[2], device=label.device, dtype=torch.int32)
+        before = (key - at).cummin(2).values + at
+        after = (key + at).flip(2).cummin(2).values.flip(2) - at
+        key = torch.minimum(before, after).mT
     return (key & 255).to(torch.uint8), key >> 8
 
 
@@ -374,8 +361,8 @@ def draw(seeds, L, punched=False):
     mask of a sample depends on neither the batch nor the process nor the device. For punch() there
     are 3 + 16 L more."""
     n = L + 1 + (3 + 16 * L) * punched
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(n, generator=generator) for generator in generators])
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds])
 
 
 def select(label, patch, ratio, strategy, background, noise):
@@ -404,19 +391,19 @@ def select(label, patch, ratio, strategy, background, noise):
 
 def mask_of(removed, L, patch):
     """removed (B, M) -> (B, S, S) bool, True = removed: the m of PA-mIoU."""
-    m = torch.zeros(removed.shape[0], L, dtype=torch.bool, device=removed.device)
-    m.scatter_(1, removed, True)
-    return unpatchify(m[..., None].expand(-1, -1, patch * patch), patch)
+    m = torch.zeros(len(removed), L, dtype=torch.bool, device=removed.device)
+    m = m.scatter_(1, removed, True)[..., None].expand(-1, -1, patch * patch)
+    return unpatchify(m, patch)
 
 
 def punch(patch, max_share, noise, S):
-    """Damage that does not follow the patches: the pixels to hide, (B, S, S) bool. An addition.
+    """Damage that does not follow the patches: the pixels to hide, (B, S, S) bool, and which
+    samples are damaged, (B,) bool. An addition.
 
-    Half of the samples lose nothing. The others lose a share, drawn from 0..max_share, of the
-    cells of a grid, whose side is drawn from a quarter of a patch to four patches, uniformly in
-    its logarithm.  noise: (B, L + 4 + 16 L) from draw(): after the numbers of select() one each
-    for whether, how much and how large, and one for each cell.  Returns also which samples are
-    punched, (B,) bool.
+    Half of the samples lose a share, drawn from 0..max_share, of the cells of a grid, whose side
+    is drawn from a quarter of a patch to four patches, uniformly in its logarithm.
+    noise: (B, L + 4 + 16 L) from draw(): after the numbers of select() one each for whether, how
+    much and how large, and one for each cell.
     """
     L = (S // patch) ** 2
     whether, share, side = noise[:, L + 1:L + 4].T
@@ -432,8 +419,8 @@ def damage(label, patch, ratio, strategy, max_share, background, noise):
     """What a training step removes and hides: (keep, removed, the label that is shown).
 
     In the paper the patches that select() removes lose their whole label. In a sample that punch()
-    damages (max_share > 0) the emptiest patches are removed instead, as in repairs, and their
-    other pixels stay shown ("nearest" reads them). Shapes as in select() and punch().
+    damages (max_share > 0) the emptiest patches are removed, as in repairs, and their other pixels
+    stay shown ("nearest" reads them). Shapes as in select() and punch().
     """
     keep, removed = select(label, patch, ratio, strategy, background, noise)
     M, L = removed.shape[1], keep.shape[1] + removed.shape[1]
@@ -485,18 +472,15 @@ def class_sums(logits, label, patch):
     """What the loss is made of, by class, over all pixels that are not void.
 
     logits: (B, L, p * p, N).  label: (B, S, S) integer, 255 = void.
-    Returns (2, N) float32: the sums over the pixels of each class of -log p(y), and of 1. Sums add
-    up over batches, means would not.
+    Returns (2, N) float32, sums over the pixels of each class: of -log p(y), and of 1.
     """
     N = logits.shape[-1]
     y = patchify(label[:, None].long(), patch)                        # in the order of the logits
-    # in memory order, class before pixel: with 11 classes last, log_softmax alone took 122 ms of a
-    # step of 8 x 224 x 224 on one core, and 3 ms this way
+    # class before pixel, as in memory: with 11 classes last log_softmax takes 40 times as long
     ce = F.cross_entropy(logits.float().transpose(2, 3).flatten(0, 1), y.flatten(0, 1),
                          ignore_index=255, reduction="none").view_as(y)                 # Eq. 11
-    # A row of bins for each patch, then their sum: one bin a class for the whole batch is 1 % off
-    # in float32 at 448 x 448 and batch 48, this is right to 1e-7, and on CUDA fewer threads wait
-    # for the same bin. The last bin is void.
+    # Bins for each patch, then their sum: one bin a class for the whole batch is 1 % off in float32
+    # at 448 x 448 and batch 48, and on CUDA more threads wait for it. The last bin is void.
     bins = ce.new_zeros(2, *y.shape[:2], N + 1)
     bins = bins.scatter_add(3, y.clamp(max=N).expand(2, -1, -1, -1),
                             torch.stack([ce, torch.ones_like(ce)]))
@@ -586,10 +570,6 @@ def build(cfg, classes):
                 cfg.dec_dim, cfg.heads, cfg.drop_path, cfg.fuse, cfg.supplement)
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def patches(cfg):
     """L, the number of patches."""
     return (cfg.size // cfg.patch) ** 2
@@ -606,9 +586,7 @@ def class_share(dataset, most=500):
 
 def background_table(info):
     """(256,) bool: which labels are background."""
-    table = torch.zeros(256, dtype=torch.bool)
-    table[list(info.background)] = True
-    return table
+    return torch.isin(torch.arange(256), torch.tensor(info.background))
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -620,42 +598,39 @@ def nearest_fill(label, removed):
     """Give each removed pixel the label of the nearest kept one: the baseline.
 
     label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
-    Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
-    (of equally near ones, the first found). With no source in an image the answer is class 0.
+    Distance is Euclidean; sources are kept pixels below 255 (of equally near ones, the first
+    found). With none in an image the answer is class 0.
 
-    Exact in two passes: the nearest source within each row, then the best row. The second stops as
-    soon as no farther row can be nearer, after some 30 of 224 for patches of 16.
+    Two passes: the nearest source within each row, then the best row, until no farther one can be
+    nearer: after some 30 of 224 rows for patches of 16.
     """
     if label.device.type == "mps":                    # has no cummax of integers
         return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
     _, H, W = label.shape
-    far = 2 * (H + W)                                 # farther than any pixel
+    far, unit = 2 * (H + W), 512 * H                  # farther than any pixel; of a key below
     source = ~removed & (label != 255)
-    x = torch.arange(W, device=label.device, dtype=torch.int32)
+    x = torch.arange(W, device=label.device)
     left = torch.where(source, x, -far).cummax(-1).values
     right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
     column = torch.where(x - left <= right - x, left, right)
-    row_d2 = (column - x).square().clamp(max=far * far)
-    row_label = label.gather(-1, column.clamp(0, W - 1).long())
-    row_label = row_label.masked_fill(row_d2 >= far * far // 4, 0)
-    best_d2, best = row_d2.clone(), row_label.clone()
+    row_label = label.gather(-1, column.clamp(0, W - 1)).masked_fill((column - x).abs() >= W, 0)
+    row = unit * (column - x).square() + row_label    # distance^2, the order of rows, the label
+    best = row.clone()
     for k in range(1, H):
-        if not (best_d2[removed] > k * k).any():
+        if (best[removed] < unit * (k * k + 1)).all():
             break
-        for to, source in (slice(k, None), slice(None, -k)), (slice(None, -k), slice(k, None)):
-            d2 = row_d2[:, source] + k * k
-            closer = d2 < best_d2[:, to]
-            best_d2[:, to] = torch.where(closer, d2, best_d2[:, to])
-            best[:, to] = torch.where(closer, row_label[:, source], best[:, to])
-    return torch.where(removed, best, label)
+        step = unit * k * k + 512 * k                 # of two rows the upper one comes first
+        best[:, k:] = torch.minimum(best[:, k:], row[:, :-k] + step)
+        best[:, :-k] = torch.minimum(best[:, :-k], row[:, k:] + step + 256)
+    return torch.where(removed, best % 256, label).to(label.dtype)
 
 
-def predict(model, image, label, seeds, cfg, machine, info, strategy="random"):
-    """Mask uint8 (B, 3, S, S) and (B, S, S) by seeds, and predict. Returns the logits, the labels
-    predicted everywhere (B, S, S) uint8, and the mask (B, S, S) bool, all on the device."""
+def predict(model, image, label, index, cfg, machine, info, strategy="random"):
+    """Mask uint8 (B, 3, S, S) and (B, S, S) by (seed, index), and predict. Returns the logits, the
+    labels predicted everywhere (B, S, S) uint8, and the mask (B, S, S) bool, on the device."""
     device, L = machine.device, patches(cfg)
-    noise, background = draw(seeds, L).to(device), background_table(info).to(device)
-    label = label.to(device)
+    noise = draw([common.seed_of(cfg.seed, i) for i in index], L).to(device)
+    label, background = label.to(device), background_table(info).to(device)
     keep, removed = select(label, cfg.patch, cfg.mask_ratio, strategy, background, noise)
     m = mask_of(removed, L, cfg.patch)
     with machine.autocast():
@@ -668,18 +643,17 @@ def evaluate(model, loader, cfg, machine, info, weights, strategy="random", near
     """Score the model with int(L * mask_ratio) patches removed; masks are fixed by (seed, index).
 
     Returns percentages: pa_miou (PA-mIoU: removed pixels only), miou (predictions everywhere),
-    pasted_miou (the kept labels pasted over them), pa_class_iou, class_iou; the loss, and ce, the
-    same without class weights; and with nearest, pa_miou_nearest and miou_nearest, where each
-    removed pixel takes the label of the nearest kept one. Void is never counted.
+    pasted_miou (the kept labels pasted over them), pa_class_iou, class_iou; with nearest, those of
+    the nearest fill, pa_miou_nearest and miou_nearest; the loss, and ce, the same without class
+    weights. Void is never counted.
     """
     model.eval()
     N, device = len(info.classes), machine.device
-    counts = {name: torch.zeros(N, N, dtype=torch.int64, device=device)
-              for name in (SCORES if nearest else SCORES[:3])}
+    counts = torch.zeros(5 if nearest else 3, N, N, dtype=torch.int64, device=device)   # of SCORES
     sums = torch.zeros(2, N, device=device)
     for image, label, index in loader:
-        seeds = [common.seed_of(cfg.seed, i) for i in index.tolist()]
-        logits, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
+        logits, predicted, m = predict(model, image, label, index.tolist(), cfg, machine, info,
+                                       strategy)
         label = label.to(device)
         sums += class_sums(logits, label, cfg.patch)
         target = label.masked_fill(~m, common.VOID)                   # the pixels of PA-mIoU
@@ -687,25 +661,23 @@ def evaluate(model, loader, cfg, machine, info, weights, strategy="random", near
         if nearest:
             filled = nearest_fill(label, m)
             pairs += [(filled, label), (filled, target)]
-        for matrix, (answer, truth) in zip(counts.values(), pairs):
-            matrix += common.confusion(answer, truth, N)
-    common.all_reduce(*counts.values(), sums)
-    scores = {name: common.miou(matrix) for name, matrix in counts.items()}
+        counts += torch.stack([common.confusion(answer, truth, N) for answer, truth in pairs])
+    common.all_reduce(counts, sums)
+    scores = dict(zip(SCORES, map(common.miou, counts)))
     for name, w in ("loss", weights()), ("ce", 1):
         numerator, denominator = (sums * w).sum(1)
         scores[name] = (numerator / denominator.clamp(min=1e-9)).item()
-    return scores | {"pa_class_iou": common.class_iou(counts["pa_miou"]).tolist(),
-                     "class_iou": common.class_iou(counts["miou"]).tolist()}
+    class_iou, pa_class_iou = (common.class_iou(matrix).tolist() for matrix in counts[:2])
+    return scores | {"pa_class_iou": pa_class_iou, "class_iou": class_iou}
 
 
 # -------------------------------------------------------------------------------------- training
 
-def make_optimizer(model, weights, cfg, fused=None):
+def make_optimizer(model, weights, cfg, fused):
     """Adam with its own weight decay; beta and gamma of Eq. 10 are not decayed."""
     learned = [p for p in weights.parameters() if p.requires_grad]
-    return torch.optim.Adam([{"params": list(model.parameters())},
-                             {"params": learned, "weight_decay": 0}],
-                            lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    groups = {"params": list(model.parameters())}, {"params": learned, "weight_decay": 0}
+    return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def learning_rate(step, cfg, total):
@@ -750,8 +722,9 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-    run.announce(f"{parameters(model) / 1e6:.1f} M parameters, {len(train_set)} training and "
-                 f"{len(val_set)} validation images")
+    params = sum(p.numel() for p in model.parameters())
+    run.announce(f"{params / 1e6:.1f} M parameters, {len(train_set)} training and {len(val_set)} "
+                 "validation images")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. learning rate: after the warm-up "plateau" keeps it, and lowers it in part 3
         if step < cfg.warmup or cfg.schedule == "cosine":
@@ -823,18 +796,14 @@ def draw_samples(model, val_set, cfg, machine, info, scores, path, strategy="ran
     and nearest fill, of the images `chosen`, or of six from the whole set."""
     model.eval()
     chosen = chosen or range(0, len(val_set), max(1, len(val_set) // 6))[:6]
-    image, label, _ = zip(*(val_set[i] for i in chosen))
-    image, label = torch.stack(image), torch.stack(label)
-    seeds = [common.seed_of(cfg.seed, i) for i in chosen]
-    _, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
+    image, label, _ = torch.utils.data.default_collate([val_set[i] for i in chosen])
+    _, predicted, m = predict(model, image, label, chosen, cfg, machine, info, strategy)
     predicted, m = predicted.cpu(), m.cpu()
-
     truth, repaired, nearest = (common.colorize(labels, info.colors) for labels in (
         label, label.where(~m, predicted), nearest_fill(label, m)))
     kept = np.where(m.numpy()[..., None], 255, truth).astype(np.uint8)
     common.draw_sheet(
-        path, [list(row) for row in (image.permute(0, 2, 3, 1).numpy(), kept, truth, repaired,
-                                     nearest)],
+        path, [image.permute(0, 2, 3, 1).numpy(), kept, truth, repaired, nearest],
         ["image", "masked label", "ground truth", "prediction", "nearest fill"], info,
         f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f})")
 
@@ -858,26 +827,23 @@ def evaluate_only(cfg, origin):
     first = cfg if origin.get("mask_ratio") == "flag" else load(cfg.eval[0])[0]
     folder = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.eval[0]).parent
               / f"eval-{first.mask_ratio:g}-{strategy}")
-    folders = common.result_folders(cfg.eval, folder)
-    for path in cfg.eval:
+    for path, out in common.result_folders(cfg.eval, folder).items():
         trained, info, model, state = load(path)
         cfg = common.checkpoint_config(asked, origin, path, trained, check, "eval", "data",
                                        "palette", "seed", "batch_size", "mask_ratio",
                                        "mask_strategy", "ratios", "scored")
-        machine, val_set, out = common.Machine(cfg), validation_set(cfg), folders[path]
+        machine, val_set = common.Machine(cfg), validation_set(cfg)
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {cfg.data} has other classes than {path} was trained for")
         weights = ClassWeights(torch.ones(len(info.classes)), cfg.class_weights)
         weights.load_state_dict(state["weights"])
         model, weights = model.to(machine.device), weights.to(machine.device)
         loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-
-        def score(ratio):
-            now = replace(cfg, mask_ratio=ratio)
+        settings = [replace(cfg, mask_ratio=ratio) for ratio in (cfg.mask_ratio, *ratios)]
+        for now in settings:
             check(now)
-            return evaluate(model, loader, now, machine, info, weights, strategy)
-
-        scores, several = score(cfg.mask_ratio), [score(ratio) for ratio in ratios]
+        scores, *several = [evaluate(model, loader, now, machine, info, weights, strategy)
+                            for now in settings]
         if not machine.main:
             continue
         draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png", strategy)
@@ -903,8 +869,8 @@ def worst_images(model, val_set, cfg, machine, info, strategy, n=6):
     scores = {}
     for i in range(len(val_set)):
         image, label, _ = val_set[i]
-        _, predicted, m = predict(model, image[None], label[None], [common.seed_of(cfg.seed, i)],
-                                  cfg, machine, info, strategy)
+        _, predicted, m = predict(model, image[None], label[None], [i], cfg, machine, info,
+                                  strategy)
         target = label[None].to(machine.device).masked_fill(~m, common.VOID)
         scores[i] = common.miou(common.confusion(predicted, target, len(info.classes)))
     return sorted((i for i in scores if not math.isnan(scores[i])), key=scores.get)[:n]
@@ -928,7 +894,7 @@ def bench(cfg):
     def blocks(n, dim, tokens):
         return n * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim) / 1e9
 
-    result = {"params": parameters(counted), "gmacs": round(gmacs(M), 3)}
+    result = {"params": sum(p.numel() for p in counted.parameters()), "gmacs": round(gmacs(M), 3)}
     print(f"G operations: stack fuse {S * S * N / 1e9:.4f} (Eq. 13), masking "
           f"{(S * S + L * math.log2(L)) / 1e9:.4f} (Eq. 14), encoder "
           f"{blocks(cfg.enc_blocks, cfg.enc_dim, L - M):.2f} (Eq. 15), decoder "
@@ -1024,12 +990,11 @@ def rebuild(models, image, label, missing, broken, share, machine):
 @torch.no_grad()
 def repair(models, image, label, missing, broken, machine):
     """Complete one image of any size, in windows as large as the training crops and resized like
-    them; where windows overlap their probabilities are added. They are processed in bands of rows:
-    memory grows with the width of an image, not with its area.
+    them; where they overlap their probabilities are added. Memory grows with the width alone.
 
     image: (H, W, 3) uint8.  label: (H, W) uint8, 255 = void.  missing: (H, W) bool.
-    broken: as in rebuild().  Returns the class (H, W) uint8 and its confidence (H, W) float32,
-    which is 0 where nothing was predicted; and a dict of columns for review.csv.
+    broken: as in rebuild().  Returns the class (H, W) uint8, its confidence (H, W) float32, 0 where
+    nothing was predicted, and a dict of columns for review.csv.
     """
     (cfg, model), (H, W), side = models[0], label.shape, models[0][0].crop
     ys, xs = (windows(length, side, patch_span(cfg)) for length in (H, W))
@@ -1061,12 +1026,10 @@ def repair(models, image, label, missing, broken, machine):
 
 
 def regions(mask, ids=None):
-    """Number the 4-connected regions of a mask, or join each of its pixels to an object.
+    """Number the 4-connected regions of a mask, (H, W) bool, from the largest id + 1 on.
 
-    mask: (H, W) bool.  ids: (H, W) int, objects outside the mask (0: none); a region that touches
-    objects is divided among them, each pixel to the one that reaches it first, and gets no number
-    of its own.  Returns (H, W) int: ids outside the mask; in it those of the objects, and for
-    other regions numbers from the largest id + 1 on.
+    ids: (H, W) int, objects outside the mask (0: none). A region that touches objects gets no new
+    number: each pixel joins the one that reaches it first. Returns (H, W) int, also the given ids.
     """
     ids = np.zeros(mask.shape, int) if ids is None else ids.astype(int)
     first, none = ids.max() + 1, mask.size + 1000
@@ -1204,10 +1167,10 @@ def suspect_file(item, image, label, truth, models, info, cfg, machine):
     found, rows = regions(doubted), []
     for number in range(1, found.max() + 1):
         ys, xs = (found == number).nonzero()
-        drawn, seen = (np.bincount(a[ys, xs]).argmax() for a in (label, index))
-        rows.append({"file": str(item.mask), "pixels": len(xs), "box": f"{xs.min()} {ys.min()} "
-                     f"{xs.max() + 1} {ys.max() + 1}", "label": info.classes[drawn],
-                     "predicted": info.classes[seen],
+        drawn, seen = (info.classes[np.bincount(a[ys, xs]).argmax()] for a in (label, index))
+        rows.append({"file": str(item.mask), "pixels": len(xs),
+                     "box": f"{xs.min()} {ys.min()} {xs.max() + 1} {ys.max() + 1}",
+                     "label": drawn, "predicted": seen,
                      "confidence": round(100 * float(confidence[ys, xs].mean()), 2)})
     if rows:
         common.save_image(Path(cfg.to) / "overlay" / f"{item.stem}.png", common.outline(
@@ -1248,8 +1211,8 @@ def finished_files(what, cfg, labels):
 
 
 def load_models(what, cfg, origin):
-    """(cfg, info, models) for --complete and --suspect: the configuration of the checkpoints with
-    the flags that may change it, how masks are read, and [(cfg, LMAE)]. Raises UserError."""
+    """(cfg, info, machine, models) for --complete and --suspect: the configuration of the
+    checkpoints with the flags that may change it, how masks are read, the device, [(cfg, LMAE)]."""
     for name in "ckpt", "to":
         if not getattr(cfg, name):
             raise UserError(f"--{what} needs --{name} too: "
@@ -1273,7 +1236,10 @@ def load_models(what, cfg, origin):
     for path, (*_, state) in zip(cfg.ckpt, loaded):
         if line := warning(state["scores"]):
             print(f"{path}: {line}")
-    return cfg, info, [(c, model) for c, _, model, _ in loaded]
+    machine = common.Machine(cfg)
+    if machine.world > 1:
+        raise UserError(f"--{what} works in one process: python instead of torchrun")
+    return cfg, info, machine, [(c, model.to(machine.device)) for c, _, model, _ in loaded]
 
 
 def complete(cfg, origin):
@@ -1283,22 +1249,19 @@ def complete(cfg, origin):
     path below them. Without --images LABELS is a whole dataset in a layout that data.py reads.
     Masks are read by the palette of the checkpoint's training, or by --palette, and written in it.
     --broken 255: pixels of 255, or of a void colour, are missing. --broken background: the paper's
-    case, background may be a forgotten object; patches that are at least half background are
-    rebuilt, and only background may change: the only choice for masks without void. For each
-    window the checkpoint with the nearest mask ratio is used.
+    case, and the only one for masks without void: background may be a forgotten object, and it
+    alone changes, where it is at least half of a patch. A window is repaired by the checkpoint
+    whose mask ratio is nearest to the share that is broken.
     Writes DIR/NAME.png (size, ids or colours, and palette of the label), confidence/, overlay/
     (changes are outlined), for ids preview/ in colours, and review.csv, the most doubtful first.
     --suspect LABELS, with the same flags, changes nothing: DIR/suspects.csv lists the regions that
     the model, without seeing them, predicts with confidence as another class.
-    A label that cannot be repaired is a line on stderr, and the exit status is then 1. The given
-    folders are only read. --resume goes on in DIR.
+    A label that cannot be repaired is a line on stderr, and exit status 1. --resume goes on in DIR.
     """
     what, work, labels = (("complete", repair_file, cfg.complete) if cfg.complete else
                           ("suspect", suspect_file, cfg.suspect))
-    cfg, info, models = load_models(what, cfg, origin)
-    machine, trained = common.Machine(cfg), models[0][0]
-    if machine.world > 1:
-        raise UserError(f"--{what} works in one process: python instead of torchrun")
+    cfg, info, machine, models = load_models(what, cfg, origin)
+    trained = models[0][0]
     items = labels_and_images(labels, cfg.images, trained.data)
     truths = tree(cfg.truth)
     if truths and not truths.keys() & {item.stem for item in items}:
@@ -1308,8 +1271,6 @@ def complete(cfg, origin):
     common.draw_sheet(Path(cfg.to) / "overlay/legend.png", [], [], info,
                       "Class 0 and void are left as the image is. Outlined in magenta: "
                       + ("changed" if what == "complete" else "in doubt"))
-    for _, model in models:
-        model.to(machine.device)
     done, failed = {line["name"] for line in finished}, 0
     print(f"{len(items)} labels, {len(done)} of them done, in windows of {trained.crop} pixels "
           f"resized to {trained.size}, with mask ratio "
@@ -1424,12 +1385,12 @@ def segmentation_miou(network, classes, train_pair, val_pair, cfg, machine, batc
 
 @torch.no_grad()
 def label_sets(model, images, labels, cfg, info, machine):
-    """{name: labels (n, S, S) uint8}: half of the patches removed once, filled in five ways."""
+    """{name: labels (n, S, S) uint8}: the complete ones; with half of the patches removed (void, or
+    background, like forgotten objects); and these filled by the nearest label, or by L-MAE."""
     cfg, parts = replace(cfg, mask_ratio=0.5), []
-    for i in range(0, len(labels), cfg.batch_size):
-        image, label = images[i:i + cfg.batch_size], labels[i:i + cfg.batch_size]
-        seeds = [common.seed_of(cfg.seed, 1, i + k) for k in range(len(label))]
-        _, predicted, m = predict(model, image, label, seeds, cfg, machine, info)
+    for index in torch.arange(len(labels)).split(cfg.batch_size):
+        label = labels[index]
+        _, predicted, m = predict(model, images[index], label, index.tolist(), cfg, machine, info)
         parts.append((m.cpu(), predicted.cpu(), nearest_fill(label, m.cpu())))
     m, predicted, near = map(torch.cat, zip(*parts))
     sets = {"complete": labels, "broken (void)": labels.masked_fill(m, common.VOID),
@@ -1442,11 +1403,9 @@ def label_sets(model, images, labels, cfg, info, machine):
 def augment(cfg, origin):
     """--augment --ckpt CKPT: Table 4 and Fig. 5, on the checkpoint's dataset.
 
-    Half of the patches of each training label are removed once. FCN and U-Net are then trained on
-    what is left (removed = void, or = background, like forgotten objects), on the nearest fill, on
-    L-MAE's completion, and on the complete labels, and scored on the true validation labels. The
-    paper's Table 4 compares the completion with the broken labels only. As in the paper, the L-MAE
-    was trained on the complete labels of the same images: this favours it.
+    FCN and U-Net are trained on each of label_sets() of the training images, and scored on the true
+    validation labels. The paper compares L-MAE's completion with the broken labels only. As there,
+    the L-MAE was trained on the complete labels of the same images: this favours it.
     """
     if len(cfg.ckpt) != 1:
         raise UserError("--augment needs --ckpt CKPT, one checkpoint of lmae.py")
@@ -1463,8 +1422,7 @@ def augment(cfg, origin):
     def pair(split):
         """Centre crops (n, 3, S, S) and their labels (n, S, S)."""
         images = dataset(cfg, split)
-        image, label, _ = zip(*(images[i] for i in range(len(images))))
-        return torch.stack(image), torch.stack(label)
+        return torch.utils.data.default_collate([images[i] for i in range(len(images))])[:2]
 
     (images, labels), val_pair, results = pair("train"), pair(data.eval_split(cfg.data)), {}
     for name, labels in label_sets(model, images, labels, cfg, info, machine).items():
@@ -1485,23 +1443,19 @@ def check(cfg):
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "crop", "max_steps", "lr", "weight_decay", "warmup",
                     "drop_path", "threads", "save_every", "in_memory", "sure", "punch")
-    for name in "sure", "punch":
-        if getattr(cfg, name) > 1:
-            raise UserError(f"--{name} {getattr(cfg, name)}: a share, of at most 1")
-    if cfg.drop_path >= 1:
-        raise UserError(f"--drop-path {cfg.drop_path}: below 1")
-    if not 0 < cfg.plateau_factor < 1:
-        raise UserError(f"--plateau-factor {cfg.plateau_factor}: expected a number between 0 and "
-                        "1")
-    if cfg.size % cfg.patch:
-        raise UserError(f"--size {cfg.size} is not a multiple of --patch {cfg.patch}")
-    for name in ("enc_dim", "dec_dim"):
-        if getattr(cfg, name) % (2 * cfg.heads):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is no multiple of "
-                            f"2 x --heads {cfg.heads}")
-    if not 1 <= patches(cfg) * cfg.mask_ratio < patches(cfg):
-        raise UserError(f"--mask-ratio {cfg.mask_ratio}: of {patches(cfg)} patches at least one "
-                        "must be removed and one kept")
+    L, unit = patches(cfg), 2 * cfg.heads
+    for name, fits, wanted in (
+            ("sure", cfg.sure <= 1, "a share, of at most 1"),
+            ("punch", cfg.punch <= 1, "a share, of at most 1"),
+            ("drop_path", cfg.drop_path < 1, "below 1"),
+            ("plateau_factor", 0 < cfg.plateau_factor < 1, "expected a number between 0 and 1"),
+            ("size", cfg.size % cfg.patch == 0, f"not a multiple of --patch {cfg.patch}"),
+            ("enc_dim", cfg.enc_dim % unit == 0, f"not a multiple of 2 x --heads {cfg.heads}"),
+            ("dec_dim", cfg.dec_dim % unit == 0, f"not a multiple of 2 x --heads {cfg.heads}"),
+            ("mask_ratio", 1 <= L * cfg.mask_ratio < L,
+             f"of {L} patches at least one must be removed and one kept")):
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {wanted}")
 
 
 def main():
