@@ -607,31 +607,33 @@ def nearest_fill(label, removed):
     if label.device.type == "mps":                    # has no cummax of integers
         return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
     _, H, W = label.shape
-    far, unit = 2 * (H + W), 512 * H                  # farther than any pixel; of a key below
+    far = 2 * (H + W)                                 # farther than any pixel
     source = ~removed & (label != 255)
     x = torch.arange(W, device=label.device)
     left = torch.where(source, x, -far).cummax(-1).values
     right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
     column = torch.where(x - left <= right - x, left, right)
     row_label = label.gather(-1, column.clamp(0, W - 1)).masked_fill((column - x).abs() >= W, 0)
-    row = unit * (column - x).square() + row_label    # distance^2, the order of rows, the label
+    # keys whose minimum is the answer: unit * distance^2 + 256 * which row is looked at + label
+    unit = 512 * H
+    row = unit * (column - x).square() + row_label
     best = row.clone()
     for k in range(1, H):
         if (best[removed] < unit * (k * k + 1)).all():
             break
-        step = unit * k * k + 512 * k                 # of two rows the upper one comes first
+        step = unit * k * k + 512 * k                 # 2 k: the k-th row above, 2 k + 1: below
         best[:, k:] = torch.minimum(best[:, k:], row[:, :-k] + step)
         best[:, :-k] = torch.minimum(best[:, :-k], row[:, k:] + step + 256)
     return torch.where(removed, best % 256, label).to(label.dtype)
 
 
-def predict(model, image, label, index, cfg, machine, info, strategy="random"):
+def predict(model, image, label, index, cfg, machine, info):
     """Mask uint8 (B, 3, S, S) and (B, S, S) by (seed, index), and predict. Returns the logits, the
     labels predicted everywhere (B, S, S) uint8, and the mask (B, S, S) bool, on the device."""
     device, L = machine.device, patches(cfg)
     noise = draw([common.seed_of(cfg.seed, i) for i in index], L).to(device)
     label, background = label.to(device), background_table(info).to(device)
-    keep, removed = select(label, cfg.patch, cfg.mask_ratio, strategy, background, noise)
+    keep, removed = select(label, cfg.patch, cfg.mask_ratio, cfg.mask_strategy, background, noise)
     m = mask_of(removed, L, cfg.patch)
     with machine.autocast():
         logits = model(to_input(image, device), label.masked_fill(m, common.VOID), keep, removed)
@@ -639,7 +641,7 @@ def predict(model, image, label, index, cfg, machine, info, strategy="random"):
 
 
 @torch.no_grad()
-def evaluate(model, loader, cfg, machine, info, weights, strategy="random", nearest=True):
+def evaluate(model, loader, cfg, machine, info, weights, nearest=True):
     """Score the model with int(L * mask_ratio) patches removed; masks are fixed by (seed, index).
 
     Returns percentages: pa_miou (PA-mIoU: removed pixels only), miou (predictions everywhere),
@@ -652,8 +654,7 @@ def evaluate(model, loader, cfg, machine, info, weights, strategy="random", near
     counts = torch.zeros(5 if nearest else 3, N, N, dtype=torch.int64, device=device)   # of SCORES
     sums = torch.zeros(2, N, device=device)
     for image, label, index in loader:
-        logits, predicted, m = predict(model, image, label, index.tolist(), cfg, machine, info,
-                                       strategy)
+        logits, predicted, m = predict(model, image, label, index.tolist(), cfg, machine, info)
         label = label.to(device)
         sums += class_sums(logits, label, cfg.patch)
         target = label.masked_fill(~m, common.VOID)                   # the pixels of PA-mIoU
@@ -696,7 +697,7 @@ def train(cfg):
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.default_epochs(cfg, per_epoch)
     total, N = cfg.epochs * per_epoch, len(info.classes)
-    background = background_table(info).to(device)
+    background, scored = background_table(info).to(device), replace(cfg, mask_strategy="random")
     if info.threshold is not None and machine.main:
         print("in black and white masks nothing is missing: if 255 is missing in yours, save them "
               "with the ids 0, 1 and 255, and leave out --palette")
@@ -744,7 +745,7 @@ def train(cfg):
         due = run.note(step, loss[None], (train_set, index))
         if due == "evaluate":
             # the nearest fill never changes: once is enough
-            scores = run.scores | evaluate(model, val_loader, cfg, machine, info, weights,
+            scores = run.scores | evaluate(model, val_loader, scored, machine, info, weights,
                                            nearest="pa_miou_nearest" not in run.scores)
             # ce, as the weights of the loss may change; not where --max-steps ends within an epoch
             if cfg.schedule == "plateau" and run.step % (per_epoch * cfg.eval_every) == 0:
@@ -758,11 +759,11 @@ def train(cfg):
             run.save()
 
     if machine.main:
-        draw_samples(model, val_set, cfg, machine, info, run.scores, out / "samples.png")
-        write_metrics(out, run.state(), cfg, "random")
+        draw_samples(model, val_set, scored, machine, info, run.scores, out / "samples.png")
+        write_metrics(out, run.state(), scored)
 
 
-def write_metrics(out, state, cfg, strategy):
+def write_metrics(out, state, cfg):
     """OUT/metrics.json of a checkpoint's state, and its scores on the screen."""
     scores, weights = state["scores"], state["weights"]
     objects = [iou for c, iou in enumerate(scores["pa_class_iou"])
@@ -773,7 +774,7 @@ def write_metrics(out, state, cfg, strategy):
         "pa_miou_objects": objects, "epoch": state["history"][-1]["epoch"],
         "steps": state["step"], "seconds": state["seconds"],
         "params": sum(p.numel() for p in state["model"].values()),
-        "mask_ratio": cfg.mask_ratio, "mask_strategy": strategy,
+        "mask_ratio": cfg.mask_ratio, "mask_strategy": cfg.mask_strategy,
         "beta": weights["log_beta"].exp().item(), "gamma": weights["gamma"].item()})
     of_objects = f", of the objects alone {objects:.2f}" if cfg.data == "voc" else ""
     print(f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f}"
@@ -791,13 +792,13 @@ def warning(scores):
 
 
 @torch.no_grad()
-def draw_samples(model, val_set, cfg, machine, info, scores, path, strategy="random", chosen=()):
+def draw_samples(model, val_set, cfg, machine, info, scores, path, chosen=()):
     """samples.png: image, masked label, ground truth, prediction with the kept labels
     and nearest fill, of the images `chosen`, or of six from the whole set."""
     model.eval()
     chosen = chosen or range(0, len(val_set), max(1, len(val_set) // 6))[:6]
     image, label, _ = torch.utils.data.default_collate([val_set[i] for i in chosen])
-    _, predicted, m = predict(model, image, label, chosen, cfg, machine, info, strategy)
+    _, predicted, m = predict(model, image, label, chosen, cfg, machine, info)
     predicted, m = predicted.cpu(), m.cpu()
     truth, repaired, nearest = (common.colorize(labels, info.colors) for labels in (
         label, label.where(~m, predicted), nearest_fill(label, m)))
@@ -829,9 +830,9 @@ def evaluate_only(cfg, origin):
               / f"eval-{first.mask_ratio:g}-{strategy}")
     for path, out in common.result_folders(cfg.eval, folder).items():
         trained, info, model, state = load(path)
-        cfg = common.checkpoint_config(asked, origin, path, trained, check, "eval", "data",
-                                       "palette", "seed", "batch_size", "mask_ratio",
-                                       "mask_strategy", "ratios", "scored")
+        cfg = replace(common.checkpoint_config(
+            asked, origin, path, trained, check, "eval", "data", "palette", "seed", "batch_size",
+            "mask_ratio", "mask_strategy", "ratios", "scored"), mask_strategy=strategy)
         machine, val_set = common.Machine(cfg), validation_set(cfg)
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {cfg.data} has other classes than {path} was trained for")
@@ -842,19 +843,18 @@ def evaluate_only(cfg, origin):
         settings = [replace(cfg, mask_ratio=ratio) for ratio in (cfg.mask_ratio, *ratios)]
         for now in settings:
             check(now)
-        scores, *several = [evaluate(model, loader, now, machine, info, weights, strategy)
+        scores, *several = [evaluate(model, loader, now, machine, info, weights)
                             for now in settings]
         if not machine.main:
             continue
-        draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png", strategy)
-        write_metrics(out, {**state, "scores": scores}, cfg, strategy)
+        draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png")
+        write_metrics(out, {**state, "scores": scores}, cfg)
         if ratios:
             name = Path(path).resolve().parent.name
             lines[name if name not in lines else path] = [s["pa_miou"] for s in several]
             nearest = [s["pa_miou_nearest"] for s in several]
-            worst = worst_images(model, val_set, cfg, machine, info, strategy)
-            draw_samples(model, val_set, cfg, machine, info, scores, out / "worst.png", strategy,
-                         worst)
+            worst = worst_images(model, val_set, cfg, machine, info)
+            draw_samples(model, val_set, cfg, machine, info, scores, out / "worst.png", worst)
     if lines:
         lines["nearest fill"] = nearest
         common.write_json(folder / "ratios.json", {"mask_ratio": ratios, "pa_miou": lines})
@@ -864,13 +864,12 @@ def evaluate_only(cfg, origin):
 
 
 @torch.no_grad()
-def worst_images(model, val_set, cfg, machine, info, strategy, n=6):
+def worst_images(model, val_set, cfg, machine, info, n=6):
     """The indices of the n images with the lowest PA-mIoU."""
     scores = {}
     for i in range(len(val_set)):
         image, label, _ = val_set[i]
-        _, predicted, m = predict(model, image[None], label[None], [i], cfg, machine, info,
-                                  strategy)
+        _, predicted, m = predict(model, image[None], label[None], [i], cfg, machine, info)
         target = label[None].to(machine.device).masked_fill(~m, common.VOID)
         scores[i] = common.miou(common.confusion(predicted, target, len(info.classes)))
     return sorted((i for i in scores if not math.isnan(scores[i])), key=scores.get)[:n]
@@ -968,8 +967,7 @@ def rebuild(models, image, label, missing, broken, share, machine):
         full = known.float().mean(1)
         remove = todo & ~known.any(1) if partial else todo
         neighbours = F.avg_pool2d(full.view(1, 1, n, n), 3, 1, 1).flatten()
-        order = torch.where(remove, 2 + neighbours, -full) + ties
-        order = order.argsort(descending=True)
+        order = (torch.where(remove, 2 + neighbours, -full) + ties).argsort(descending=True)
         chosen = order[:min(limit, int(remove.sum()))]
         # "nearest" is trained with the emptiest patches removed, even if they know something
         removed = order[:limit] if partial and cfg.supplement == "nearest" else chosen
@@ -980,8 +978,7 @@ def rebuild(models, image, label, missing, broken, share, machine):
         answered = (todo & ~remove).index_fill_(0, chosen, True)
         answer[answered] = logits[0, answered].float().softmax(-1)
         if broken != "suspect":
-            guess = answer.argmax(-1).to(label.dtype)
-            label = torch.where(answered[:, None] & missing, guess, label)
+            label = torch.where(answered[:, None] & missing, answer.argmax(-1), label).byte()
             known = known | answered[:, None]
         todo, passes = todo & ~answered, passes + 1
     return unpatchify(answer.permute(2, 0, 1), p), passes, cfg.mask_ratio
@@ -1387,7 +1384,7 @@ def segmentation_miou(network, classes, train_pair, val_pair, cfg, machine, batc
 def label_sets(model, images, labels, cfg, info, machine):
     """{name: labels (n, S, S) uint8}: the complete ones; with half of the patches removed (void, or
     background, like forgotten objects); and these filled by the nearest label, or by L-MAE."""
-    cfg, parts = replace(cfg, mask_ratio=0.5), []
+    cfg, parts = replace(cfg, mask_ratio=0.5, mask_strategy="random"), []
     for index in torch.arange(len(labels)).split(cfg.batch_size):
         label = labels[index]
         _, predicted, m = predict(model, images[index], label, index.tolist(), cfg, machine, info)

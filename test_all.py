@@ -3054,7 +3054,8 @@ class LmaeRuns(Runs, MethodCase):
         self.assertGreater((predicted == label)[m].float().mean().item(), 0.99)
 
     def test_evaluation_against_a_loop_over_images(self):
-        cfg = lmae.Config(size=32, crop=32, patch=8, mask_ratio=0.5, device="cpu", batch_size=5)
+        cfg = lmae.Config(size=32, crop=32, patch=8, mask_strategy="random", device="cpu",
+                          batch_size=5)
         val = data.Dataset("shapes", "", "val", size=32)
         val.items = val.items[:12]
         torch.manual_seed(0)
