@@ -2715,7 +2715,7 @@ class LmaeModel(MethodCase):
         image = ((image + 1) * 127).byte()
         many, noise = self.classes(6, 40, 32, 32), lmae.draw(range(40), 16, True)
         for supplement in "none", "image", "nearest":
-            cfg = lmae.Config(**{**TINY, "supplement": supplement})
+            cfg = lmae.Config(**TINY, supplement=supplement, mask_strategy="random")
             torch.manual_seed(0)
             model = lmae.build(cfg, 6).eval()
             answer = lambda label: lmae.predict(model, image, label, range(3), cfg, machine, info)
