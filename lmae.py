@@ -10,7 +10,7 @@ r"""L-MAE, a label masked autoencoder: it completes broken segmentation labels.
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 200 to 544 are the method, the rest is plumbing.
+Lines 196 to 528 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -18,18 +18,17 @@ Lines 200 to 544 are the method, the rest is plumbing.
     python lmae.py --complete LABELS --images IMAGES --ckpt out/lmae-folder/best.pt --to REPAIRED
     torchrun --nproc_per_node=4 lmae.py --data voc          # several GPUs
 
-The paper's own model is built and counted but has not been trained here.
-
-Results of small models from scratch, on one core of an AMD EPYC, torch 2.13.0; the flags --amp bf16
---threads 1 belong to each command. Scores are the mIoU of the missing pixels, the nearest fill's in
-brackets. CELLS N is a folder of masks in which half of the N-pixel cells of a grid are 255.
-- CamVid, whole training labels, seeds 0, 1, 2: cells of 8 pixels 84.1, 84.0, 84.1 (81.9), of 16
-  pixels 78.7, 78.6, 78.7 (74.4), of 32 pixels 69.5, 69.4, 69.6 (64.1). 26 to 37 minutes.
+Results of small models from scratch (the paper's is built and counted, but has not been trained
+here), on one core of an AMD EPYC, torch 2.13.0; --amp bf16 --threads 1 belong to each command.
+Scores are the mIoU of the missing pixels, in brackets the nearest fill's. CELLS is a folder of
+masks in which half of the N-pixel cells of a grid are 255.
+- CamVid, whole training labels, seeds 0, 1, 2; 26 to 37 minutes. N = 8: 84.1, 84.0, 84.1 (81.9);
+  16: 78.7, 78.6, 78.7 (74.4); 32: 69.5, 69.4, 69.6 (64.1).
     python lmae.py --data camvid --model small --epochs 130 --eval-every 10 --seed 0
     python lmae.py --complete CELLS --images data/camvid/val --truth data/camvid/valannot \
         --ckpt out/lmae-camvid/last.pt --to REPAIRED
-- A dataset repairs itself: the 367 training masks with cells of 16 pixels, trained on these alone,
-  seed 0: 76.6 (72.9); 41 minutes.
+- A dataset repairs itself: the 367 training masks with N = 16, trained on these alone, seed 0: 76.6
+  (72.9); 41 minutes.
     python lmae.py --data SELF --epochs 240 --eval-every 40
     python lmae.py --complete SELF --truth WHOLE --ckpt out/lmae-SELF/last.pt --to REPAIRED
 - A U-Net trained on these masks, mIoU on whole validation labels, seeds 0, 1, 2: broken 47.5, 49.8,
@@ -40,8 +39,8 @@ brackets. CELLS N is a folder of masks in which half of the N-pixel cells of a g
     python lmae.py --data glas --model small --epochs 0 --eval-every 50
     python lmae.py --complete CELLS --images glas/test/img --truth glas/test/labelcol \
         --broken background --ckpt out/lmae-glas/last.pt --to REPAIRED
-- --supplement nearest 64.4, 64.3, 64.4, image (IPS) 45.7, 45.3, 44.0 (62.4, 62.2, 62.1): PA-mIoU on
-  CamVid after 15 epochs. So short a run with IPS does not reach the nearest fill.
+- PA-mIoU on CamVid after 15 epochs, with --supplement nearest 64.4, 64.3, 64.4, with image (IPS)
+  45.7, 45.3, 44.0 (62.4, 62.2, 62.1): so short a run with IPS does not reach the nearest fill.
     python lmae.py --data camvid --size 112 --patch 8 --batch-size 8 --lr 1e-3 --schedule cosine \
         --warmup 100 --epochs 15 --enc-blocks 1 --dec-blocks 3 --enc-dim 256 --dec-dim 192 \
         --heads 4 --drop-path 0 --weight-decay 0 --mask-strategy random --eval-every 5 \
@@ -52,11 +51,11 @@ Departures from the paper:
   A folder trains with both, camvid with the first; voc and cityscapes with IPS.
 - Eq. 10 as printed gives Pascal VOC's background a weight of 1e-13 and drops it from the loss, yet
   the tables count it. V(x) is taken as the standard deviation, and background counts.
-- beta and gamma of Eq. 10 stay at 1 (--class-weights fixed; the paper's is learned). They are
-  trained to lower the loss that they weigh, so gamma falls while rare classes have larger errors:
-  with VOC's shares and constant errors it is 0 after 10,000 steps and -2.6 after the paper's
-  41,600, where rare classes weigh 0.05 and 98 % of the loss is background (test_all.py, LmaeLoss).
-  log.csv has both. The plateau schedule follows the cross entropy without class weights, val_ce.
+- beta and gamma of Eq. 10 stay at 1 (--class-weights fixed; the paper's is learned). They lower the
+  loss that they weigh: gamma falls while rare classes have larger errors. With VOC's shares and
+  constant errors it is 0 after 10,000 steps, and -2.6 after the paper's 41,600, where rare classes
+  weigh 0.05 and 98 % of the loss is background (test_all.py, LmaeLoss). log.csv has both. The
+  plateau schedule follows val_ce, the cross entropy without class weights.
 - A head has D / 8 dimensions (the text also says 64, which 1440 and 720 do not give).
 - 8 and 6 blocks, the best of the tables; the text's default is 12 and 8.
 - Positions are also added before the decoder: IPS alone does not say where a patch belongs.
@@ -65,33 +64,30 @@ Departures from the paper:
 - Table 4 trains small FCN and U-Net for a number of epochs (the paper: 300 iterations), and adds
   the nearest fill, void for background, and the complete labels.
 - cityscapes is scored on the whole of each image, in crops next to each other.
-The texts leave open: the learning rate and the patch size (here 1e-4 and 16), the rate of DropPath
-(0.1 at the last block), mirrored crops, the initial weights (Xavier), which classes are background
-where no class has that name (the "stuff" of Cityscapes and CamVid), and the masks of the
-evaluation (random, fixed by seed and index). Crops of 448 pad VOC's 500 x 375: 16 % is black and
-void. The "preservation status" of Fig. 2 is in none of Eq. 4-8.
+Left open by the texts: the learning rate and the patch size (here 1e-4 and 16), the rate of
+DropPath (0.1 at the last block), mirrored crops, the initial weights (Xavier), which classes are
+background where none has that name (the "stuff" of Cityscapes and CamVid), and the masks of the
+evaluation (random, fixed by seed and index). The "preservation status" of Fig. 2 is in none of
+Eq. 4-8. Crops of 448 pad VOC's 500 x 375: 16 % is black and void.
 
 Slips of the paper: the sort orders of background-first and label-first are swapped in the Patterns
-text (here they do what their names and the rest of the text say); Table 4's column heads are
-swapped; Table 9's last row is "layer", its columns are swapped; the text on Fig. 6 says "with IPS"
-for "without"; Cityscapes' row for m = 0.5 averages 89.0, not 86.4.
+text (here they do what their names and the rest of the text say); the column heads of Table 4 and
+the columns of Table 9 are swapped; Table 9's last row is "layer"; the text on Fig. 6 says "with
+IPS" for "without"; Cityscapes' row for m = 0.5 averages 89.0, not 86.4.
 
-Paper item | python lmae.py ..  (the rows of other methods in Tables 1 to 3 are quoted: not here)
-Fig. 1     | --data voc                                    # OUT/samples.png
-Fig. 2, 3  | not here: drawings of the network and of IPS, which are class LMAE
-Fig. 4     | --complete LABELS --images IMAGES --ckpt A.pt B.pt --to DIR --broken background
-Fig. 5     | not here: a drawing of the experiment of Table 4
-Fig. 6, 7  | --eval A.pt B.pt --ratios 0.3 0.5 0.7         # A, B: with --supplement image, none
-Fig. 8     | --eval A.pt --ratios 0.5                      # worst.png
-Table 1    | --data voc --mask-ratio 0.5                   # or 0.6; pa_class_iou in metrics.json
-Table 2    | --data cityscapes --mask-ratio 0.5            # or 0.6
-Table 3    | --data voc --mask-ratio 0.8                   # or 0.7, 0.5
-Table 4    | --augment --ckpt out/lmae-voc/best.pt
-Table 5    | --data voc --enc-blocks 12 --dec-blocks 8 --enc-dim 1024 --dec-dim 512    # and so on
-Table 6    | --data voc --mask-strategy random             # or label, background, mixed
-Table 7    | not here: BUS-M2AE masks by another method; L-MAE's rows are "mixed" of Table 6
-Table 8    | --data voc --bench 20                         # and for Table 5 --bench 0 only counts
-Table 9    | --data voc --mask-strategy random --fuse direct     # or insert, layer
+Paper item   | python lmae.py ..  (rows of other methods in Tables 1 to 3 are quoted: not here)
+Fig. 1       | --data voc                                  # OUT/samples.png
+Fig. 2, 3, 5 | not here: drawings of the network, of IPS (both are class LMAE) and of Table 4
+Fig. 4       | --complete LABELS --images IMAGES --ckpt A.pt B.pt --to DIR --broken background
+Fig. 6, 7, 8 | --eval A.pt B.pt --ratios 0.3 0.5 0.7       # --supplement image, none; 8: worst.png
+Table 1, 3   | --data voc --mask-ratio 0.5                 # to 0.8; pa_class_iou in metrics.json
+Table 2      | --data cityscapes --mask-ratio 0.5          # or 0.6
+Table 4      | --augment --ckpt out/lmae-voc/best.pt
+Table 5      | --data voc --enc-blocks 12 --dec-blocks 8 --enc-dim 1024 --dec-dim 512  # and so on
+Table 6      | --data voc --mask-strategy random           # or label, background, mixed
+Table 7      | not here: BUS-M2AE masks by another method; L-MAE's rows are "mixed" of Table 6
+Table 8      | --data voc --bench 20                       # and for Table 5 --bench 0 only counts
+Table 9      | --data voc --mask-strategy random --fuse direct   # or insert, layer
 """
 import json
 import math
@@ -104,7 +100,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ImageOps
 
 import common
 import data
@@ -243,9 +239,7 @@ class LMAE(nn.Module):
 
     def fuse_map(self, image, label):
         """Eq. 1 on patches: (B, K, 3 * p * p), (B, K, p * p) -> F, (B, K, channels * p * p).
-
-        A void pixel (255) is zero in every label plane.
-        """
+        Void (255) is 0 in every label plane."""
         if self.fuse == "layer":                # l_1 .. l_N, one plane a class, then the image
             return torch.cat([self.planes(label).flatten(2).to(image.dtype), image], -1)
         one = torch.where(label < self.classes, (label + 1.0) / self.classes, 0.0).to(image.dtype)
@@ -279,8 +273,7 @@ class LMAE(nn.Module):
             x = x + self.ips(torch.cat([planes, pixels, (distance / self.patch).clamp(max=4)], -1))
         for block in self.decoder:
             x = block(x)
-        x = self.head(self.dec_norm(x))
-        x = x.view(*x.shape[:2], self.classes, self.patch ** 2)                     # (B, L, N, pp)
+        x = self.head(self.dec_norm(x)).unflatten(2, (self.classes, -1))            # (B, L, N, pp)
         if self.supplement == "nearest":
             trust = self.trust[distance.clamp(max=len(self.trust) - 1)]             # (B, L, pp)
             x = x.float().scatter_add(2, near[:, :, None].long(), trust[:, :, None])
@@ -298,11 +291,9 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def attention(self, x):
-        B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)                       # Eq. 6
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # each (B, h, L, D / h)
-        z = F.scaled_dot_product_attention(q, k, v)                                        # Eq. 7
-        return self.proj(z.transpose(1, 2).reshape(B, L, D))                               # Eq. 8
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # Eq. 6
+        z = F.scaled_dot_product_attention(q, k, v)                     # (B, h, L, D / h)   Eq. 7
+        return self.proj(z.transpose(1, 2).flatten(2))                                     # Eq. 8
 
     def ffn(self, x):
         return self.fc2(F.relu(self.fc1(x)))                                               # Eq. 9
@@ -322,16 +313,14 @@ class Block(nn.Module):
 
 def patchify(x, p):
     """(B, C, H, W) -> (B, L, C * p * p): patches row by row, each flattened as a conv reads it."""
-    B, C, H, W = x.shape
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)      # (B, H/p, W/p, C, p, p)
-    return x.reshape(B, (H // p) * (W // p), C * p * p)
+    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                     # (B, C, H/p, p, W/p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(x, p):
     """(B, L, p * p) -> (B, S, S), for a square of L patches."""
-    B, L, _ = x.shape
-    n = math.isqrt(L)
-    return x.view(B, n, n, p, p).transpose(2, 3).reshape(B, n * p, n * p)
+    n = math.isqrt(x.shape[1])
+    return x.unflatten(2, (p, p)).unflatten(1, (n, n)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def take(x, ids):
@@ -352,17 +341,15 @@ def nearest_label(label):
     label: (B, H, W) integer, 255 = void.  Returns the filled label, uint8, and the distance in
     pixels, int32, both (B, H, W); with no label in an image these are 0 and at least 2^16.
 
-    Two cumulative minima an axis, of distance and label in one number: no loop, no wait for the
-    device. nearest_fill() below is Euclidean and takes 20 to 70 times as long (101 x 112 x 112:
-    17 ms against 350 to 1170), and on CamVid its fill is no better: 58.1 against 58.4.
+    Two cumulative minima an axis, of distance and label in one number: no wait for the device. The
+    Euclidean nearest_fill() takes 20 to 70 times as long, for 58.1 on CamVid instead of 58.4.
     """
     key = label.int().masked_fill(label == 255, 1 << 24)            # distance * 256 + label
-    for axis in 1, 2:
-        at = 256 * torch.arange(label.shape[axis], device=label.device, dtype=torch.int32)
-        at = at if axis == 2 else at[:, None]
-        before = (key - at).cummin(axis).values + at
-        after = (key + at).flip(axis).cummin(axis).values.flip(axis) - at
-        key = torch.minimum(before, after)
+    for _ in range(2):                                              # along rows, then columns
+        at = 256 * torch.arange(key.shape[2], device=label.device, dtype=torch.int32)
+        before = (key - at).cummin(2).values + at
+        after = (key + at).flip(2).cummin(2).values.flip(2) - at
+        key = torch.minimum(before, after).mT
     return (key & 255).to(torch.uint8), key >> 8
 
 
@@ -374,8 +361,8 @@ def draw(seeds, L, punched=False):
     mask of a sample depends on neither the batch nor the process nor the device. For punch() there
     are 3 + 16 L more."""
     n = L + 1 + (3 + 16 * L) * punched
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(n, generator=generator) for generator in generators])
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds])
 
 
 def select(label, patch, ratio, strategy, background, noise):
@@ -404,19 +391,19 @@ def select(label, patch, ratio, strategy, background, noise):
 
 def mask_of(removed, L, patch):
     """removed (B, M) -> (B, S, S) bool, True = removed: the m of PA-mIoU."""
-    m = torch.zeros(removed.shape[0], L, dtype=torch.bool, device=removed.device)
-    m.scatter_(1, removed, True)
-    return unpatchify(m[..., None].expand(-1, -1, patch * patch), patch)
+    m = torch.zeros(len(removed), L, dtype=torch.bool, device=removed.device)
+    m = m.scatter_(1, removed, True)[..., None].expand(-1, -1, patch * patch)
+    return unpatchify(m, patch)
 
 
 def punch(patch, max_share, noise, S):
-    """Damage that does not follow the patches: the pixels to hide, (B, S, S) bool. An addition.
+    """Damage that does not follow the patches: the pixels to hide, (B, S, S) bool, and which
+    samples are damaged, (B,) bool. An addition.
 
-    Half of the samples lose nothing. The others lose a share, drawn from 0..max_share, of the
-    cells of a grid, whose side is drawn from a quarter of a patch to four patches, uniformly in
-    its logarithm.  noise: (B, L + 4 + 16 L) from draw(): after the numbers of select() one each
-    for whether, how much and how large, and one for each cell.  Returns also which samples are
-    punched, (B,) bool.
+    Half of the samples lose a share, drawn from 0..max_share, of the cells of a grid, whose side
+    is drawn from a quarter of a patch to four patches, uniformly in its logarithm.
+    noise: (B, L + 4 + 16 L) from draw(): after the numbers of select() one each for whether, how
+    much and how large, and one for each cell.
     """
     L = (S // patch) ** 2
     whether, share, side = noise[:, L + 1:L + 4].T
@@ -432,8 +419,8 @@ def damage(label, patch, ratio, strategy, max_share, background, noise):
     """What a training step removes and hides: (keep, removed, the label that is shown).
 
     In the paper the patches that select() removes lose their whole label. In a sample that punch()
-    damages (max_share > 0) the emptiest patches are removed instead, as in repairs, and their
-    other pixels stay shown ("nearest" reads them). Shapes as in select() and punch().
+    damages (max_share > 0) the emptiest patches are removed, as in repairs, and their other pixels
+    stay shown ("nearest" reads them). Shapes as in select() and punch().
     """
     keep, removed = select(label, patch, ratio, strategy, background, noise)
     M, L = removed.shape[1], keep.shape[1] + removed.shape[1]
@@ -485,18 +472,15 @@ def class_sums(logits, label, patch):
     """What the loss is made of, by class, over all pixels that are not void.
 
     logits: (B, L, p * p, N).  label: (B, S, S) integer, 255 = void.
-    Returns (2, N) float32: the sums over the pixels of each class of -log p(y), and of 1. Sums add
-    up over batches, means would not.
+    Returns (2, N) float32, sums over the pixels of each class: of -log p(y), and of 1.
     """
     N = logits.shape[-1]
     y = patchify(label[:, None].long(), patch)                        # in the order of the logits
-    # in memory order, class before pixel: with 11 classes last, log_softmax alone took 122 ms of a
-    # step of 8 x 224 x 224 on one core, and 3 ms this way
+    # class before pixel, as in memory: with 11 classes last log_softmax takes 40 times as long
     ce = F.cross_entropy(logits.float().transpose(2, 3).flatten(0, 1), y.flatten(0, 1),
                          ignore_index=255, reduction="none").view_as(y)                 # Eq. 11
-    # A row of bins for each patch, then their sum: one bin a class for the whole batch is 1 % off
-    # in float32 at 448 x 448 and batch 48, this is right to 1e-7, and on CUDA fewer threads wait
-    # for the same bin. The last bin is void.
+    # Bins for each patch, then their sum: one bin a class for the whole batch is 1 % off in float32
+    # at 448 x 448 and batch 48, and on CUDA more threads wait for it. The last bin is void.
     bins = ce.new_zeros(2, *y.shape[:2], N + 1)
     bins = bins.scatter_add(3, y.clamp(max=N).expand(2, -1, -1, -1),
                             torch.stack([ce, torch.ones_like(ce)]))
@@ -586,10 +570,6 @@ def build(cfg, classes):
                 cfg.dec_dim, cfg.heads, cfg.drop_path, cfg.fuse, cfg.supplement)
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def patches(cfg):
     """L, the number of patches."""
     return (cfg.size // cfg.patch) ** 2
@@ -606,9 +586,7 @@ def class_share(dataset, most=500):
 
 def background_table(info):
     """(256,) bool: which labels are background."""
-    table = torch.zeros(256, dtype=torch.bool)
-    table[list(info.background)] = True
-    return table
+    return torch.isin(torch.arange(256), torch.tensor(info.background))
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -620,43 +598,42 @@ def nearest_fill(label, removed):
     """Give each removed pixel the label of the nearest kept one: the baseline.
 
     label: (B, H, W) uint8, 255 = void.  removed: (B, H, W) bool.  Returns (B, H, W) uint8.
-    Distance is Euclidean and exact; void is not a label, so only kept pixels below 255 are sources
-    (of equally near ones, the first found). With no source in an image the answer is class 0.
+    Distance is Euclidean; sources are kept pixels below 255 (of equally near ones, the first
+    found). With none in an image the answer is class 0.
 
-    Exact in two passes: the nearest source within each row, then the best row. The second stops as
-    soon as no farther row can be nearer, after some 30 of 224 for patches of 16.
+    Two passes: the nearest source within each row, then the best row, until no farther one can be
+    nearer: after some 30 of 224 rows for patches of 16.
     """
     if label.device.type == "mps":                    # has no cummax of integers
         return nearest_fill(label.cpu(), removed.cpu()).to(label.device)
     _, H, W = label.shape
     far = 2 * (H + W)                                 # farther than any pixel
     source = ~removed & (label != 255)
-    x = torch.arange(W, device=label.device, dtype=torch.int32)
+    x = torch.arange(W, device=label.device)
     left = torch.where(source, x, -far).cummax(-1).values
     right = torch.where(source, x, far).flip(-1).cummin(-1).values.flip(-1)
     column = torch.where(x - left <= right - x, left, right)
-    row_d2 = (column - x).square().clamp(max=far * far)
-    row_label = label.gather(-1, column.clamp(0, W - 1).long())
-    row_label = row_label.masked_fill(row_d2 >= far * far // 4, 0)
-    best_d2, best = row_d2.clone(), row_label.clone()
+    row_label = label.gather(-1, column.clamp(0, W - 1)).masked_fill((column - x).abs() >= W, 0)
+    # keys whose minimum is the answer: unit * distance^2 + 256 * which row is looked at + label
+    unit = 512 * H
+    row = unit * (column - x).square() + row_label
+    best = row.clone()
     for k in range(1, H):
-        if not (best_d2[removed] > k * k).any():
+        if (best[removed] < unit * (k * k + 1)).all():
             break
-        for to, source in (slice(k, None), slice(None, -k)), (slice(None, -k), slice(k, None)):
-            d2 = row_d2[:, source] + k * k
-            closer = d2 < best_d2[:, to]
-            best_d2[:, to] = torch.where(closer, d2, best_d2[:, to])
-            best[:, to] = torch.where(closer, row_label[:, source], best[:, to])
-    return torch.where(removed, best, label)
+        step = unit * k * k + 512 * k                 # 2 k: the k-th row above, 2 k + 1: below
+        best[:, k:] = torch.minimum(best[:, k:], row[:, :-k] + step)
+        best[:, :-k] = torch.minimum(best[:, :-k], row[:, k:] + step + 256)
+    return torch.where(removed, best % 256, label).to(label.dtype)
 
 
-def predict(model, image, label, seeds, cfg, machine, info, strategy="random"):
-    """Mask uint8 (B, 3, S, S) and (B, S, S) by seeds, and predict. Returns the logits, the labels
-    predicted everywhere (B, S, S) uint8, and the mask (B, S, S) bool, all on the device."""
+def predict(model, image, label, index, cfg, machine, info):
+    """Mask uint8 (B, 3, S, S) and (B, S, S) by (seed, index), and predict. Returns the logits, the
+    labels predicted everywhere (B, S, S) uint8, and the mask (B, S, S) bool, on the device."""
     device, L = machine.device, patches(cfg)
-    noise, background = draw(seeds, L).to(device), background_table(info).to(device)
-    label = label.to(device)
-    keep, removed = select(label, cfg.patch, cfg.mask_ratio, strategy, background, noise)
+    noise = draw([common.seed_of(cfg.seed, i) for i in index], L).to(device)
+    label, background = label.to(device), background_table(info).to(device)
+    keep, removed = select(label, cfg.patch, cfg.mask_ratio, cfg.mask_strategy, background, noise)
     m = mask_of(removed, L, cfg.patch)
     with machine.autocast():
         logits = model(to_input(image, device), label.masked_fill(m, common.VOID), keep, removed)
@@ -664,22 +641,20 @@ def predict(model, image, label, seeds, cfg, machine, info, strategy="random"):
 
 
 @torch.no_grad()
-def evaluate(model, loader, cfg, machine, info, weights, strategy="random", nearest=True):
+def evaluate(model, loader, cfg, machine, info, weights, nearest=True):
     """Score the model with int(L * mask_ratio) patches removed; masks are fixed by (seed, index).
 
     Returns percentages: pa_miou (PA-mIoU: removed pixels only), miou (predictions everywhere),
-    pasted_miou (the kept labels pasted over them), pa_class_iou, class_iou; the loss, and ce, the
-    same without class weights; and with nearest, pa_miou_nearest and miou_nearest, where each
-    removed pixel takes the label of the nearest kept one. Void is never counted.
+    pasted_miou (the kept labels pasted over them), pa_class_iou, class_iou; with nearest, those of
+    the nearest fill, pa_miou_nearest and miou_nearest; the loss, and ce, the same without class
+    weights. Void is never counted.
     """
     model.eval()
     N, device = len(info.classes), machine.device
-    counts = {name: torch.zeros(N, N, dtype=torch.int64, device=device)
-              for name in (SCORES if nearest else SCORES[:3])}
+    counts = torch.zeros(5 if nearest else 3, N, N, dtype=torch.int64, device=device)   # of SCORES
     sums = torch.zeros(2, N, device=device)
     for image, label, index in loader:
-        seeds = [common.seed_of(cfg.seed, i) for i in index.tolist()]
-        logits, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
+        logits, predicted, m = predict(model, image, label, index.tolist(), cfg, machine, info)
         label = label.to(device)
         sums += class_sums(logits, label, cfg.patch)
         target = label.masked_fill(~m, common.VOID)                   # the pixels of PA-mIoU
@@ -687,25 +662,23 @@ def evaluate(model, loader, cfg, machine, info, weights, strategy="random", near
         if nearest:
             filled = nearest_fill(label, m)
             pairs += [(filled, label), (filled, target)]
-        for matrix, (answer, truth) in zip(counts.values(), pairs):
-            matrix += common.confusion(answer, truth, N)
-    common.all_reduce(*counts.values(), sums)
-    scores = {name: common.miou(matrix) for name, matrix in counts.items()}
+        counts += torch.stack([common.confusion(answer, truth, N) for answer, truth in pairs])
+    common.all_reduce(counts, sums)
+    scores = dict(zip(SCORES, map(common.miou, counts)))
     for name, w in ("loss", weights()), ("ce", 1):
         numerator, denominator = (sums * w).sum(1)
         scores[name] = (numerator / denominator.clamp(min=1e-9)).item()
-    return scores | {"pa_class_iou": common.class_iou(counts["pa_miou"]).tolist(),
-                     "class_iou": common.class_iou(counts["miou"]).tolist()}
+    class_iou, pa_class_iou = (common.class_iou(matrix).tolist() for matrix in counts[:2])
+    return scores | {"pa_class_iou": pa_class_iou, "class_iou": class_iou}
 
 
 # -------------------------------------------------------------------------------------- training
 
-def make_optimizer(model, weights, cfg, fused=None):
+def make_optimizer(model, weights, cfg, fused):
     """Adam with its own weight decay; beta and gamma of Eq. 10 are not decayed."""
     learned = [p for p in weights.parameters() if p.requires_grad]
-    return torch.optim.Adam([{"params": list(model.parameters())},
-                             {"params": learned, "weight_decay": 0}],
-                            lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    groups = {"params": list(model.parameters())}, {"params": learned, "weight_decay": 0}
+    return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def learning_rate(step, cfg, total):
@@ -724,7 +697,7 @@ def train(cfg):
     info, per_epoch = train_set.info, data.steps_per_epoch(len(train_set), cfg.batch_size)
     common.default_epochs(cfg, per_epoch)
     total, N = cfg.epochs * per_epoch, len(info.classes)
-    background = background_table(info).to(device)
+    background, scored = background_table(info).to(device), replace(cfg, mask_strategy="random")
     if info.threshold is not None and machine.main:
         print("in black and white masks nothing is missing: if 255 is missing in yours, save them "
               "with the ids 0, 1 and 255, and leave out --palette")
@@ -750,8 +723,9 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-    run.announce(f"{parameters(model) / 1e6:.1f} M parameters, {len(train_set)} training and "
-                 f"{len(val_set)} validation images")
+    params = sum(p.numel() for p in model.parameters())
+    run.announce(f"{params / 1e6:.1f} M parameters, {len(train_set)} training and {len(val_set)} "
+                 "validation images")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. learning rate: after the warm-up "plateau" keeps it, and lowers it in part 3
         if step < cfg.warmup or cfg.schedule == "cosine":
@@ -771,7 +745,7 @@ def train(cfg):
         due = run.note(step, loss[None], (train_set, index))
         if due == "evaluate":
             # the nearest fill never changes: once is enough
-            scores = run.scores | evaluate(model, val_loader, cfg, machine, info, weights,
+            scores = run.scores | evaluate(model, val_loader, scored, machine, info, weights,
                                            nearest="pa_miou_nearest" not in run.scores)
             # ce, as the weights of the loss may change; not where --max-steps ends within an epoch
             if cfg.schedule == "plateau" and run.step % (per_epoch * cfg.eval_every) == 0:
@@ -785,11 +759,11 @@ def train(cfg):
             run.save()
 
     if machine.main:
-        draw_samples(model, val_set, cfg, machine, info, run.scores, out / "samples.png")
-        write_metrics(out, run.state(), cfg, "random")
+        draw_samples(model, val_set, scored, machine, info, run.scores, out / "samples.png")
+        write_metrics(out, run.state(), scored)
 
 
-def write_metrics(out, state, cfg, strategy):
+def write_metrics(out, state, cfg):
     """OUT/metrics.json of a checkpoint's state, and its scores on the screen."""
     scores, weights = state["scores"], state["weights"]
     objects = [iou for c, iou in enumerate(scores["pa_class_iou"])
@@ -800,7 +774,7 @@ def write_metrics(out, state, cfg, strategy):
         "pa_miou_objects": objects, "epoch": state["history"][-1]["epoch"],
         "steps": state["step"], "seconds": state["seconds"],
         "params": sum(p.numel() for p in state["model"].values()),
-        "mask_ratio": cfg.mask_ratio, "mask_strategy": strategy,
+        "mask_ratio": cfg.mask_ratio, "mask_strategy": cfg.mask_strategy,
         "beta": weights["log_beta"].exp().item(), "gamma": weights["gamma"].item()})
     of_objects = f", of the objects alone {objects:.2f}" if cfg.data == "voc" else ""
     print(f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f}"
@@ -818,23 +792,19 @@ def warning(scores):
 
 
 @torch.no_grad()
-def draw_samples(model, val_set, cfg, machine, info, scores, path, strategy="random", chosen=()):
+def draw_samples(model, val_set, cfg, machine, info, scores, path, chosen=()):
     """samples.png: image, masked label, ground truth, prediction with the kept labels
     and nearest fill, of the images `chosen`, or of six from the whole set."""
     model.eval()
     chosen = chosen or range(0, len(val_set), max(1, len(val_set) // 6))[:6]
-    image, label, _ = zip(*(val_set[i] for i in chosen))
-    image, label = torch.stack(image), torch.stack(label)
-    seeds = [common.seed_of(cfg.seed, i) for i in chosen]
-    _, predicted, m = predict(model, image, label, seeds, cfg, machine, info, strategy)
+    image, label, _ = torch.utils.data.default_collate([val_set[i] for i in chosen])
+    _, predicted, m = predict(model, image, label, chosen, cfg, machine, info)
     predicted, m = predicted.cpu(), m.cpu()
-
     truth, repaired, nearest = (common.colorize(labels, info.colors) for labels in (
         label, label.where(~m, predicted), nearest_fill(label, m)))
     kept = np.where(m.numpy()[..., None], 255, truth).astype(np.uint8)
     common.draw_sheet(
-        path, [list(row) for row in (image.permute(0, 2, 3, 1).numpy(), kept, truth, repaired,
-                                     nearest)],
+        path, [image.permute(0, 2, 3, 1).numpy(), kept, truth, repaired, nearest],
         ["image", "masked label", "ground truth", "prediction", "nearest fill"], info,
         f"PA-mIoU {scores['pa_miou']:.2f} (nearest fill {scores['pa_miou_nearest']:.2f})")
 
@@ -858,37 +828,33 @@ def evaluate_only(cfg, origin):
     first = cfg if origin.get("mask_ratio") == "flag" else load(cfg.eval[0])[0]
     folder = (Path(cfg.out) if origin.get("out") == "flag" else Path(cfg.eval[0]).parent
               / f"eval-{first.mask_ratio:g}-{strategy}")
-    folders = common.result_folders(cfg.eval, folder)
-    for path in cfg.eval:
+    for path, out in common.result_folders(cfg.eval, folder).items():
         trained, info, model, state = load(path)
-        cfg = common.checkpoint_config(asked, origin, path, trained, check, "eval", "data",
-                                       "palette", "seed", "batch_size", "mask_ratio",
-                                       "mask_strategy", "ratios", "scored")
-        machine, val_set, out = common.Machine(cfg), validation_set(cfg), folders[path]
+        cfg = replace(common.checkpoint_config(
+            asked, origin, path, trained, check, "eval", "data", "palette", "seed", "batch_size",
+            "mask_ratio", "mask_strategy", "ratios", "scored"), mask_strategy=strategy)
+        machine, val_set = common.Machine(cfg), validation_set(cfg)
         if val_set.info.classes != info.classes:
             raise UserError(f"--data {cfg.data} has other classes than {path} was trained for")
         weights = ClassWeights(torch.ones(len(info.classes)), cfg.class_weights)
         weights.load_state_dict(state["weights"])
         model, weights = model.to(machine.device), weights.to(machine.device)
         loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-
-        def score(ratio):
-            now = replace(cfg, mask_ratio=ratio)
+        settings = [replace(cfg, mask_ratio=ratio) for ratio in (cfg.mask_ratio, *ratios)]
+        for now in settings:
             check(now)
-            return evaluate(model, loader, now, machine, info, weights, strategy)
-
-        scores, several = score(cfg.mask_ratio), [score(ratio) for ratio in ratios]
+        scores, *several = [evaluate(model, loader, now, machine, info, weights)
+                            for now in settings]
         if not machine.main:
             continue
-        draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png", strategy)
-        write_metrics(out, {**state, "scores": scores}, cfg, strategy)
+        draw_samples(model, val_set, cfg, machine, info, scores, out / "samples.png")
+        write_metrics(out, {**state, "scores": scores}, cfg)
         if ratios:
             name = Path(path).resolve().parent.name
             lines[name if name not in lines else path] = [s["pa_miou"] for s in several]
             nearest = [s["pa_miou_nearest"] for s in several]
-            worst = worst_images(model, val_set, cfg, machine, info, strategy)
-            draw_samples(model, val_set, cfg, machine, info, scores, out / "worst.png", strategy,
-                         worst)
+            worst = worst_images(model, val_set, cfg, machine, info)
+            draw_samples(model, val_set, cfg, machine, info, scores, out / "worst.png", worst)
     if lines:
         lines["nearest fill"] = nearest
         common.write_json(folder / "ratios.json", {"mask_ratio": ratios, "pa_miou": lines})
@@ -898,13 +864,12 @@ def evaluate_only(cfg, origin):
 
 
 @torch.no_grad()
-def worst_images(model, val_set, cfg, machine, info, strategy, n=6):
+def worst_images(model, val_set, cfg, machine, info, n=6):
     """The indices of the n images with the lowest PA-mIoU."""
     scores = {}
     for i in range(len(val_set)):
         image, label, _ = val_set[i]
-        _, predicted, m = predict(model, image[None], label[None], [common.seed_of(cfg.seed, i)],
-                                  cfg, machine, info, strategy)
+        _, predicted, m = predict(model, image[None], label[None], [i], cfg, machine, info)
         target = label[None].to(machine.device).masked_fill(~m, common.VOID)
         scores[i] = common.miou(common.confusion(predicted, target, len(info.classes)))
     return sorted((i for i in scores if not math.isnan(scores[i])), key=scores.get)[:n]
@@ -928,7 +893,7 @@ def bench(cfg):
     def blocks(n, dim, tokens):
         return n * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim) / 1e9
 
-    result = {"params": parameters(counted), "gmacs": round(gmacs(M), 3)}
+    result = {"params": sum(p.numel() for p in counted.parameters()), "gmacs": round(gmacs(M), 3)}
     print(f"G operations: stack fuse {S * S * N / 1e9:.4f} (Eq. 13), masking "
           f"{(S * S + L * math.log2(L)) / 1e9:.4f} (Eq. 14), encoder "
           f"{blocks(cfg.enc_blocks, cfg.enc_dim, L - M):.2f} (Eq. 15), decoder "
@@ -986,8 +951,8 @@ def rebuild(models, image, label, missing, broken, share, machine):
     Returns probabilities (N, S, S), 0 outside the predicted patches, the passes, and the ratio.
     """
     p, device = models[0][0].patch, machine.device
-    missing = patchify(torch.from_numpy(missing)[None, None], p)[0].to(device)      # (L, pp)
-    label = patchify(torch.from_numpy(label)[None, None], p)[0].to(device)          # (L, pp)
+    label, missing = (patchify(torch.from_numpy(a)[None, None], p)[0].to(device)    # (L, pp)
+                      for a in (label, missing))
     todo = missing.any(1) if broken != "background" else missing.float().mean(1) >= 0.5
     if broken == "255":
         share, label = todo.float().mean().item(), label.masked_fill(missing, common.VOID)
@@ -1002,20 +967,18 @@ def rebuild(models, image, label, missing, broken, share, machine):
         full = known.float().mean(1)
         remove = todo & ~known.any(1) if partial else todo
         neighbours = F.avg_pool2d(full.view(1, 1, n, n), 3, 1, 1).flatten()
-        order = torch.where(remove, 2 + neighbours, -full) + ties
-        order = order.argsort(descending=True)
+        order = (torch.where(remove, 2 + neighbours, -full) + ties).argsort(descending=True)
         chosen = order[:min(limit, int(remove.sum()))]
         # "nearest" is trained with the emptiest patches removed, even if they know something
         removed = order[:limit] if partial and cfg.supplement == "nearest" else chosen
-        keep = torch.ones_like(todo).index_fill_(0, removed, False).nonzero()[:, 0]
+        keep = order[len(removed):].sort().values
         shown = unpatchify(label.index_fill(0, chosen, common.VOID)[None], p)
         with machine.autocast():
             logits = model(image, shown, keep[None], removed[None])
         answered = (todo & ~remove).index_fill_(0, chosen, True)
         answer[answered] = logits[0, answered].float().softmax(-1)
         if broken != "suspect":
-            guess = answer.argmax(-1).to(label.dtype)
-            label = torch.where(answered[:, None] & missing, guess, label)
+            label = torch.where(answered[:, None] & missing, answer.argmax(-1), label).byte()
             known = known | answered[:, None]
         todo, passes = todo & ~answered, passes + 1
     return unpatchify(answer.permute(2, 0, 1), p), passes, cfg.mask_ratio
@@ -1024,64 +987,58 @@ def rebuild(models, image, label, missing, broken, share, machine):
 @torch.no_grad()
 def repair(models, image, label, missing, broken, machine):
     """Complete one image of any size, in windows as large as the training crops and resized like
-    them; where windows overlap their probabilities are added. They are processed in bands of rows:
-    memory grows with the width of an image, not with its area.
+    them; where they overlap their probabilities are added. Memory grows with the width alone.
 
     image: (H, W, 3) uint8.  label: (H, W) uint8, 255 = void.  missing: (H, W) bool.
-    broken: as in rebuild().  Returns the class (H, W) uint8 and its confidence (H, W) float32,
-    which is 0 where nothing was predicted; and a dict of columns for review.csv.
+    broken: as in rebuild().  Returns the class (H, W) uint8, its confidence (H, W) float32, 0 where
+    nothing was predicted, and a dict of columns for review.csv.
     """
     (cfg, model), (H, W), side = models[0], label.shape, models[0][0].crop
     ys, xs = (windows(length, side, patch_span(cfg)) for length in (H, W))
-    index, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.float32)
-    share, square, passes, ratios = missing.mean().item(), (cfg.size, cfg.size), 0, set()
-    total = torch.zeros(model.classes, side, xs[-1] + side, device=machine.device)
+    share, passes, ratios = missing.mean().item(), 0, set()
     pad = (0, ys[-1] + side - H), (0, xs[-1] + side - W)        # of an image smaller than a window
-    image, label = np.pad(image, (*pad, (0, 0))), np.pad(label, pad, constant_values=common.VOID)
-    missing = np.pad(missing, pad)
+    image, missing = np.pad(image, (*pad, (0, 0))), np.pad(missing, pad)
+    label = np.pad(label, pad, constant_values=common.VOID)
+    index, confidence = np.zeros_like(label), np.zeros(label.shape, np.float32)
+    total = torch.zeros(model.classes, side, label.shape[1], device=machine.device)
     for y, next_y in zip(ys, [*ys[1:], ys[-1] + side]):
         for x in xs:
             at = np.s_[y:y + side, x:x + side]
             if not missing[at].any():
                 continue
-            hole = F.adaptive_max_pool2d(torch.from_numpy(missing[at])[None].float(), square)[0]
-            answer, n, ratio = rebuild(
-                models, np.array(Image.fromarray(image[at]).resize(square, Image.BILINEAR)),
-                np.array(Image.fromarray(label[at]).resize(square, Image.NEAREST)),
-                hole.bool().numpy(), broken, share, machine)
+            hole = F.adaptive_max_pool2d(torch.from_numpy(missing[at])[None].float(), cfg.size)[0]
+            answer, n, ratio = rebuild(models, *data.geometry(image[at], label[at], cfg.size),
+                                       hole.bool().numpy(), broken, share, machine)
             predicted = (answer.sum(0) > 0).float()[None, None]     # bilinear would leak out of it
             predicted = F.interpolate(predicted, (side, side))[0]
             answer = F.interpolate(answer[None], (side, side), mode="bilinear")[0]
             total[:, :, x:x + side] += answer * predicted
             passes, ratios = max(passes, n), ratios | {ratio}
-        rows = total[:, :min(next_y, H) - y, :W]                # no later window reaches these
+        rows = total[:, :next_y - y]                            # no later window reaches these
         best, index[y:next_y] = (t.cpu().numpy() for t in rows.max(0))
         confidence[y:next_y] = best / rows.sum(0).clamp(min=1e-6).cpu().numpy()
-        total = torch.cat([total[:, next_y - y:], torch.zeros_like(total[:, :next_y - y])], 1)
-    return index, confidence, {"passes": passes,
-                               "mask_ratio": " ".join(f"{r:g}" for r in sorted(ratios))}
+        total = F.pad(total[:, next_y - y:], (0, 0, 0, next_y - y))
+    return index[:H, :W], confidence[:H, :W], {
+        "passes": passes, "mask_ratio": " ".join(f"{r:g}" for r in sorted(ratios))}
 
 
 def regions(mask, ids=None):
-    """Number the 4-connected regions of a mask, or join each of its pixels to an object.
+    """Number the 4-connected regions of a mask, (H, W) bool, from the largest id + 1 on.
 
-    mask: (H, W) bool.  ids: (H, W) int, objects outside the mask (0: none); a region that touches
-    objects is divided among them, each pixel to the one that reaches it first, and gets no number
-    of its own.  Returns (H, W) int: ids outside the mask; in it those of the objects, and for
-    other regions numbers from the largest id + 1 on.
+    ids: (H, W) int, objects outside the mask (0: none). A region that touches objects gets no new
+    number: each pixel joins the one that reaches it first. Returns (H, W) int, also the given ids.
     """
     ids = np.zeros(mask.shape, int) if ids is None else ids.astype(int)
     first, none = ids.max() + 1, mask.size + 1000
     at = np.where(mask, first + np.arange(mask.size).reshape(mask.shape), np.where(ids, ids, none))
     at = np.pad(at, 1, constant_values=none)
-    inner, free = at[1:-1, 1:-1], mask
-    while True:     # every pixel takes the smallest number next to it, until nothing changes
-        least = np.minimum.reduce([at[:-2, 1:-1], at[2:, 1:-1], at[1:-1, :-2], at[1:-1, 2:], inner])
-        changed = free & (least < inner)
+    inner = at[1:-1, 1:-1]
+    while True:     # every pixel that is in no object takes the smallest number next to it
+        least = np.minimum.reduce([at[:-2, 1:-1], at[2:, 1:-1], at[1:-1, :-2], at[1:-1, 2:]])
+        changed = mask & (inner >= first) & (least < inner)
         if not changed.any():
             break
         inner[changed] = least[changed]
-        free = mask & (inner >= first)                  # a pixel that has joined an object stays
     out = np.where(mask, inner, ids)
     new = np.unique(out[out >= first])
     return np.where(out >= first, first + np.searchsorted(new, out), out)
@@ -1121,94 +1078,70 @@ def labels_and_images(labels, images, dataset):
 
 
 class Mask:
-    """A label file: .label, class indices and 255 (H, W); .missing, the pixels that it marks as
-    missing; .raw, its ids (H, W) or its colours (H, W, 3 or 4), for painting and saving."""
+    """A label file to paint in. raw: its ids, greys or indices (H, W), or colours (H, W, 3 or 4).
+    values: what each class is in raw."""
 
     def __init__(self, path, info):
-        self.info, self.path, self.label = info, path, data.read_label(path, info)
-        self.colored = bool(info.palette)
+        self.path, self.info, self.values = path, info, info.ids
         with data.opened(path) as file:
-            self.mode, self.palette = file.mode, file.getpalette()
-            self.raw = (np.array(file.convert("RGBA" if "A" in file.getbands() else "RGB"))
-                        if self.colored else data.read_ids(path, bool(info.threshold)))
-        # where 255 is a class it is never missing
-        self.missing = (self.label if self.colored else self.raw) == common.VOID
-        self.missing &= info.threshold is None
+            file = ImageOps.exif_transpose(file) if data.turned(file) else file
+            self.palette = file.getpalette() if file.mode == "P" and not info.threshold else None
+            grey = file.mode in ("1", "L")
+            table = [v for v in range(256) for _ in "rgb"] if grey else self.palette or []
+            shades = [tuple(table[i:i + 3]) for i in range(0, len(table), 3)]
+            if not info.palette:
+                self.raw = data.read_ids(path, bool(info.threshold))
+            elif set(info.colors) <= set(shades):       # greys and indices stay so
+                self.raw = np.array(file.convert("L") if grey else file)
+                self.values = [shades.index(color) for color in info.colors]
+            else:
+                self.raw = np.array(file.convert("RGBA" if "A" in file.getbands() else "RGB"))
+                self.values = [(*color, 255)[:self.raw.shape[2]] for color in info.colors]
+                self.palette = None
 
     def paint(self, where, classes):
         """Give the pixels `where` (H, W) bool these class indices (H, W)."""
-        info, known = self.info, self.raw.copy()
-        if self.colored:
-            self.raw[where, :3] = np.array(info.colors, np.uint8)[classes[where]]
-            self.raw[where, 3:] = 255
-        elif info.threshold == 0:       # numbers of objects: join the existing ones
-            drawn = regions(where & (classes > 0), np.where(where, 0, known))
-            if drawn.max() > 255 and known.max() > 1:
+        if self.info.threshold == 0:            # numbers of objects: join the existing ones
+            drawn = regions(where & (classes > 0), np.where(where, 0, self.raw))
+            if drawn.max() < 256:
+                self.raw = drawn.astype(np.uint8)
+                return
+            if self.raw.max() > 1:              # else 0 and 1 alone, not numbers of objects
                 raise UserError(f"{self.path}: more than 255 objects after the repair; skipped")
-            # 0 and 1 alone that fall into more pieces are not numbers of objects
-            self.raw = (drawn if drawn.max() < 256 else np.where(where, classes, known)).astype(
-                np.uint8)
-        else:
-            ids = np.array([*info.ids, *[0] * (256 - len(info.ids))], np.uint8)
-            self.raw = np.where(where, ids[classes], known)
-
-    def save(self, path):
-        """As PNG, with its palette; colours that were stored as greys or indices stay so."""
-        raw, palette = self.raw, None
-        if self.colored and self.mode in ("1", "L") and (raw == raw[..., :1]).all():
-            raw = raw[..., 0]
-        elif self.colored and self.mode == "P" and raw.shape[2] == 3:
-            table = np.array(self.palette, np.uint8).reshape(-1, 3)
-            same = (raw[:, :, None] == table).all(-1) if len(table) <= 64 else None
-            if same is not None and same.any(-1).all():
-                raw, palette = same.argmax(-1).astype(np.uint8), self.palette
-        elif not self.colored and self.mode == "P" and not self.info.threshold:
-            palette = self.palette
-        common.save_image(path, raw, palette)
+        self.raw[where] = np.array(self.values, np.uint8)[classes[where]]
 
 
-def open_pair(item, info, images):
-    """The Mask and the image (H, W, 3) of an Item. Raises UserError if they do not fit."""
-    if item.image is None:
-        raise UserError(f"{item.mask}: no image called {item.stem} in {' '.join(images)}; skipped")
-    mask = Mask(item.mask, info)
-    image = data.read_image(item.image, mask.label.shape)
-    data.check_sizes(item, image.shape, mask.label.shape)
-    return mask, image
-
-
-def worst_place(doubt, side):
-    """The box "left top right bottom" of the cell of side x side pixels with the largest sum."""
-    cells = F.avg_pool2d(torch.from_numpy(doubt)[None], side, ceil_mode=True)[0]
-    y, x = (side * i for i in divmod(int(cells.argmax()), cells.shape[1]))
-    return f"{x} {y} {min(x + side, doubt.shape[1])} {min(y + side, doubt.shape[0])}"
-
-
-def repair_file(item, truth, models, info, cfg, machine):
+def repair_file(item, image, label, truth, models, info, cfg, machine):
     """Repair one label: DIR/NAME.png, confidence/, overlay/ and, for ids, preview/.
     Returns its row of review.csv, in a list, and the confusion matrices (2, N, N) of L-MAE and the
     nearest fill on the predicted pixels, if there is a true label, a file."""
-    (mask, image), to, N = open_pair(item, info, cfg.images), Path(cfg.to), len(info.classes)
-    label, name = mask.label, f"{item.stem}.png"
-    missing = mask.missing if cfg.broken == "255" else np.isin(label, info.background)
+    mask, to, N, name = Mask(item.mask, info), Path(cfg.to), len(info.classes), f"{item.stem}.png"
+    if cfg.broken == "background":
+        missing = np.isin(label, info.background)
+    else:           # other ids can be void, too; where 255 is a class it is never missing
+        missing = (label if info.palette else mask.raw) == common.VOID
+        missing &= info.threshold is None
     index, confidence, columns = repair(models, image, label, missing, cfg.broken, machine)
     answered = missing & (confidence > 0)
     rebuilt = answered & (confidence >= cfg.sure)
     fixed = np.where(rebuilt, index, label)
     changed, doubt = rebuilt & (fixed != label), np.where(answered, 1 - confidence, 0)
     mask.paint(rebuilt, fixed)
-    mask.save(to / name)
+    common.save_image(to / name, mask.raw, mask.palette)
     common.save_image(to / "confidence" / name, (255 * (1 - doubt)).astype(np.uint8))
     common.save_image(to / "overlay" / name,
                       common.outline(common.overlay(image, fixed, info.colors), changed))
     if not info.palette:                                # grey ids look black
         common.save_image(to / "preview" / name, common.colorize(fixed, info.colors))
     counts = np.bincount(fixed[changed], minlength=N).tolist()
+    side = patch_span(models[0][0])             # the worst cell of this size
+    cells = F.avg_pool2d(torch.from_numpy(doubt)[None], side, ceil_mode=True)[0]
+    y, x = (side * i for i in divmod(int(cells.argmax()), cells.shape[1]))
     percent = lambda pixels: round(100 * float(pixels.mean()), 2)
     row = {"file": name, "doubt": percent(doubt[answered]) if answered.any() else 0.0,
            "missing": percent(missing), "rebuilt": percent(rebuilt),
-           "worst": worst_place(doubt, patch_span(models[0][0])), **columns,
-           **{f"to {title}": n for title, n in zip(info.classes, counts)}}
+           "worst": f"{x} {y} {min(x + side, label.shape[1])} {min(y + side, label.shape[0])}",
+           **columns, **{f"to {title}": n for title, n in zip(info.classes, counts)}}
     matrices = torch.zeros(2, N, N, dtype=torch.int64)
     if truth:
         target = data.read_label(truth, info)
@@ -1221,25 +1154,24 @@ def repair_file(item, truth, models, info, cfg, machine):
     return [row], matrices
 
 
-def suspect_file(item, truth, models, info, cfg, machine):
+def suspect_file(item, image, label, truth, models, info, cfg, machine):
     """The regions of a label that the model, which does not see them, predicts as another class
     with a confidence of at least --sure (0.9). Returns rows of suspects.csv, and no matrices;
     overlay/ has their outlines."""
-    mask, image = open_pair(item, info, cfg.images)
-    known = mask.label != common.VOID
-    index, confidence, _ = repair(models, image, mask.label, known, "suspect", machine)
-    doubted = known & (index != mask.label) & (confidence >= (cfg.sure or 0.9))
+    known = label != common.VOID
+    index, confidence, _ = repair(models, image, label, known, "suspect", machine)
+    doubted = known & (index != label) & (confidence >= (cfg.sure or 0.9))
     found, rows = regions(doubted), []
     for number in range(1, found.max() + 1):
         ys, xs = (found == number).nonzero()
-        drawn, seen = (np.bincount(a[ys, xs]).argmax() for a in (mask.label, index))
-        rows.append({"file": str(item.mask), "pixels": len(xs), "box": f"{xs.min()} {ys.min()} "
-                     f"{xs.max() + 1} {ys.max() + 1}", "label": info.classes[drawn],
-                     "predicted": info.classes[seen],
+        drawn, seen = (info.classes[np.bincount(a[ys, xs]).argmax()] for a in (label, index))
+        rows.append({"file": str(item.mask), "pixels": len(xs),
+                     "box": f"{xs.min()} {ys.min()} {xs.max() + 1} {ys.max() + 1}",
+                     "label": drawn, "predicted": seen,
                      "confidence": round(100 * float(confidence[ys, xs].mean()), 2)})
     if rows:
         common.save_image(Path(cfg.to) / "overlay" / f"{item.stem}.png", common.outline(
-            common.overlay(image, mask.label, info.colors), doubted))
+            common.overlay(image, label, info.colors), doubted))
     return rows, torch.zeros(2, 1, 1, dtype=torch.int64)
 
 
@@ -1262,23 +1194,22 @@ def mask_info(cfg, path, info):
 def finished_files(what, cfg, labels):
     """The file in DIR that lists what is finished, and its lines, each of a label, where --resume
     goes on in DIR; otherwise DIR is made."""
-    path, settings = Path(cfg.to) / f"{what}.jsonl", [
-        what, *labels, *cfg.images, *cfg.ckpt, cfg.broken, cfg.sure, cfg.palette]
-    if not cfg.resume or not path.exists():
+    path, lines, settings = Path(cfg.to) / f"{what}.jsonl", [], json.dumps(
+        [what, *labels, *cfg.images, *cfg.ckpt, cfg.broken, cfg.sure, cfg.palette])
+    if cfg.resume and path.exists():
+        was, *lines = path.read_text("utf-8").split("\n")[:-1]     # without an incomplete last line
+        if was != settings:
+            raise UserError(f"--resume: {cfg.to} was started with other flags ({was}); give those, "
+                            "or another --to")
+    else:
         common.refuse_nonempty(cfg.to)
-        common.write(path, json.dumps(settings) + "\n")
-        return path, []
-    lines = path.read_text("utf-8").split("\n")[:-1]               # without an incomplete last line
-    if json.loads(lines[0]) != settings:
-        raise UserError(f"--resume: {cfg.to} was started with other flags ({lines[0]}); give "
-                        "those, or another --to")
-    common.write(path, "\n".join(lines) + "\n")
-    return path, [json.loads(line) for line in lines[1:]]
+    common.write(path, "\n".join([settings, *lines, ""]))
+    return path, [json.loads(line) for line in lines]
 
 
 def load_models(what, cfg, origin):
-    """(cfg, info, models) for --complete and --suspect: the configuration of the checkpoints with
-    the flags that may change it, how masks are read, and [(cfg, LMAE)]. Raises UserError."""
+    """(cfg, info, machine, models) for --complete and --suspect: the configuration of the
+    checkpoints with the flags that may change it, how masks are read, the device, [(cfg, LMAE)]."""
     for name in "ckpt", "to":
         if not getattr(cfg, name):
             raise UserError(f"--{what} needs --{name} too: "
@@ -1302,7 +1233,10 @@ def load_models(what, cfg, origin):
     for path, (*_, state) in zip(cfg.ckpt, loaded):
         if line := warning(state["scores"]):
             print(f"{path}: {line}")
-    return cfg, info, [(c, model) for c, _, model, _ in loaded]
+    machine = common.Machine(cfg)
+    if machine.world > 1:
+        raise UserError(f"--{what} works in one process: python instead of torchrun")
+    return cfg, info, machine, [(c, model.to(machine.device)) for c, _, model, _ in loaded]
 
 
 def complete(cfg, origin):
@@ -1312,23 +1246,21 @@ def complete(cfg, origin):
     path below them. Without --images LABELS is a whole dataset in a layout that data.py reads.
     Masks are read by the palette of the checkpoint's training, or by --palette, and written in it.
     --broken 255: pixels of 255, or of a void colour, are missing. --broken background: the paper's
-    case, background may be a forgotten object; patches that are at least half background are
-    rebuilt, and only background may change: the only choice for masks without void. For each
-    window the checkpoint with the nearest mask ratio is used.
+    case, and the only one for masks without void: background may be a forgotten object, and it
+    alone changes, where it is at least half of a patch. A window is repaired by the checkpoint
+    whose mask ratio is nearest to the share that is broken.
     Writes DIR/NAME.png (size, ids or colours, and palette of the label), confidence/, overlay/
     (changes are outlined), for ids preview/ in colours, and review.csv, the most doubtful first.
     --suspect LABELS, with the same flags, changes nothing: DIR/suspects.csv lists the regions that
     the model, without seeing them, predicts with confidence as another class.
-    A label that cannot be repaired is a line on stderr, and the exit status is then 1. The given
-    folders are only read. --resume goes on in DIR.
+    A label that cannot be repaired is a line on stderr, and exit status 1. --resume goes on in DIR.
     """
-    what, labels = ("complete", cfg.complete) if cfg.complete else ("suspect", cfg.suspect)
-    cfg, info, models = load_models(what, cfg, origin)
-    machine, trained = common.Machine(cfg), models[0][0]
-    if machine.world > 1:
-        raise UserError(f"--{what} works in one process: python instead of torchrun")
+    what, work, labels = (("complete", repair_file, cfg.complete) if cfg.complete else
+                          ("suspect", suspect_file, cfg.suspect))
+    cfg, info, machine, models = load_models(what, cfg, origin)
+    trained = models[0][0]
     items = labels_and_images(labels, cfg.images, trained.data)
-    truths = tree(cfg.truth) if cfg.truth else {}
+    truths = tree(cfg.truth)
     if truths and not truths.keys() & {item.stem for item in items}:
         raise UserError(f"--truth {cfg.truth[0]}: it has {next(iter(truths))}, .. and the labels "
                         f"are {items[0].stem}, ..: give a folder with the same paths below it")
@@ -1336,16 +1268,17 @@ def complete(cfg, origin):
     common.draw_sheet(Path(cfg.to) / "overlay/legend.png", [], [], info,
                       "Class 0 and void are left as the image is. Outlined in magenta: "
                       + ("changed" if what == "complete" else "in doubt"))
-    for _, model in models:
-        model.to(machine.device)
     done, failed = {line["name"] for line in finished}, 0
     print(f"{len(items)} labels, {len(done)} of them done, in windows of {trained.crop} pixels "
           f"resized to {trained.size}, with mask ratio "
           + ", ".join(f"{c.mask_ratio:g}" for c, _ in models))
     for item in common.progress([item for item in items if item.stem not in done]):
         try:
-            rows, matrices = (repair_file if what == "complete" else suspect_file)(
-                item, truths.get(item.stem), models, info, cfg, machine)
+            if item.image is None:
+                raise UserError(f"{item.mask}: no image called {item.stem} in "
+                                f"{' '.join(cfg.images)}; skipped")
+            rows, matrices = work(item, *data.read_pair(item, info, None), truths.get(item.stem),
+                                  models, info, cfg, machine)
         except UserError as error:
             failed += 1
             print(error, file=sys.stderr)
@@ -1449,12 +1382,12 @@ def segmentation_miou(network, classes, train_pair, val_pair, cfg, machine, batc
 
 @torch.no_grad()
 def label_sets(model, images, labels, cfg, info, machine):
-    """{name: labels (n, S, S) uint8}: half of the patches removed once, filled in five ways."""
-    cfg, parts = replace(cfg, mask_ratio=0.5), []
-    for i in range(0, len(labels), cfg.batch_size):
-        image, label = images[i:i + cfg.batch_size], labels[i:i + cfg.batch_size]
-        seeds = [common.seed_of(cfg.seed, 1, i + k) for k in range(len(label))]
-        _, predicted, m = predict(model, image, label, seeds, cfg, machine, info)
+    """{name: labels (n, S, S) uint8}: the complete ones; with half of the patches removed (void, or
+    background, like forgotten objects); and these filled by the nearest label, or by L-MAE."""
+    cfg, parts = replace(cfg, mask_ratio=0.5, mask_strategy="random"), []
+    for index in torch.arange(len(labels)).split(cfg.batch_size):
+        label = labels[index]
+        _, predicted, m = predict(model, images[index], label, index.tolist(), cfg, machine, info)
         parts.append((m.cpu(), predicted.cpu(), nearest_fill(label, m.cpu())))
     m, predicted, near = map(torch.cat, zip(*parts))
     sets = {"complete": labels, "broken (void)": labels.masked_fill(m, common.VOID),
@@ -1467,11 +1400,9 @@ def label_sets(model, images, labels, cfg, info, machine):
 def augment(cfg, origin):
     """--augment --ckpt CKPT: Table 4 and Fig. 5, on the checkpoint's dataset.
 
-    Half of the patches of each training label are removed once. FCN and U-Net are then trained on
-    what is left (removed = void, or = background, like forgotten objects), on the nearest fill, on
-    L-MAE's completion, and on the complete labels, and scored on the true validation labels. The
-    paper's Table 4 compares the completion with the broken labels only. As in the paper, the L-MAE
-    was trained on the complete labels of the same images: this favours it.
+    FCN and U-Net are trained on each of label_sets() of the training images, and scored on the true
+    validation labels. The paper compares L-MAE's completion with the broken labels only. As there,
+    the L-MAE was trained on the complete labels of the same images: this favours it.
     """
     if len(cfg.ckpt) != 1:
         raise UserError("--augment needs --ckpt CKPT, one checkpoint of lmae.py")
@@ -1488,8 +1419,7 @@ def augment(cfg, origin):
     def pair(split):
         """Centre crops (n, 3, S, S) and their labels (n, S, S)."""
         images = dataset(cfg, split)
-        image, label, _ = zip(*(images[i] for i in range(len(images))))
-        return torch.stack(image), torch.stack(label)
+        return torch.utils.data.default_collate([images[i] for i in range(len(images))])[:2]
 
     (images, labels), val_pair, results = pair("train"), pair(data.eval_split(cfg.data)), {}
     for name, labels in label_sets(model, images, labels, cfg, info, machine).items():
@@ -1510,23 +1440,19 @@ def check(cfg):
     common.at_least(cfg, -1, "bench")
     common.at_least(cfg, 0, "epochs", "crop", "max_steps", "lr", "weight_decay", "warmup",
                     "drop_path", "threads", "save_every", "in_memory", "sure", "punch")
-    for name in "sure", "punch":
-        if getattr(cfg, name) > 1:
-            raise UserError(f"--{name} {getattr(cfg, name)}: a share, of at most 1")
-    if cfg.drop_path >= 1:
-        raise UserError(f"--drop-path {cfg.drop_path}: below 1")
-    if not 0 < cfg.plateau_factor < 1:
-        raise UserError(f"--plateau-factor {cfg.plateau_factor}: expected a number between 0 and "
-                        "1")
-    if cfg.size % cfg.patch:
-        raise UserError(f"--size {cfg.size} is not a multiple of --patch {cfg.patch}")
-    for name in ("enc_dim", "dec_dim"):
-        if getattr(cfg, name) % (2 * cfg.heads):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is no multiple of "
-                            f"2 x --heads {cfg.heads}")
-    if not 1 <= patches(cfg) * cfg.mask_ratio < patches(cfg):
-        raise UserError(f"--mask-ratio {cfg.mask_ratio}: of {patches(cfg)} patches at least one "
-                        "must be removed and one kept")
+    L, unit = patches(cfg), 2 * cfg.heads
+    for name, fits, wanted in (
+            ("sure", cfg.sure <= 1, "a share, of at most 1"),
+            ("punch", cfg.punch <= 1, "a share, of at most 1"),
+            ("drop_path", cfg.drop_path < 1, "below 1"),
+            ("plateau_factor", 0 < cfg.plateau_factor < 1, "expected a number between 0 and 1"),
+            ("size", cfg.size % cfg.patch == 0, f"not a multiple of --patch {cfg.patch}"),
+            ("enc_dim", cfg.enc_dim % unit == 0, f"not a multiple of 2 x --heads {cfg.heads}"),
+            ("dec_dim", cfg.dec_dim % unit == 0, f"not a multiple of 2 x --heads {cfg.heads}"),
+            ("mask_ratio", 1 <= L * cfg.mask_ratio < L,
+             f"of {L} patches at least one must be removed and one kept")):
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {wanted}")
 
 
 def main():

@@ -2716,7 +2716,7 @@ class LmaeModel(MethodCase):
         image = ((image + 1) * 127).byte()
         many, noise = self.classes(6, 40, 32, 32), lmae.draw(range(40), 16, True)
         for supplement in "none", "image", "nearest":
-            cfg = lmae.Config(**{**TINY, "supplement": supplement})
+            cfg = lmae.Config(**TINY, supplement=supplement, mask_strategy="random")
             torch.manual_seed(0)
             model = lmae.build(cfg, 6).eval()
             answer = lambda label: lmae.predict(model, image, label, range(3), cfg, machine, info)
@@ -3055,7 +3055,8 @@ class LmaeRuns(Runs, MethodCase):
         self.assertGreater((predicted == label)[m].float().mean().item(), 0.99)
 
     def test_evaluation_against_a_loop_over_images(self):
-        cfg = lmae.Config(size=32, crop=32, patch=8, mask_ratio=0.5, device="cpu", batch_size=5)
+        cfg = lmae.Config(size=32, crop=32, patch=8, mask_strategy="random", device="cpu",
+                          batch_size=5)
         val = data.Dataset("shapes", "", "val", size=32)
         val.items = val.items[:12]
         torch.manual_seed(0)
