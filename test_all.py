@@ -4158,10 +4158,11 @@ class S4mimViews(MethodCase):
 
     def test_the_strong_view_has_boxes_of_other_images_and_of_their_padding(self):
         B = 300
-        labeled, unlabeled = self.batches(B)
+        labeled, (*unlabeled, index) = self.batches(B)
+        unlabeled.append(index // 2)                            # each image is twice in the batch
         with mock.patch("data.strong_view", side_effect=lambda image, noise: 1 - image):
             v = self.views(labeled, unlabeled, range(B))
-        self.assertTrue((v.partner != torch.arange(B)).all())
+        self.assertTrue((unlabeled[2][v.partner] != unlabeled[2]).all())
         strong, void = normalised(255 - unlabeled[0].numpy()), unlabeled[1] == 255
         expected = torch.where(v.box[:, None], strong[v.partner], strong)
         torch.testing.assert_close(v.x_s, expected, rtol=0, atol=1e-5)
@@ -5473,56 +5474,57 @@ class AsFoundFiles(Case):
 class Kinds(Case):
     """Files as people have them: what is read, against the arrays that were written."""
 
-    def kinds(self):
-        """(what, how to make it of self.arrays, flags, the stems of val, what is printed); an
-        empty or missing one of the last two is not tested."""
-        def write(side, path, change=lambda array: array):
-            """Write the images (side 0) or masks (1) to a path with {} for the stem."""
-            return lambda root: [save(root / path.format(stem), change(arrays[side]))
-                                 for stem, arrays in self.arrays.items()]
+    # each of these gives a function that makes a folder of self.arrays, given its path
 
-        def both(*makers):
-            return lambda root: [make(root) for make in makers]
+    def write(self, side, path, change=lambda array: array):
+        """Write the images (side 0) or masks (1) to a path with {} for the stem."""
+        return lambda root: [save(root / path.format(stem), change(arrays[side]))
+                             for stem, arrays in self.arrays.items()]
 
-        def images(path="images/{}.png"):
-            return write(0, path)
+    def both(self, *makers):
+        return lambda root: [make(root) for make in makers]
 
-        def masks(ending, change=lambda array: array):
-            return both(images(), write(1, "masks/{}" + ending, change))
+    def masks(self, ending, change=lambda array: array):
+        return self.both(self.write(0, "images/{}.png"),
+                         self.write(1, "masks/{}" + ending, change))
 
-        def split(train, val, parts=("images", "masks")):
-            """A layout with the part, images or masks, at the {}."""
-            return lambda root: [
-                save(root / (val if stem in "ab" else train).format(part) / f"{stem}.png", array)
-                for stem, arrays in self.arrays.items() for part, array in zip(parts, arrays)]
+    def split(self, train, val, parts=("images", "masks")):
+        """A layout with the part, images or masks, at the {}."""
+        return lambda root: [
+            save(root / (val if stem in "ab" else train).format(part) / f"{stem}.png", array)
+            for stem, arrays in self.arrays.items() for part, array in zip(parts, arrays)]
 
-        def turned(root):
-            masks(".png")(root)
-            exif = Image.Exif()
-            exif[0x0112] = 6                                    # the camera was held upright
-            for stem, (image, _) in self.arrays.items():
-                save(root / f"images/{stem}.png", np.rot90(image), exif=exif)
+    def turned(self, root):
+        self.masks(".png")(root)
+        exif = Image.Exif()
+        exif[0x0112] = 6                                    # the camera was held upright
+        for stem, (image, _) in self.arrays.items():
+            save(root / f"images/{stem}.png", np.rot90(image), exif=exif)
 
-        def two_bits(root):
-            masks(".png")(root)
-            for stem, (_, label) in self.arrays.items():
-                (root / f"masks/{stem}.png").write_bytes(grey_png(label, 2))
+    def two_bits(self, root):
+        self.masks(".png")(root)
+        for stem, (_, label) in self.arrays.items():
+            (root / f"masks/{stem}.png").write_bytes(grey_png(label, 2))
 
-        def labelmap(root):
-            both(images("JPEGImages/{}.png"),
-                 write(1, "SegmentationClass/{}.png", lambda ids: colors[ids]))(root)
-            (root / "map.txt").write_text("# label:color_rgb:parts:actions\nCat:48,112,32::\n"
-                                          "background:0,0,0::\nDog:176,112,32::\n")
-
-        def nested(root):
-            images("images/.thumbs/{}.png")(root)
-            for stray in ".DS_Store", "Thumbs.db", "._a.jpg", "notes.txt":
-                (root / "images" / stray).write_bytes(b"\0")
-            for i, (stem, arrays) in enumerate(self.arrays.items()):
-                for part, array in zip(("images", "masks"), arrays):
-                    save(root / part / ("", "day 1/", "x/y/")[i % 3] / f"{stem}.png", array)
-
+    def labelmap(self, root):
         colors = np.array([(48, 112, 32), (0, 0, 0), (176, 112, 32)], np.uint8)
+        self.both(self.write(0, "JPEGImages/{}.png"),
+                  self.write(1, "SegmentationClass/{}.png", lambda ids: colors[ids]))(root)
+        (root / "map.txt").write_text("# label:color_rgb:parts:actions\nCat:48,112,32::\n"
+                                      "background:0,0,0::\nDog:176,112,32::\n")
+
+    def nested(self, root):
+        self.write(0, "images/.thumbs/{}.png")(root)
+        for stray in ".DS_Store", "Thumbs.db", "._a.jpg", "notes.txt":
+            (root / "images" / stray).write_bytes(b"\0")
+        for i, (stem, arrays) in enumerate(self.arrays.items()):
+            for part, array in zip(("images", "masks"), arrays):
+                save(root / part / ("", "day 1/", "x/y/")[i % 3] / f"{stem}.png", array)
+
+    def kinds(self):
+        """(what, how to make it, flags, the stems of val, what is printed); an empty or missing one
+        of the last two is not tested."""
+        write, both, masks, split = self.write, self.both, self.masks, self.split
         fifth, binary = a_fifth(self.arrays), ["--palette", "binary"]
         white = lambda ids: np.uint8(255) * (ids > 0)
         return [
@@ -5534,30 +5536,32 @@ class Kinds(Case):
              set("ab"), "dev is used as val"),
             ("names of VOC", split("{}/train", "{}/val", ("JPEGImages", "SegmentationClass")), [],
              set("ab")),
-            ("with a test folder", both(split("train/{}", "val/{}"), images("test/images/{}.png")),
-             [], set("ab"), "not used: test"),
+            ("with a test folder",
+             both(split("train/{}", "val/{}"), write(0, "test/images/{}.png")), [], set("ab"),
+             "not used: test"),
             *[(f"masks *{end}", masks(end), [], fifth, "called NAME" + end.rpartition(".")[0])
               for end in ("_mask.png", "_gt.png", "-label.png", ".jpg.png", "_segmentation.tif")],
-            ("masks mask_*", both(images(), write(1, "masks/mask_{}.png")), [], fifth,
-             "called mask_NAME"),
-            ("images *-photo", both(images("images/{}-photo.png"), write(1, "masks/{}-label.png")),
-             [], fifth, "NAME-label, images NAME-photo"),
-            *[(f"images {kind}", both(images("images/{}" + kind), write(1, "masks/{}.png")), [],
+            ("masks mask_*", both(write(0, "images/{}.png"), write(1, "masks/mask_{}.png")), [],
+             fifth, "called mask_NAME"),
+            ("images *-photo",
+             both(write(0, "images/{}-photo.png"), write(1, "masks/{}-label.png")), [], fifth,
+             "NAME-label, images NAME-photo"),
+            *[(f"images {kind}", both(write(0, "images/{}" + kind), write(1, "masks/{}.png")), [],
                fifth) for kind in (".TIFF", ".bmp", ".jp2", ".tga", ".ppm", ".qoi")],
-            ("turned", turned, [], fifth, "read upright"),
+            ("turned", self.turned, [], fifth, "read upright"),
             ("three equal channels", masks(".png", lambda a: np.dstack([a] * 3)), [], fifth),
             ("and alpha", masks(".png", lambda a: np.dstack([a] * 3 + [a | 255])), [], fifth),
             ("floats", masks(".tif", np.float32), [], fifth),
             ("32 bits", masks(".tif", np.int32), [], fifth),
             ("16 bits", masks(".png", np.uint16), [], fifth),
-            ("2 bits", two_bits, [], fifth),
-            ("CVAT's labelmap", labelmap, ["--palette", "map.txt"], fifth),
+            ("2 bits", self.two_bits, [], fifth),
+            ("CVAT's labelmap", self.labelmap, ["--palette", "map.txt"], fifth),
             ("black and white JPEG", masks(".jpg", white), binary, fifth),
             ("black and light grey RGB",
              masks(".png", lambda a: np.dstack([np.uint8(200) * (a > 0)] * 3)), binary, fifth),
             ("black and white in 16 bits", masks(".png", lambda a: np.uint16(65535) * (a > 0)),
              binary, fifth),
-            ("folders in folders", nested, [], None),
+            ("folders in folders", self.nested, [], None),
         ]
 
     def test_what_is_read_is_what_was_written(self):
