@@ -17,11 +17,12 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,24 @@ def nearest_name(name, names):
     names = {other.lower(): other for other in names}
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return f" (did you mean {names[close[0]]}?)" if close else ""
+
+
+@functools.cache
+def say(line):
+    """Print a line, once, in the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+@contextmanager
+def waiting(what):
+    """Say what a block does, if it takes more than three seconds."""
+    timer = threading.Timer(3, say, (f"{what} ..",))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # ------------------------------------------------------------------------- configuration and flags
@@ -495,6 +514,22 @@ def load_weights(model, path, method, classes, may_lack=()):
     if kept:
         print(f"--init {path} has {classes - more} classes, not {classes}; not loaded: "
               f"{', '.join(sorted(kept))}")
+
+
+def read_weights(pretrained, url, key):
+    """{name: tensor} for --pretrained: the weights in a file, or for "imagenet" at url; maybe under
+    the name `key` there."""
+    try:
+        if pretrained == "imagenet":
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
+        else:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+        return {str(name): value for name, value in state.get(key, state).items()}
+    except Exception as error:              # a missing file, no network, not a checkpoint
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--pretrained {pretrained}: cannot be read ({reason[:100]}); give a file "
+                        f"from {url}, or --pretrained none for random weights") from None
 
 
 RUN_FILES = ("config.json", "last.pt", "best.pt", "pretrain.pt", "log.csv", "curves.png",

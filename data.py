@@ -25,7 +25,6 @@ import shutil
 import signal
 import sys
 import tarfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -43,7 +42,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from common import (VOID, UserError, constant_miou, draw_sheet, nearest_name, overlay, parse, run,
-                    seed_of)
+                    say, seed_of, waiting)
 
 # ------------------------------------------------------------------------- from a folder to batches
 
@@ -56,8 +55,8 @@ class Info:
     ids: tuple                  # the id of each class in the masks
     void: tuple = ()            # other ids that are void; 255 always is
     background: tuple = (0,)    # classes that are background, not objects
-    threshold: int | None = None    # if given: class 1 is every grey above it, and nothing is void;
-                                    # if it is 0, the greys are numbers of objects
+    threshold: int | None = None    # above it greys are class 1, and no grey is void; 0: the greys
+                                    # are numbers of objects
     palette: tuple = ()         # ((r, g, b), label), ..: masks hold these colours instead of ids
 
 
@@ -289,24 +288,6 @@ UNREADABLE = {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".heic", ".heif", 
               ".nii", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf"} - READABLE
 
 
-@functools.cache
-def say(line):
-    """Print a guess, once, in one process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-
-
-@contextlib.contextmanager
-def waiting(what):
-    """Say what a block does, if it takes more than three seconds."""
-    timer = threading.Timer(3, say, (f"{what} ..",))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def images_in(folder):
     """The image files of a folder, sorted; also those that opened() will refuse."""
     return [p for p in sorted(Path(folder).iterdir())
@@ -408,7 +389,6 @@ def geometry(image, label, size, crop=None, scale=1.0, place=(0.5, 0.5), flip=Fa
 # --------------------------------------------------------------------------------- reading one file
 
 BINARY = "if it is black and white, give --palette binary"
-
 logging.getLogger("PIL").setLevel(logging.CRITICAL)     # the errors below say what is wrong
 
 # CVC-ClinicDB's own TIFFs hold RGB but are tagged as grey ("black is zero"): Pillow refuses them
@@ -691,10 +671,10 @@ SOURCES = {source.info.name: source for source in (
            void_colors=((224, 224, 192),),
            url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
            md5="6cd6e144f989b92b3379bac3b3de84fd"),
-    Source(Info("cityscapes", ("road", "sidewalk", "building", "wall", "fence", "pole",
-                               "traffic light", "traffic sign", "vegetation", "terrain", "sky",
-                               "person", "rider", "car", "truck", "bus", "train", "motorcycle",
-                               "bicycle"),
+    Source(Info("cityscapes", tuple(
+               "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, "
+               "vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, "
+               "bicycle".split(", ")),
                 ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
                  (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
                  (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
@@ -898,12 +878,10 @@ def listing_faults(name, split, items, masks_needed=True):
     faults += [f"{i.mask}: a mask, but no image is called {i.stem}: add or rename one, or remove "
                "the mask" for i in items if not i.image]
     if not items or masks_needed and not any(i.image and i.mask for i in items):
-        need = f"{name} needs {source_of(name).tree}"
-        if items and items[0].image:
-            faults.append(f"{items[0].image}: no mask belongs to it, nor to any other image in the "
-                          f"split {split}: add masks: {need}")
-        else:
-            faults.append(f"{name}: no image with a mask in the split {split}: add some: {need}")
+        what = (f"{items[0].image}: no mask belongs to it, nor to any other image in the split "
+                f"{split}: add masks" if items and items[0].image else
+                f"{name}: no image with a mask in the split {split}: add some")
+        faults.append(f"{what}: {name} needs {source_of(name).tree}")
     return faults
 
 
@@ -991,21 +969,7 @@ def listed_stems(file, items, name):
 
 def labeled_hash(items):
     """12 hex digits that tell one draw from another: of the stems of Items, in any order."""
-    names = "\n".join(sorted(i.stem for i in items))
-    return f"{fingerprint(names):016x}"[:12]
-
-
-def labeled_lines(items):
-    """The text of a file that labeled_split reads as these Items: lines `image mask`, or only a
-    stem if there are no two files."""
-    text = ""
-    for item in items:
-        paths = item.stem
-        if item.mask and item.image != DRAWN:
-            base = os.path.commonpath(item[1:])
-            paths = " ".join(path.relative_to(base).as_posix() for path in item[1:])
-        text += f"{paths}\n"
-    return text
+    return f"{fingerprint(chr(10).join(sorted(i.stem for i in items))):016x}"[:12]
 
 
 # -------------------------------------------------------------------------------------- downloading
@@ -1120,22 +1084,6 @@ def download(name, root):
     return folder
 
 
-def read_weights(pretrained, url, key):
-    """{name: tensor} for --pretrained: the weights in a file, or for "imagenet" at url; maybe under
-    the name `key` there."""
-    try:
-        if pretrained == "imagenet":
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        else:
-            state = torch.load(pretrained, map_location="cpu", weights_only=True)
-        return {str(name): value for name, value in state.get(key, state).items()}
-    except Exception as error:              # a missing file, no network, not a checkpoint
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--pretrained {pretrained}: cannot be read ({reason[:100]}); give a file "
-                        f"from {url}, or --pretrained none for random weights") from None
-
-
 # ------------------------------------------------------------ the drawn sets: shapes and materials
 
 DRAWN = Path("drawn at run time")       # the image and the mask of an Item that is drawn
@@ -1248,8 +1196,6 @@ DRAW = {"shapes": draw_shapes, "materials": draw_materials}
 
 
 # -------------------------------------------------------- the strong view of a batch (for s4mim.py)
-# It runs where the images are and never waits for the device: what is done to which image comes
-# from noise on the CPU, and is copied to the device in two tensors.
 
 def share_of_321(side):
     """The factor for lengths that papers give for crops of 321 pixels, and for larger ones (1)."""
@@ -1263,6 +1209,7 @@ def strong_view(image, noise):
     [9] grey or not, [10] blur or not, [11] how much. Jitter (0.8 of the images): brightness,
     contrast and saturation times 0.5..1.5, hue plus -0.25..0.25 of the circle. Then 0.2 become
     grey, then 0.5 are blurred with a sigma of 0.1..2 pixels times share_of_321(shorter side).
+    No step waits for the device: the noise decides on the CPU what is done to which image.
     """
     u = noise.T
     order = noise[:, 5:9].argsort(1).T      # (4, B): the operation that is first, second, ..
@@ -1286,9 +1233,7 @@ def strong_view(image, noise):
     return out
 
 
-# Of images (B, 3, H, W) of 0..1, with factors (B, 1, 1, 1), as in Pillow and torchvision.
-
-def grey(image):
+def grey(image):        # as all below: images (B, 3, H, W) of 0..1, factors (B, 1, 1, 1)
     r, g, b = image.split(1, 1)
     return 0.299 * r + 0.587 * g + 0.114 * b            # (B, 1, H, W)
 
@@ -1319,36 +1264,6 @@ def blur(image, sigma):
     planes = F.pad(image, (7, 7, 7, 7), "replicate").reshape(1, B * C, H + 14, W + 14)
     planes = F.conv2d(F.conv2d(planes, weight, groups=B * C), weight.mT, groups=B * C)
     return planes.view(B, C, H, W).to(image.dtype)      # autocast changes it
-
-
-def cutmix_boxes(noise, size, p=0.5):
-    """Where pixels of another image go: noise float (B, 5) in [0, 1) -> bool (B, size, size).
-
-    A box with probability p, or nothing. noise: is there a box; its area, 0.02 to 0.4 of the image;
-    height / width, 0.3 to 1 / 0.3 if such a box fits; its place, x and y.
-    """
-    there, area, ratio, x, y = noise.T[..., None]                   # each (B, 1)
-    area = 0.02 + 0.38 * area
-    lowest, highest = area.clamp_min(0.3), (1 / area).clamp_max(1 / 0.3)
-    ratio = lowest + (highest - lowest) * ratio
-    at = torch.arange(size, device=noise.device)
-
-    def inside(side, place):
-        side = (side.sqrt() * size).floor().clamp_max(size)         # rounding may exceed it
-        first = (place * (size - side + 1)).floor()
-        return (at >= first) & (at < first + side)
-
-    rows, columns = inside(area * ratio, y) & (there < p), inside(area / ratio, x)
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def partners(index):
-    """For each sample the position of the next one (in a circle) that shows another image, or its
-    own if there is none. index: the images shown, integers (B,) on the CPU -> long (B,)."""
-    n = torch.arange(len(index))
-    following = (n[:, None] + n) % len(index)
-    other = (index[following] != index[:, None]).int().argmax(1)    # the first; 0, itself, if none
-    return (n + other) % len(index)
 
 
 # ----------------------------------------------------------------------------------- python data.py
@@ -1397,10 +1312,9 @@ def check(name, root, palette):
         good[split] = [i for i, fact in zip(items, facts) if i.image and i.mask and not fact[0]]
         pixels[split] = sum((counts for _, _, counts, _ in facts), np.zeros(256, int))
         sizes = sorted((shape for _, shape, *_ in facts if shape), key=math.prod) or [(0, 0)]
-        limits = dict.fromkeys((sizes[0], sizes[-1]))
-        print(f"{split}: {sum(i.image is not None for i in items)} images, "
-              f"{' to '.join(f'{w}x{h}' for h, w in limits)}, "
-              f"{sum(i.mask is None for i in items)} of them without a mask")
+        limits = dict.fromkeys(f"{w}x{h}" for h, w in (sizes[0], sizes[-1]))
+        images, bare = sum(i.image is not None for i in items), sum(i.mask is None for i in items)
+        print(f"{split}: {images} images, {' to '.join(limits)}, {bare} of them without a mask")
     if not good:
         raise UserError(problems[0])
     if line := label_fault(name, labels, sum(pixels.values())):
@@ -1409,15 +1323,11 @@ def check(name, root, palette):
         problems += [f"{name}: the masks of {split} hold only void (255)"
                      + " and class 0" * bool(n[0]) + ", those of train more: label them alike"
                      for split, n in pixels.items() if n[VOID] and not n[1:VOID].any()]
-    print_shares(labels, pixels)
-    return problems, good, labels
 
-
-def print_shares(labels, pixels):
-    """Print the share of each class in each split, and the score that is to be exceeded."""
-    ids = dict(enumerate(labels.ids)) | {VOID: VOID}
-    if labels.threshold is not None:
-        ids = {0: f"<={labels.threshold}", 1: f">{labels.threshold}", VOID: "none"}
+    # the share of each class in each split, and the score to exceed
+    limit = labels.threshold
+    ids = ({**dict(enumerate(labels.ids)), VOID: VOID} if limit is None else
+           {0: f"<={limit}", 1: f">{limit}", VOID: "none"})
     print(f"\n{'share of the pixels, %':>22}{'id':>6}" + "".join(f"{s:>8}" for s in pixels))
     for c, title in [*enumerate(labels.classes), (VOID, "void")]:
         if title != f"class {c}" or any(n[c] for n in pixels.values()):         # named, or found
@@ -1427,19 +1337,19 @@ def print_shares(labels, pixels):
     print(f"{'constant answer, mIoU':>22}      " + "".join(
         f"{constant_miou(torch.from_numpy(n[:len(labels.classes)]).diag()):8.2f}"
         for n in pixels.values()))
+    return problems, good, labels
 
 
 def show(good, labels, path):
     """Write a contact sheet of images and their labels, six spread over each split."""
     rows, titles, side = [], [], 192
-    for split, items in good.items():
-        tiles = []
-        for item in items[::max(1, len(items) // 6)][:6]:
-            image, label = read_pair(item, labels, side)
-            image, label = geometry(image, label, side, crop=max(label.shape))
-            tiles += [image, overlay(image, label, labels.colors)]
-        rows += [tiles[i:i + 6] for i in range(0, len(tiles), 6)]
-        titles += [split] * (len(rows) - len(titles))
+    for split in filter(good.get, good):
+        some = good[split][::max(1, len(good[split]) // 6)][:6]
+        pairs = [read_pair(item, labels, side) for item in some]
+        pairs = [geometry(*pair, side, crop=max(pair[1].shape)) for pair in pairs]
+        rows += [[image for image, _ in pairs],
+                 [overlay(image, label, labels.colors) for image, label in pairs]]
+        titles += [split, "with labels"]
     if rows:
         draw_sheet(path, rows, titles, labels, "Class 0 and void are left as the image is")
         print(f"\nwrote {path}")

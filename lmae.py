@@ -10,7 +10,7 @@ r"""L-MAE, a label masked autoencoder: it completes broken segmentation labels.
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 196 to 528 are the method, the rest is plumbing.
+Lines 180 to 512 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -104,15 +104,14 @@ from PIL import ImageOps
 
 import common
 import data
-from common import UserError
+from common import UserError, parameters
 
 
 # ---------------------------------------------------------------------------------------- config
 
 @dataclass
-class Config:
+class Config(common.RunConfig):    # which has seed, device, resume and the like
     data: str = "shapes"           # a dataset that data.py lists, or your own folder
-    root: str = "data"             # folder of the datasets
     out: str = ""                  # run folder; empty: out/lmae-DATA
     model: Literal["auto", "small", "base", "paper"] = "auto"  # auto: small for folders, else paper
     # down to mask_ratio: the paper's values for VOC
@@ -141,23 +140,8 @@ class Config:
     flip: bool = True              # mirror half of the training crops; our choice
     schedule: Literal["plateau", "cosine"] = "plateau"  # the paper's; cosine suits short runs
     warmup: int = 0                # steps over which the learning rate rises to lr
-    eval_every: int = 1            # epochs between evaluations
-    seed: int = 0                  # of weights, masks, crops and order
-    workers: int = -1              # loader processes; -1: one a processor with CUDA, otherwise none
-    threads: int = 0               # of torch on the CPU; 0: one for each idle processor
-    in_memory: float = 2.0         # a split of up to so many GB is decoded once and kept
-    device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, off elsewhere
-    compile: bool = False          # torch.compile the model
-    init: str = ""                 # start from the weights of this checkpoint, to fine-tune it
-    resume: bool = False           # go on from OUT/last.pt
-    save_every: float = 5.0        # minutes between saves, at least; 0: after each evaluation
-    max_steps: int = 0             # stop after so many steps, evaluate and save; 0: all epochs
-    palette: str = ""              # colours of RGB masks: voc, cityscapes, binary or a file
-    eval: tuple = ()               # evaluate these checkpoints and do nothing else
     ratios: tuple = ()             # --eval: also at these mask ratios, for a plot like Fig. 6
     scored: Literal["centre", "all"] = "centre"  # the centre crop of an image, or all its crops
-    bench: int = -1                # time N training steps on random tensors; 0: only count
     complete: tuple = ()           # broken labels to repair: files, or folders of them
     suspect: tuple = ()            # labels to search for mistakes, given as for --complete
     images: tuple = ()             # --complete: the images of the labels, with the same names
@@ -578,7 +562,7 @@ def patches(cfg):
 def class_share(dataset, most=500):
     """x of Eq. 10, (N,): the classes' shares of the labelled pixels, in about `most` images."""
     some = range(0, len(dataset), max(1, len(dataset) // most))
-    with data.waiting("counting the pixels of each class"):
+    with common.waiting("counting the pixels of each class"):
         counts = sum(torch.bincount(dataset[i][1].flatten(), minlength=256) for i in some)
     counts = counts[:len(dataset.info.classes)].float()
     return counts / counts.sum().clamp(min=1)
@@ -723,9 +707,8 @@ def train(cfg):
     loader = data.train_loader(train_set, cfg.batch_size // machine.world, seed=cfg.seed,
                                start=run.start, stop=run.stop, **machine.loading)
     val_loader = data.eval_loader(val_set, cfg.batch_size, **machine.loading)
-    params = sum(p.numel() for p in model.parameters())
-    run.announce(f"{params / 1e6:.1f} M parameters, {len(train_set)} training and {len(val_set)} "
-                 "validation images")
+    run.announce(f"{parameters(model) / 1e6:.1f} M parameters, {len(train_set)} training and "
+                 f"{len(val_set)} validation images")
     for step, (image, label, index) in zip(range(run.start, run.stop), loader):
         # 1. learning rate: after the warm-up "plateau" keeps it, and lowers it in part 3
         if step < cfg.warmup or cfg.schedule == "cosine":
@@ -893,7 +876,7 @@ def bench(cfg):
     def blocks(n, dim, tokens):
         return n * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim) / 1e9
 
-    result = {"params": sum(p.numel() for p in counted.parameters()), "gmacs": round(gmacs(M), 3)}
+    result = {"params": parameters(counted), "gmacs": round(gmacs(M), 3)}
     print(f"G operations: stack fuse {S * S * N / 1e9:.4f} (Eq. 13), masking "
           f"{(S * S + L * math.log2(L)) / 1e9:.4f} (Eq. 14), encoder "
           f"{blocks(cfg.enc_blocks, cfg.enc_dim, L - M):.2f} (Eq. 15), decoder "

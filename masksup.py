@@ -608,7 +608,7 @@ def load_pretrained(f, cfg, whole=False):
     BatchNorm adapts. MaskSup's for two classes have one channel z before a sigmoid: here (0, z).
     """
     url = MASKSUP_RELEASE if whole else LEVIT_RELEASE.get(cfg.model, MASKSUP_RELEASE)
-    read = data.read_weights(cfg.pretrained, url, "model")
+    read = common.read_weights(cfg.pretrained, url, "model")
     released = {our_name(k.removeprefix("module."), cfg.model): read[k] for k in sorted(read)
                 if torch.is_tensor(read[k])}
     weights = f.state_dict()
@@ -777,7 +777,7 @@ def training_masks(cfg):
     """The bank of training masks, (n, S, S) bool, True keeps: drawn, or the images in --masks
     (which pick() shifts as well: they get a seam). Raises UserError if there are none."""
     if not cfg.masks:
-        with data.waiting(f"drawing {cfg.bank} masks"):
+        with common.waiting(f"drawing {cfg.bank} masks"):
             return mask_bank(cfg.bank, cfg.size, *COVERAGE[cfg.coverage], common.seed_of(cfg.seed))
     if not Path(cfg.masks).is_dir():
         raise UserError(f"--masks {cfg.masks}: no such folder")
@@ -789,7 +789,7 @@ def training_masks(cfg):
                         "where the image is removed and 255 where it is kept, or the reverse with "
                         "--masks-remove bright")
     percent = 100 * bright.float().mean().item()
-    data.say(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - percent:.1f} % and "
+    common.say(f"--masks: removes what is {cfg.masks_remove}: dark are {100 - percent:.1f} % and "
              f"bright {percent:.1f} % on average; --masks-remove dark|bright says which")
     return bright if cfg.masks_remove == "dark" else ~bright
 

@@ -15,7 +15,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
-Lines 191 to 551 are the method; the rest is networks, data, training loop and other commands.
+Lines 191 to 581 are the method; the rest is networks, data, training loop and other commands.
 
     python s4mim.py                                         # embedded dataset, CPU, two minutes
     python s4mim.py --data voc --labeled labeled.txt        # the paper's recipe, UniMatch's list
@@ -333,6 +333,36 @@ def perturb(c, noise):
     """Features (c1, c4) of B images, each channel dropped with probability 1/2, or else doubled.
     noise: (B, C1) and (B, C4) in [0, 1)."""
     return [x * (2 * (u >= 0.5)[..., None, None]).to(x.dtype) for x, u in zip(c, noise)]
+
+
+def cutmix_boxes(noise, size, p=0.5):
+    """Where pixels of another image go: noise float (B, 5) in [0, 1) -> bool (B, size, size).
+
+    A box with probability p, or nothing. noise: is there a box; its area, 0.02 to 0.4 of the image;
+    height / width, 0.3 to 1 / 0.3 if such a box fits; its place, x and y.
+    """
+    there, area, ratio, x, y = noise.T[..., None]                   # each (B, 1)
+    area = 0.02 + 0.38 * area
+    lowest, highest = area.clamp_min(0.3), (1 / area).clamp_max(1 / 0.3)
+    ratio = lowest + (highest - lowest) * ratio
+    at = torch.arange(size, device=noise.device)
+
+    def inside(side, place):
+        side = (side.sqrt() * size).floor().clamp_max(size)         # rounding may exceed it
+        first = (place * (size - side + 1)).floor()
+        return (at >= first) & (at < first + side)
+
+    rows, columns = inside(area * ratio, y) & (there < p), inside(area / ratio, x)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def partners(index):
+    """For each sample the position of the next one (in a circle) that shows another image, or its
+    own if there is none. index: the images shown, integers (B,) on the CPU -> long (B,)."""
+    n = torch.arange(len(index))
+    following = (n[:, None] + n) % len(index)
+    other = (index[following] != index[:, None]).int().argmax(1)    # the first; 0, itself, if none
+    return (n + other) % len(index)
 
 
 def mix(x, partner, box):
@@ -710,8 +740,8 @@ def load_encoder(E, cfg):
     if cfg.pretrained == "imagenet" and cfg.stem == "deep":
         raise UserError("--pretrained imagenet: torchvision's weights have the standard stem: "
                         "leave --stem deep out, or give a file with --pretrained")
-    source = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in data.read_weights(
-        cfg.pretrained, RELEASE[cfg.backbone], "state_dict").items()}
+    source = common.read_weights(cfg.pretrained, RELEASE[cfg.backbone], "state_dict")
+    source = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in source.items()}
     target = E.state_dict()
     fits = {k: v for k, v in source.items()
             if k in target and torch.is_tensor(v) and v.shape == target[k].shape}
@@ -746,10 +776,22 @@ def datasets(cfg):
     n, paper = len(sets[1]), 10_582 - len(sets[0])
     if cfg.data == "voc" and n < paper:
         steps = [data.steps_per_epoch(k, cfg.batch_size // 2) for k in (n, paper)]
-        data.say(f"voc: {n} unlabelled images instead of the paper's {paper}, {steps[0]} steps an "
-                 f"epoch instead of {steps[1]}: get SBD's list of 10582 names, "
-                 "ImageSets/Segmentation/train_aug.txt; its images are in JPEGImages")
+        common.say(f"voc: {n} unlabelled images instead of the paper's {paper}, {steps[0]} steps "
+                   f"an epoch instead of {steps[1]}: get SBD's list of 10582 names, "
+                   "ImageSets/Segmentation/train_aug.txt; its images are in JPEGImages")
     return *sets, data.labeled_hash(items[0])
+
+
+def labeled_lines(items):
+    """The text of a file that labeled_split reads as these Items: lines `image mask`, or only a
+    stem if there are no two files."""
+    def line(item):
+        if item.image == data.DRAWN or not item.mask:
+            return item.stem
+        base = os.path.commonpath(item[1:])
+        return " ".join(path.relative_to(base).as_posix() for path in item[1:])
+
+    return "".join(f"{line(item)}\n" for item in items)
 
 
 def eval_loader(cfg, split, machine):
@@ -790,8 +832,8 @@ def make_views(labeled, unlabeled, cfg, channels, seeds, device):
     _, cut, patches, *drop = noise.to(device, non_blocking=True).split([12, 5, L, *channels], 1)
     weak, void = to_unit(image, device), void.to(device, non_blocking=True) == 255
     strong = data.strong_view(weak, noise[:, :12])
-    partner = data.partners(index).to(device, non_blocking=True)
-    box = data.cutmix_boxes(cut, cfg.size)
+    partner = partners(index).to(device, non_blocking=True)
+    box = cutmix_boxes(cut, cfg.size)
     m = patch_mask(patches, cfg.size, cfg.patch, cfg.ratio) if masked(cfg) else None
     return Views(x_l, y_l, normalize(weak), normalize(mix(strong, partner, box)), void,
                  mix(void, partner, box), partner, box, m, drop)
@@ -888,7 +930,7 @@ def train(cfg, machine, interrupt):
                      TERMS, min(total, cfg.max_steps or total), per_epoch, interrupt=interrupt,
                      labeled=len(labeled), labeled_hash=digest)
     if machine.main:
-        common.write(out / "labeled.txt", data.labeled_lines(labeled.items))
+        common.write(out / "labeled.txt", labeled_lines(labeled.items))
     compile_parts(model, cfg)
 
     # each kind has an order of its own: an image meets other partners in each epoch

@@ -1489,7 +1489,7 @@ class SemiData(Case):
                 ("shapes", "{0}", [f"train-{i:03d}" for i in range(512)])):
             items = data.list_items(name, self.tmp, "train")
             text = "".join(line.format(stem) + "\n" for stem in stems)
-            self.assertEqual(data.labeled_lines(items), text)
+            self.assertEqual(s4mim.labeled_lines(items), text)
             (self.tmp / "all.txt").write_text("\ufeff" + text, "utf-8")
             self.assertEqual(
                 data.labeled_split(name, self.tmp, str(self.tmp / "all.txt"))[0], items)
@@ -1497,7 +1497,7 @@ class SemiData(Case):
                                   ("glas/train", "img/{}.bmp", "labelcol/{}_anno.bmp")):
             self.pairs(base, ("train_1", "train_1  b", "train_2"), image, mask)
             labelled, _ = data.labeled_split("glas", self.tmp, "2")
-            again = self.lines(*data.labeled_lines(labelled).splitlines())
+            again = self.lines(*s4mim.labeled_lines(labelled).splitlines())
             self.assertEqual(data.labeled_split("glas", self.tmp, again)[0], labelled)
 
     def test_mistakes_in_what_is_labelled(self):
@@ -1589,7 +1589,7 @@ class SemiData(Case):
         # nothing waits for a device: there is nothing to read on this one
         there = data.strong_view(image.to("meta"), noise)
         self.assertEqual((there.device.type, there.shape), ("meta", image.shape))
-        self.assertEqual(data.cutmix_boxes(noise[:, :5].to("meta"), 9).shape, (72, 9, 9))
+        self.assertEqual(s4mim.cutmix_boxes(noise[:, :5].to("meta"), 9).shape, (72, 9, 9))
 
     def test_blur_in_a_small_crop_has_the_same_share_of_its_side(self):
         """A point becomes a Gaussian, whose variance is the square of sigma."""
@@ -1607,7 +1607,7 @@ class SemiData(Case):
         draws = self.rng.random((2000, 5), np.float32)
         draws[:8] = np.tile([0, 1 - 2**-24], 4)[:, None]                # the ends
         draws[:8, 0] = 0
-        boxes = data.cutmix_boxes(torch.from_numpy(draws), 96)
+        boxes = s4mim.cutmix_boxes(torch.from_numpy(draws), 96)
         self.assertEqual((boxes.dtype, boxes.shape), (torch.bool, (2000, 96, 96)))
         equal = 0
         for box, (there, u, v, x, y) in zip(boxes.numpy(), draws.astype(float)):
@@ -1621,14 +1621,14 @@ class SemiData(Case):
             equal += np.array_equal(box, expected)
         self.assertGreater(equal, 1990)                                 # but for rounding
         for p, total in (0, 0), (1, 2000):
-            boxes = data.cutmix_boxes(torch.from_numpy(draws), 16, p)
+            boxes = s4mim.cutmix_boxes(torch.from_numpy(draws), 16, p)
             self.assertEqual(boxes.any(2).any(1).sum(), total)
 
     def test_partners_against_a_loop(self):
         for n in range(1, 9):
             for kinds in 1, 2, 3, 99:
                 index = torch.from_numpy(self.rng.integers(0, kinds, n))
-                found = data.partners(index)
+                found = s4mim.partners(index)
                 self.assertEqual((found.dtype, found.shape), (torch.int64, (n,)))
                 for k, i in enumerate(index.tolist()):
                     others = [(k + d) % n for d in range(1, n) if index[(k + d) % n] != i]
@@ -1860,14 +1860,14 @@ class Runs:
                  3, "--out"]
         (self.tmp / "alone.py").write_text(
             "import torch\n"
-            f"import common, data, {self.script[:-3]} as script\n"
+            f"import common, {self.script[:-3]} as script\n"
             "torch.nn.BatchNorm2d = lambda n: torch.nn.GroupNorm(1, n)\n"
-            "data.cutmix_boxes = lambda noise, S: torch.zeros(len(noise), S, S).bool()\n"
+            "script.cutmix_boxes = lambda noise, S: torch.zeros(len(noise), S, S).bool()\n"
             "if __name__ == '__main__':\n    common.run(script.main)\n")
         done = two_processes(self.tmp / "alone.py", *flags, two)
         self.assertEqual((done.returncode, done.stdout.count("-> ")), (0, 1), done.stderr)
         with mock.patch("torch.nn.BatchNorm2d", lambda n: torch.nn.GroupNorm(1, n)), \
-                mock.patch("data.cutmix_boxes",
+                mock.patch("s4mim.cutmix_boxes",
                            lambda noise, S: torch.zeros(len(noise), S, S).bool()):
             self.runs(*flags, self.tmp / "one")
             self.runs("--eval", two / "last.pt", "--out", self.tmp / "eval")
@@ -2309,7 +2309,7 @@ class Waiting(MethodCase):
 
     def test_what_takes_long_says_so(self):
         for seconds, said in (3.2, "reading ..\n"), (0.01, ""):
-            with printed() as out, data.waiting("reading"):
+            with printed() as out, common.waiting("reading"):
                 time.sleep(seconds)
             self.assertEqual(out.getvalue(), said)
 
@@ -3428,7 +3428,7 @@ class MaskSupRelease(MethodCase):
             f = masksup.build(cfg, max(2, expected["classes"])).eval()
             x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
             with self.subTest(name), torch.no_grad(), \
-                    mock.patch("data.read_weights", return_value=self.filled(name)), \
+                    mock.patch("common.read_weights", return_value=self.filled(name)), \
                     printed():
                 masksup.load_pretrained(f, cfg, whole=True)
                 logits = f(2 * x - 1)
@@ -5341,7 +5341,7 @@ class AsFoundFiles(Case):
 
     def setUp(self):
         super().setUp()
-        data.say.cache_clear()
+        common.say.cache_clear()
 
     def found(self, root):
         """(the Items of train, those of val, what was printed for train) of a folder."""
@@ -5361,7 +5361,7 @@ class AsFoundFiles(Case):
         root, run = self.tmp / "deep", self.tmp / "run"
         pairs = self.pairs(root, [f"{at}{i}" for at in ("", "day2/", "day2/b/") for i in range(5)])
         labelled, _ = data.labeled_split(str(root), "", "3")
-        (self.tmp / "list.txt").write_text(data.labeled_lines(labelled))
+        (self.tmp / "list.txt").write_text(s4mim.labeled_lines(labelled))
         self.assertEqual(data.labeled_split(str(root), "", str(self.tmp / "list.txt"))[0], labelled)
         self.runs_well("masksup.py", *BRIEF["masksup.py"], "--data", root, "--max-steps", 1,
                        "--out", run)
