@@ -10,7 +10,7 @@ r"""L-MAE, a label masked autoencoder: it completes broken segmentation labels.
 Jia et al., "A label masked autoencoder for image-guided segmentation label completion", Patterns
 2025 (equations and tables are numbered as there; arXiv 2211.11242 is an earlier version).
 
-Lines 180 to 512 are the method, the rest is plumbing.
+Lines 180 to 514 are the method, the rest is plumbing.
 
     python lmae.py                                          # drawn dataset, CPU, two minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
@@ -328,6 +328,8 @@ def nearest_label(label):
     Two cumulative minima an axis, of distance and label in one number: no wait for the device. The
     Euclidean nearest_fill() takes 20 to 70 times as long, for 58.1 on CamVid instead of 58.4.
     """
+    if label.device.type == "mps":                      # has no cumulative minimum of integers
+        return tuple(t.to(label.device) for t in nearest_label(label.cpu()))
     key = label.int().masked_fill(label == 255, 1 << 24)            # distance * 256 + label
     for _ in range(2):                                              # along rows, then columns
         at = 256 * torch.arange(key.shape[2], device=label.device, dtype=torch.int32)
@@ -1197,6 +1199,8 @@ def load_models(what, cfg, origin):
         if not getattr(cfg, name):
             raise UserError(f"--{what} needs --{name} too: "
                             f"--{what} LABELS --images IMAGES --ckpt A.pt [B.pt ..] --to DIR")
+    if what == "suspect" and cfg.truth:
+        raise UserError("--truth goes with --complete: --suspect changes nothing")
     loaded = [load(path) for path in cfg.ckpt]
     first, info, *_ = loaded[0]
     for path, (c, i, *_) in zip(cfg.ckpt, loaded):
