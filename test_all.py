@@ -2203,8 +2203,9 @@ class Drawing(Case):
 
     def test_percent_spans_ten_points_and_baselines_are_dashed(self):
         path = self.tmp / "panel.png"
-        for name, whole in ("miou", True), ("pa_miou_nearest", False):
-            common.draw_panels(path, [([0, 300], {name: [93.0, 94.0]}, "step", "%")])
+        for name, low, whole in (("miou", 93.0, True), ("miou", 0.5, True),
+                                 ("pa_miou_nearest", 93.0, False)):
+            common.draw_panels(path, [([0, 300], {name: [low, low + 1]}, "step", "%")])
             shown = np.array(Image.open(path)) == common.LINES[0]
             ys, xs = shown[70:360].all(-1).nonzero()        # below the names, above the axis
             self.assertLess(np.ptp(ys), 0.12 * 310)         # 1 of 10 points, and a line's width
@@ -2708,6 +2709,26 @@ class LmaeRuns(Runs, MethodCase):
         for name in "ratios.png", "b-last/worst.png":
             self.assertTrue((self.tmp / "fig6" / name).exists())
 
+    def test_rates(self):
+        half_cosine = [0.4, 0.4 * math.cos(math.pi / 8) ** 2, 0.2, 0.4 * math.sin(math.pi / 8) ** 2]
+        for warmup, rising in (4, [0.1, 0.2, 0.3, 0.4]), (1, [0.4]), (0, []):
+            cfg, expected = lmae.Config(lr=0.4, warmup=warmup), [*rising, *half_cosine, 0.0]
+            np.testing.assert_allclose([lmae.learning_rate(step, cfg, warmup + 4)
+                                        for step in range(warmup + 5)], expected, atol=1e-12)
+
+    def test_voc_is_scored_on_the_papers_draw_from_trainval(self):
+        train, val = [f"2007_{i}" for i in range(15)], ["2008_0", "2008_1"]
+        voc_tree(self.tmp, self.rng, train, val)
+        rank = sorted(train + val, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
+        drawn = sorted(rank[:2])                                        # as 400 are of 2913
+        self.assertNotEqual(drawn, val)
+        cfg = lmae.Config(data="voc", root=str(self.tmp), crop=8, size=8)
+        centre = lmae.validation_set(cfg)
+        crops = lmae.validation_set(dataclasses.replace(cfg, scored="all"))
+        self.assertEqual((len(centre), len(crops)), (2, 2 * 4))         # of 14 x 10 pixels
+        for images in centre, crops.images:
+            self.assertEqual([item.stem for item in images.items], drawn)
+
     def test_crops_side_by_side_show_every_pixel_once(self):
         self.pairs("mine/train", "ab")
         written = (self.pairs("mine/val", [0], shape=(70, 45))
@@ -2818,11 +2839,12 @@ class LmaeComplete(MethodCase):
         return self.checkpoint("half.pt", cfg, info, model, weights=weights.state_dict(),
                                scores={"pa_miou": 72.8, "pa_miou_nearest": 62.4})
 
-    def always(self, c, N=3):
-        """A model whose answer is class c everywhere."""
+    def always(self, c, N=3, bias=99):
+        """A model whose answer is class c everywhere, e^bias times as likely as another one."""
         model = lmae.LMAE(N, **TINY)
         with torch.no_grad():
-            model.head.bias.view(N, 64)[c] = 99
+            model.head.weight.zero_()
+            model.head.bias.view(N, 64)[c] = bias
         return model
 
     def flags(self, *extra, how="--complete"):
@@ -3058,6 +3080,32 @@ class LmaeComplete(MethodCase):
         self.assertEqual((fixed / "review.csv").read_text(), review)
         self.refuses(self.flags("--resume", "--sure", "0.5"), "other flags")
 
+    def test_colours_are_painted_upright_and_indices_stay_indices(self):
+        """VOC's: colours of files that EXIF turns, and indices, in VOC's order and in another."""
+        self.ckpt = self.half_masked(self.always(5, 21), data.load_palette("voc"))
+        self.replace_labels({})
+        colors, exif, written = np.array(data.distinct_colors(256), np.uint8), Image.Exif(), {}
+        exif[0x0112] = 6                                            # np.rot90, undone by TURNS[6]
+        for name, first in ("a.png", None), ("b.tif", None), ("c.png", 0), ("d.png", 100):
+            label, image = self.noise(40, 33) % 21, self.noise(40, 33, 3)
+            label[4:20, 6:30] = 255
+            written[name] = colors[label], colors[np.where(label == 255, 5, label)], image
+            if first is None:
+                save(self.tmp / "labels" / name, np.rot90(colors[label]), exif=exif)
+                save(self.tmp / "images" / name, np.rot90(image), exif=exif)
+            else:                                                   # colour i has index i + first
+                save(self.tmp / "labels" / name, indexed(label + np.uint8(first),
+                                                         np.roll(colors, first, 0)))
+                save(self.tmp / "images" / name, image)
+        self.runs(*self.flags())
+        for name, (old, new, image) in written.items():
+            path = self.tmp / "fixed" / name.replace("tif", "png")
+            with Image.open(path) as file, Image.open(self.tmp / "labels" / name) as source:
+                self.assertEqual((file.mode, file.getpalette()), (source.mode, source.getpalette()))
+                arrays_equal(file.convert("RGB"), new)
+            same = (old == 0).all(-1)                               # not coloured in an overlay
+            arrays_equal(pixels(self.tmp / "fixed/overlay" / path.name)[same], image[same])
+
     def test_another_palette_names_the_same_classes(self):
         """A labelmap in another order, whose colours are those of the broken masks."""
         lines = "10 0 0 c\n0 20 0 void\n0 0 30 a\n7 7 7 b\n"
@@ -3108,6 +3156,15 @@ class LmaeComplete(MethodCase):
                           ("30 10 34 20", "40", "a", "b", "100.0")])
         arrays_equal(pixels(self.tmp / "labels/p1.png"), label)
         self.assertFalse((self.tmp / "fixed/p1.png").exists())
+        for percent, sure, n in (88, 0, 0), (92, 0, 2), (88, 0.86, 2), (92, 0.94, 0):
+            shutil.rmtree(self.tmp / "fixed")
+            bias = math.log(2 * percent / (100 - percent))
+            self.ckpt = self.half_masked(self.always(1, bias=bias))
+            self.runs(*self.flags("--sure", sure, how="--suspect"))
+            self.assertEqual([float(row["confidence"]) for row in
+                              table(self.tmp / "fixed/suspects.csv")], [percent] * n)
+        self.refuses(self.flags("--truth", self.tmp / "labels", how="--suspect"),
+                     "--truth goes with --complete")
 
     def test_a_dataset_is_repaired_in_place(self):
         """Without --images the folder is read by its layout, here Warwick's of glas."""
@@ -3744,7 +3801,7 @@ class MaskSupRuns(Runs, MethodCase):
         self.assertNotIn("paper_iou", done.stdout)                  # shapes is not of the paper
         disc = metrics["classes"]["disc"]
         self.assertIn(f"disc {disc['iou']:.1f} / {disc['dice']:.1f}", done.stdout)
-        self.runs(*MASKSUP, "--max-steps", 1, "--method", "base", "--out", base)
+        self.runs(*MASKSUP, "--max-steps", 1, "--method", "base", "--seed", 1, "--out", base)
         state = saved(base / "last.pt")             # which is to answer all kinds of classes
         state["model"]["head.weight"] = torch.randn(6, 4, 1, 1) * torch.tensor(100.0)
         common.save_checkpoint(base / "last.pt", state)
@@ -3778,6 +3835,7 @@ class MaskSupRuns(Runs, MethodCase):
                 (pixels(evaluated / "base-last/samples.png"), 5),
                 (pixels(evaluated / "samples.png"), 7)))
         arrays_equal(both, [*one[:3], two[2], *one[3:], two[4]])
+        arrays_equal(one[3], two[3])        # the same holes, though trained with another --seed
         for a, b in (2, 3), (3, 6):
             self.assertFalse(np.array_equal(both[a], both[b]))
         for flags, word in ((["--size", 50], "16"), (["--corrupt", "2", "--eval", "x"], "shares"),
@@ -4430,6 +4488,16 @@ class S4mimPhases(MethodCase):
             torch.testing.assert_close(tuple(seen), expected_seen, rtol=1e-4, atol=1e-4)
             self.assertFalse(any(t.requires_grad for t in (*seen[:-1], *seen.c_fp)))
 
+    def test_ohem_learns_from_the_hard_pixels_alone(self):
+        model, v = small(self.C), self.views()
+        p_l = model(v.x_l)
+        hard = v.y_l.masked_fill(p_l.argmax(1) == v.y_l, 255)
+        for ohem, y_l in (False, v.y_l), (True, hard):
+            with mock.patch("s4mim.hard_pixels", return_value=hard):
+                losses, *_ = self.phases(model, v, tiny(ohem=ohem))
+            expected = average(ce(p_l, y_l.clamp(max=self.C - 1)), y_l != 255)
+            self.assertAlmostEqual(losses["L_s"].item(), expected.item(), places=4)
+
     def test_which_weights_each_loss_reaches(self):
         """The table of what learns from what; nothing that should learns from nothing."""
         model, v = small(self.C), self.views()
@@ -4543,9 +4611,10 @@ class S4mimPhases(MethodCase):
             labeled, unlabeled, _ = s4mim.datasets(cfg)
             model = small(len(labeled.info.classes), method=method)
             before = copy.deepcopy(model.state_dict())
-            views, real = [], s4mim.make_views
+            views, real, heads = [], s4mim.make_views, s4mim.Heads.forward
             with mock.patch("common.draw_sheet") as sheet, mock.patch(
-                    "s4mim.make_views", lambda *args: views.append(real(*args)) or views[0]):
+                    "s4mim.make_views", lambda *args: views.append(real(*args)) or views[0]), \
+                    mock.patch("s4mim.Heads.forward", autospec=True, side_effect=heads) as painted:
                 s4mim.draw_step(model, labeled, unlabeled, cfg, common.Machine(cfg),
                                 labeled.info, "step.png")
             (_, tiles, titles, *_), (v,) = sheet.call_args.args, views
@@ -4555,6 +4624,11 @@ class S4mimPhases(MethodCase):
             p = model.train()(torch.cat([v.x_l, v.x_w]))[4:].softmax(1).detach()
             for shown, conf, y in zip(tiles[1], *p.max(1)):
                 arrays_equal(shown, np.where(conf < 0.3, 255, y))
+            if method == "s4mim":               # one head paints the largest object, never class 0
+                mixed = tiles[3]
+                largest = F.one_hot(mixed.long(), 256)[..., 1:self.C].sum((1, 2)).argmax(1) + 1
+                alone = torch.where(mixed == largest[:, None, None], mixed, self.C)
+                arrays_equal(painted.call_args.args[2], s4mim.at_features(alone))
 
     def test_half_precision_is_near(self):
         v, cfg, found = self.views(), tiny(psi=0.4), []
@@ -5712,8 +5786,10 @@ class Broken(Case):
         self.runs = {name: [*brief, "--data", self.root, "--batch-size", 4, "--epochs", 8,
                             "--eval-every", 2, "--seed", 5] for name, brief in BRIEF.items()}
         self.runs["s4mim.py"] += ["--batch-size", 8, "--labeled", "1/2", "--psi", 0.2]
+        # its rate falls at the third evaluation, because the second and third count as no better
         self.runs["lmae.py"] += ["--schedule", "plateau", "--warmup", 3, "--supplement", "nearest",
-                                 "--punch", 0.9]
+                                 "--punch", 0.9, "--plateau-patience", 1, "--plateau-threshold",
+                                 0.9]
 
     def start(self, name, out, *more, wrap=()):
         resume = ["--resume"] if (out / "config.json").exists() else []
