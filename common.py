@@ -1057,11 +1057,11 @@ def predict_folder(cfg, origin, load, check, data, segment, *flags):
         if others := sorted(p.name for p in {*source.rglob("*")} - {*inside} if p.is_file()):
             print(f"{source}: skipped, not images: {', '.join(others[:4])}"
                   + f" and {len(others) - 4} more" * (len(others) > 4))
-    model.to(machine.device)
-    draw_sheet(to / "overlay/legend.png", [], [], info, "Class 0 is left as the image is")
-    same_stem = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
     if len({name for _, name in found}) < len(found):
         raise UserError("--predict: two images have the same name; predict them one by one")
+    same_stem = len({name.with_suffix("") for _, name in found}) < len(found)   # a.jpg and a.png
+    model.to(machine.device)
+    draw_sheet(to / "overlay/legend.png", [], [], info, "Class 0 is left as the image is")
     for path, name in progress(found):
         file, name = name, f"{name if same_stem else name.with_suffix('')}.png"
         try:
