@@ -1099,7 +1099,7 @@ class Mask:
 def repair_file(item, image, label, truth, models, info, cfg, machine):
     """Repair one label: DIR/NAME.png, confidence/, overlay/ and, for ids, preview/.
     Returns its row of review.csv, in a list, and the confusion matrices (2, N, N) of L-MAE and the
-    nearest fill on the predicted pixels, if there is a true label, a file."""
+    nearest fill on the rebuilt pixels, if there is a true label, a file."""
     mask, to, N, name = Mask(item.mask, info), Path(cfg.to), len(info.classes), f"{item.stem}.png"
     if cfg.broken == "background":
         missing = np.isin(label, info.background)
@@ -1131,9 +1131,8 @@ def repair_file(item, image, label, truth, models, info, cfg, machine):
     if truth:
         target = data.read_label(truth, info)
         data.check_sizes(data.Item(item.stem, item.mask, truth), label.shape, target.shape)
-        hidden = torch.from_numpy(answered)
-        target = torch.from_numpy(target).masked_fill(~hidden, common.VOID)
-        near = nearest_fill(torch.from_numpy(label)[None], hidden[None])[0]
+        target = torch.from_numpy(np.where(rebuilt, target, common.VOID))
+        near = nearest_fill(*(torch.from_numpy(array)[None] for array in (label, answered)))[0]
         matrices = torch.stack([common.confusion(answer, target, N)
                                 for answer in (torch.from_numpy(index), near)])
     return [row], matrices
@@ -1226,6 +1225,17 @@ def load_models(what, cfg, origin):
     return cfg, info, machine, [(c, model.to(machine.device)) for c, _, model, _ in loaded]
 
 
+def black_and_white(items, info):
+    """Whether there are several labels and all hold 0 and 255 alone. Most often one is enough."""
+    found = set()
+    for item in items:
+        label = data.attempt([], data.read_label, item.mask, info)
+        found |= set() if label is None else {*np.unique(label).tolist()}
+        if found - {0, common.VOID}:
+            return False
+    return len(items) > 1 and len(found) == 2
+
+
 def complete(cfg, origin):
     """--complete LABELS --images IMAGES --ckpt A.pt [B.pt ..] --to DIR: repair labels (Fig. 4).
 
@@ -1247,6 +1257,10 @@ def complete(cfg, origin):
     cfg, info, machine, models = load_models(what, cfg, origin)
     trained = models[0][0]
     items = labels_and_images(labels, cfg.images, trained.data)
+    if cfg.broken == "255" and not info.palette and black_and_white(items, info):
+        raise UserError(f"{items[0].mask}, ..: these masks hold only 0 and 255, and 255 would be "
+                        "missing: if it is the object, save it as 1; if it is missing, add a mask "
+                        "with an object")
     truths = tree(cfg.truth)
     if truths and not truths.keys() & {item.stem for item in items}:
         raise UserError(f"--truth {cfg.truth[0]}: it has {next(iter(truths))}, .. and the labels "

@@ -3125,6 +3125,29 @@ class LmaeComplete(MethodCase):
         for _, old, new in self.completed("--sure", "1"):
             arrays_equal(new, old)
 
+    def test_the_score_is_of_the_pixels_that_are_filled(self):
+        """Two models, sure and unsure, at two mask ratios: only the sure one fills."""
+        self.replace_labels({"p0": np.where(np.arange(32) < 8, 255, np.ones((32, 1), np.uint8))})
+        save(self.tmp / "truth/p0.png", np.full((32, 32), 2, np.uint8))
+        seen = []
+        with mock.patch("lmae.repair", lambda models, image, label, missing, broken, machine: (
+                np.where(np.arange(32)[:, None] < 16, 2, np.ones((32, 32), np.uint8)),
+                np.where(np.arange(32)[:, None] < 16, missing * 0.9, missing * 0.5), {})):
+            for flags in [], ["--sure", "0.8"]:
+                text = self.runs(*self.flags("--truth", self.tmp / "truth", *flags))
+                seen.append(re.search(r"rebuilt pixels (\S+), nearest fill (\S+)", text).groups())
+                shutil.rmtree(self.tmp / "fixed")
+        self.assertEqual(seen, [("25.00", "0.00"), ("100.00", "0.00")])
+
+    def test_black_and_white_masks_are_not_erased(self):
+        two = {name: np.uint8(255) * (self.noise(32, 32) > 127) for name in ("p0", "p1")}
+        self.replace_labels(two)
+        for how in "--complete", "--suspect":
+            self.refuses(self.flags(how=how), "p0", "only 0 and 255", "save it as 1")
+        self.assertFalse((self.tmp / "fixed").exists())
+        self.replace_labels({**two, "p2": np.ones((32, 32), np.uint8)})
+        self.assertIn("3 repaired", self.runs(*self.flags()))
+
     def test_a_review_counts_the_pixels_that_changed(self):
         self.ckpt = self.half_masked(self.always(2))
         self.assertNotIn("do not use it", self.runs(*self.flags()))
