@@ -142,7 +142,7 @@ class RunConfig:
     seed: int = 0                  # of weights, masks and order
     workers: int = -1              # loader processes; -1: one per processor with CUDA, else none
     threads: int = 0               # of torch on the CPU; 0: one for each processor that is idle
-    in_memory: float = 2.0         # GB of decoded pixels up to which a split is read only once
+    in_memory: float = 2.0         # a split of at most so many GB of pixels is kept in memory
     device: str = "auto"           # auto: the best there is; or cuda, cuda:1, mps, cpu
     amp: typing.Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 with CUDA, else off
     compile: bool = False          # torch.compile the model

@@ -12,7 +12,7 @@ Jia et al., "A label masked autoencoder for image-guided segmentation label comp
 
 Lines 180 to 514 are the method, the rest is plumbing.
 
-    python lmae.py                                          # drawn dataset, CPU, two minutes
+    python lmae.py                                          # drawn images, CPU, three minutes
     python lmae.py --data my/folder                         # masks that are partly 255; then:
     python lmae.py --complete my/folder --ckpt out/lmae-folder/best.pt --to REPAIRED
     python lmae.py --complete LABELS --images IMAGES --ckpt out/lmae-folder/best.pt --to REPAIRED
@@ -126,7 +126,7 @@ class Config(common.RunConfig):    # which has seed, device, resume and the like
     enc_dim: int = 1440            # ED
     dec_dim: int = 720             # DD
     heads: int = 8                 # h of Eq. 8, in encoder and decoder
-    weight_decay: float = 1e-4     # Adam's own, not decoupled
+    weight_decay: float = 1e-4     # L2 penalty, not decoupled as in AdamW
     plateau_factor: float = 0.8    # factor of the learning rate when the validation loss stalls
     plateau_patience: int = 5      # evaluations without a lower validation loss before that
     plateau_threshold: float = 1e-3  # the share by which it must fall to count as lower
@@ -134,9 +134,9 @@ class Config(common.RunConfig):    # which has seed, device, resume and the like
     mask_strategy: Literal["mixed", "random", "background", "label"] = "mixed"  # mixed is 1:2:2
     fuse: Literal["layer", "direct", "insert"] = "layer"  # Eq. 1, or the other rows of Table 9
     supplement: Literal["none", "image", "nearest"] = "image"  # given to the decoder: see LMAE
-    punch: float = 0.0             # half of the labels lose up to this share in cells, not patches
+    punch: float = 0.0             # half of the labels lose cells, up to this share: see punch()
     class_weights: Literal["learned", "fixed", "none", "literal"] = "fixed"  # of Eq. 10
-    drop_path: float = 0.1         # of the last block, rising from 0 at the first; our choice
+    drop_path: float = 0.1         # rate in the last block, 0 in the first, linear between; ours
     flip: bool = True              # mirror half of the training crops; our choice
     schedule: Literal["plateau", "cosine"] = "plateau"  # the paper's; cosine suits short runs
     warmup: int = 0                # steps over which the learning rate rises to lr
@@ -158,7 +158,7 @@ class Config(common.RunConfig):    # which has seed, device, resume and the like
 SMALL = dict(crop=0, epochs=0, lr=1e-3, schedule="cosine", warmup=100, weight_decay=0.0,
              drop_path=0.0, mask_strategy="random", supplement="nearest", punch=0.9)
 RECIPES = {                        # what differs from the defaults above, by dataset
-    # two minutes on two CPU cores: small patches and few of them, a small model, and "random":
+    # three minutes on a CPU core: small patches and few of them, a small model, and "random":
     # with "mixed" it takes longer to learn to look at the neighbours
     "shapes": dict(epochs=44, batch_size=16, lr=2e-3, crop=48, size=48, patch=4, enc_blocks=1,
                    dec_blocks=2, enc_dim=128, dec_dim=128, heads=4, drop_path=0.0,

@@ -4,10 +4,11 @@ r"""MaskSup, masked supervised learning: segment an image and a copy of it that 
     I_masked = I * M_holes -> f -> M_pm    context branch, L_context = CE(M_pm, M_gt)      Eq. 1-2
     L = L_seg + L_context + L_tasksim,     L_tasksim = MSE(softmax M_p, softmax M_pm)      Eq. 3
 
-f is any segmentation network, the same in both branches. At test time there are no holes, and the
-cost is that of f. Zunair and Ben Hamza, "Masked supervised learning for semantic segmentation",
-BMVC 2022; equations, tables and figures have the paper's numbers, S 1-7 are its supplement's.
-Lines 172 to 357 are the method (branches, masks, loss, training step), the rest is plumbing.
+f is any segmentation network, the same in both branches. At test time there are no holes, and
+prediction costs as much as f alone. Zunair and Ben Hamza, "Masked supervised learning for semantic
+segmentation", BMVC 2022; equations, tables and figures have the paper's numbers, S 1 to S 7 those
+of its supplement.
+Lines 173 to 358 are the method (branches, masks, loss, training step), the rest is plumbing.
 
     python masksup.py                                       # drawn images, CPU, two minutes
     python masksup.py --data glas                           # as released: from LeViT's weights
@@ -18,7 +19,7 @@ Lines 172 to 357 are the method (branches, masks, loss, training step), the rest
 
 The paper's tables and figures; D is glas, polyp or nyuv2:
     Table 1     --data D; baselines: --method base --model unet|unetpp|levit128s|levit192|levit384.
-                Its other baselines are not here: they are no part of MaskSup.
+                The other networks of the table are not here.
     Table 2     --data D; MAE: --data D --pretrain mae
     Table 3     --data D --coverage low|high
     Table 4     --data D --model levit192; --data nyuv2 --model unet --width 20 (3 M parameters);
@@ -55,14 +56,14 @@ Results, reduced to U-Nets of width 16 (2.0 M parameters) from scratch on a CPU 
 - Default run: with holes masksup is far ahead of base, on whole images behind it. Seeds 0 to 4, one
   thread or two: 89.6 to 90.5, mean 90.1.
 - GlaS, 85 training and 80 test images. With low coverage the order is the paper's; with high, the
-  paper's choice, whole images gain nothing. Without a validation set this is seen on the test set.
+  paper's choice, whole images gain nothing. GlaS has no validation set: this is the test set.
 - CamVid, 11 classes, 900 steps. With L_tasksim divided by pixels x classes instead of 2 x pixels
   (--alpha3 0.1818) 44.1 (42.5-46.8) and 37.7 (37.6-37.7): noise.
 - Polyps, one training set of Kvasir-SEG and CVC-ClinicDB, 724 steps: so short a run is best with
   base. CVC-ClinicDB's frames come from 29 videos, so that its 62 have near twins in training.
 - The paper's U-Net in its setting (7.9 M parameters, 224 x 224, 200 epochs, coverage high) on an
   H200 (bf16, torch 2.11), GlaS, seeds 0, 1: base 70.8, 72.8, cb 73.4, 72.1, masksup 71.2, 73.7, the
-  same within noise. With holes 40.6, 41.0 / 48.7, 51.8 / 49.8, 54.1.
+  same within noise. On images with holes base 40.6, 41.0, cb 48.7, 51.8, masksup 49.8, 54.1.
     python masksup.py --data glas --model unet --pretrained none --eval-every 10 --workers 0 \
         --threads 1 --method masksup --seed 0
   Their paper_iou is 71.4, 73.0 / 72.9, 71.5 / 70.4, 73.6. Fig. 5 (from the release) has 67.41 /
@@ -89,7 +90,7 @@ Departures from the paper, and what it leaves open:
 - paper_iou counts void as class 0 in nyuv2, as the released code; paper_iou_without_void does not.
 - The last epoch is reported; the paper's choice, the best one on the test set, separately.
 - Table 2's MAE is a ViT; here it is f, on images whose removed patches are zero.
-- The names of the released weights were tested on their shapes, not on the files themselves.
+- Loading was tested with weights of the released names and shapes, not with the released files.
 """
 import json
 import math
@@ -118,7 +119,7 @@ from common import UserError, parameters
 class Config(common.RunConfig):    # which has seed, device, resume and the like
     data: str = "materials"        # a dataset that data.py lists, or your own folder
     out: str = ""                  # run folder; empty: out/masksup-DATA
-    method: Literal["masksup", "cb", "base"] = "masksup"  # all terms of Eq. 3, Eq. 2, L_seg alone
+    method: Literal["masksup", "cb", "base"] = "masksup"  # Eq. 3; without L_tasksim; L_seg alone
     model: Literal["unet", "unetpp", "levit128s", "levit192", "levit384"] = "levit384"  # network f
     recipe: Literal["auto", "small", "paper"] = "auto"  # auto: small for a folder, else paper
     # training; the defaults are the paper's for GlaS
@@ -126,7 +127,7 @@ class Config(common.RunConfig):    # which has seed, device, resume and the like
     batch_size: int = 16           # images a step, over all processes
     lr: float = 1e-4               # learning rate
     optimizer: Literal["adam", "sgd"] = "adam"  # SGD with momentum 0.9
-    weight_decay: float = 0.0      # the optimizer's own, not decoupled
+    weight_decay: float = 0.0      # L2 penalty, not decoupled as in AdamW
     schedule: Literal["constant", "step", "cosine"] = "constant"  # step: x 0.1 every 60 epochs
     warmup: int = 0                # steps over which the learning rate rises to lr
     size: int = 224                # images are resized to size x size, without keeping the aspect
@@ -137,7 +138,7 @@ class Config(common.RunConfig):    # which has seed, device, resume and the like
     alpha3: float = 1.0            # weight of L_tasksim
     # masks, network, weights
     masks: str = ""                # folder of masks to use instead of drawn ones
-    masks_remove: Literal["dark", "bright"] = "dark"  # what removes in --masks; released: bright
+    masks_remove: Literal["dark", "bright"] = "dark"  # holes in --masks; the released are bright
     bank: int = 256                # number of masks, drawn once a run
     width: int = 32                # channels of the first level of unet and unetpp
     pretrained: str = "none"       # imagenet (downloads LeViT's), a file of LeViT's or MaskSup's

@@ -17,7 +17,7 @@ Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semanti
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
 Lines 191 to 581 are the method; the rest is networks, data, training loop and other commands.
 
-    python s4mim.py                                         # embedded dataset, CPU, two minutes
+    python s4mim.py                                         # drawn images, CPU, two minutes
     python s4mim.py --data voc --labeled labeled.txt        # the paper's recipe, UniMatch's list
     python s4mim.py --data camvid --burn-in 500             # pseudo-labels after 500 steps
     python s4mim.py --data my/folder --labeled list.txt     # images without masks are used too
@@ -85,7 +85,7 @@ Departures from the paper:
   70.4, 71.9, within the noise.
 - Means: Eq. 1, 2, 11 and 13 average over the valid pixels of a batch, not over images first. Eq. 2
   divides by all valid pixels, not by the confident ones, as UniMatch does.
-- Losses that are switched off leave the divisor of Eq. 14, too: 2 for fixmatch, 1 for suponly.
+- The divisor of Eq. 14 counts only the losses in use: it is 2 for fixmatch, 1 for suponly.
 - Void and padding are left out of all losses but the reconstruction; the paper says so of the
   features. Unlabelled crops have only padding: no ground truth is used.
 - suponly has 8 labelled images a step, for as many steps as the method. UniMatch's has 16 a step
@@ -154,7 +154,7 @@ class Config(common.RunConfig):    # which has seed, device, resume and the like
     zoom: float = 1.0              # images are shrunk by this first; 0: to 1.5 crops, if larger
     window: Literal["whole", "slide"] = "whole"  # predict images whole, or by windows of --size
     ohem: bool = False             # L_s from the hardest pixels only
-    burn_in: int = 0               # suponly's steps at the start; the paper has none
+    burn_in: int = 0               # first so many steps on labels alone; the paper has none
     psi: float = 0.95              # least confidence of a pseudo-label in L_u
     lambda_u: float = 1 / 2        # weights of Eq. 14
     lambda_mp: float = 1 / 3
