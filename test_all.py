@@ -2268,7 +2268,7 @@ class CommandLine(MethodCase):
 
     def test_every_field_has_its_reason_in_the_help(self):
         text = " ".join(self.runs("--help").split())
-        for reason in "L = (size / patch)^2 tokens", "Adam's own, not decoupled":
+        for reason in "L = (size / patch)^2 tokens", "L2 penalty, not decoupled as in AdamW":
             self.assertIn(reason, text)
 
 
