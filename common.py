@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 CHECK_EVERY = 20    # read the losses from the device once in so many steps: reading waits for it
 VOID = 255          # the label of a pixel that is not counted and not learned from
+LOCK = threading.Lock()             # for say()
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -113,10 +114,15 @@ def nearest_name(name, names):
 
 
 @functools.cache
-def say(line):
-    """Print a line, once, in the first process."""
+def say_once(line):
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
+
+
+def say(line):
+    """Print a line, once, in the first process; also from several threads."""
+    with LOCK:
+        say_once(line)
 
 
 @contextmanager
@@ -642,8 +648,11 @@ class Run:
         if not {"optimizer", "pictures"} <= state.keys():
             raise UserError(f"--resume: {self.out / self.last} has weights only; start another "
                             f"run with --init {self.out / self.last}")
-        was, now = ((s["info"]["classes"], s["pictures"]) for s in (state, self.facts))
-        for what, a, b in zip(("classes", "training images"), was, now):
+        was, now = ((s["info"]["classes"], s["pictures"],
+                     [s["info"][key] for key in ("ids", "void", "threshold", "palette")])
+                    for s in (state, self.facts))
+        kinds = "classes", "training images", "ids or colours in its masks"
+        for what, a, b in zip(kinds, was, now):
             if a != b:
                 raise UserError(f"--resume: {self.cfg.data} has other {what} than {self.out} had "
                                 f"({a}, now {b}); restore these, or give another --out")

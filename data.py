@@ -111,8 +111,9 @@ def own_folder(folder, split, protocol):
     base = images if inside else folder
     train, val = one_of(base, TRAIN), one_of(base, VAL)
     parts = [p.name for p in (train, val) if p.is_dir()]
-    unused = [p.name for p in sorted(base.iterdir()) if parts and p.is_dir() and
-              p.name not in parts and (inside or one_of(p, IMAGES).is_dir())]
+    used = parts or [images.name]
+    unused = [p.name for p in sorted(base.iterdir()) if p.is_dir() and p.name not in used
+              and (inside or p == images or one_of(p, IMAGES).is_dir())]
     if unused:
         say(f"{folder}: not used: {', '.join(unused)}")
     part = val if split == "val" and val.is_dir() else train
@@ -283,9 +284,9 @@ def eval_loader(dataset, batch_size, *, workers=0, rank=0, world=1):
 # image formats that Pillow reads (but no films or drawings), and well-known ones that it does not
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in Image.OPEN and kind not in ("EPS", "FLI", "GRIB", "HDF5", "BUFR", "MPEG",
-                                                   "IPTC", "WMF", "FTEX", "PSD")}
-UNREADABLE = {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".heic", ".heif", ".jxl", ".nef",
-              ".nii", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf"} - READABLE
+                                                   "IPTC", "WMF", "FTEX", "PSD")} | {".mpo"}
+UNREADABLE = {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".heic", ".heif", ".hif", ".jxl",
+              ".nef", ".nii", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf"} - READABLE
 
 
 def images_in(folder):
@@ -429,11 +430,30 @@ def opened(path):
 
 def turned(image):
     """Whether EXIF data ask for a rotation or mirroring. Not for a TIFF, which Pillow has turned,
-    and a PNG without such data, which getexif() would decode."""
-    if image.format == "TIFF" or image.format == "PNG" and not {
+    and a PNG without such data before or after its pixels, which getexif() would decode."""
+    if image.format == "PNG" and not {
             "exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
-        return False
-    return image.getexif().get(0x0112, 1) in range(2, 9)
+        with open(image.filename, "rb") as file:
+            file.seek(max(0, os.path.getsize(image.filename) - (1 << 16)))
+            if b"eXIf" not in file.read():
+                return False
+    return image.format != "TIFF" and image.getexif().get(0x0112, 1) in range(2, 9)
+
+
+def depth(image, path):
+    """The bits of a channel of an opened file, 8 or 16. Pillow keeps the high 8 where there are
+    several channels. Raises a UserError for what it misreads."""
+    codec, *_, args = image.tile[0] if image.tile else ("", "")
+    if image.format == "TIFF":
+        bits, signed = (max(image.tag_v2.get(tag, (1,))) for tag in (258, 339))
+        if bits == 8 and signed == 2 or bits == 16 and image.tag_v2.get(284) == 2:
+            raise UserError(f"{path}: signed 8 bits, or 16 in planes: save it with 8, unsigned")
+        return 16 if bits == 16 else 8
+    if image.format == "JPEG2000":          # bits - 1 are after the size, in the marker SIZ
+        with open(path, "rb") as file:
+            head = file.read(1 << 12)
+        return 16 if head[head.find(b"\xff\x4f\xff\x51") + 42] & 127 > 7 else 8
+    return 16 if ";16" in str(args) or codec.startswith("ppm") and args[1] > 255 else 8
 
 
 def shape_of(path, mask=None):
@@ -453,6 +473,10 @@ def read_image(path, mask=None):
     """
     with opened(path) as image:
         kind = str(image.tile[0].args) if image.tile else ""    # loading forgets it
+        bits, mirrored = depth(image, path), image.format == "TIFF" and image.tag_v2.get(274, 1) > 1
+        if mirrored:
+            say(f"{Path(path).parent}: some TIFF have an orientation: read upright; save their "
+                "masks upright too")
         if turned(image):
             upright = ImageOps.exif_transpose(image)
             as_stored = mask == image.size[::-1] != upright.size[::-1]
@@ -469,7 +493,7 @@ def read_image(path, mask=None):
             pixels, used = np.dstack([deep >> 8] * 3).astype(np.uint8), deep.max()
         else:
             pixels = np.array(image.convert("RGB"))
-            used = (int(pixels.max()) << 8) + 255 if ";16" in kind else 0
+            used = (int(pixels.max()) << 8) + 255 if bits == 16 else 0
         if 0 < used < 1 << 14:
             raise UserError(f"{path}: 16 bits, but its largest value is {used}: it would be black: "
                             "save it with 8 bits, or scaled to 65535")
@@ -479,7 +503,15 @@ def read_image(path, mask=None):
 def read_ids(path, greys=False):
     """The ids in a mask, uint8 (H, W); greys: they are the greys of an image in any format."""
     with opened(path) as image:
-        mode, scale = image.mode, id_scale(image, path)
+        mode, scale, bits = image.mode, id_scale(image, path), depth(image, path)
+        if bits == 16 and len(image.getbands()) > 1:
+            raise UserError(f"{path}: a mask of 16-bit colours: save it with 8 bits")
+        if image.format == "GIF" and mode == "P" and not greys:
+            used = np.unique(image)
+            colors = np.reshape(image.getpalette(), (-1, 3))[used]
+            if (colors == colors[:, :1]).all() and (colors[:, 0] != used).any():
+                raise UserError(f"{path}: a GIF of greys that were numbered anew when it was saved:"
+                                f" save masks as PNG; {BINARY}")
         image = ImageOps.exif_transpose(image) if turned(image) else image
         if mode in ("1", "L", "P"):
             ids = np.array(image.convert("L") if greys else image)
@@ -496,7 +528,7 @@ def read_ids(path, greys=False):
             if not greys:
                 say(f"{Path(path).parent}: some masks have three equal channels: read as ids")
             ids = np.array(image.convert("L")) if greys else pixels[..., 0]
-    if greys and mode.startswith("I;16") and ids.max() > 255:
+    if greys and mode.startswith("I") and ids.max() > 255:
         ids = ids >> 8
     elif not greys and scale != 1:
         ids = np.rint(ids / scale)
@@ -521,6 +553,17 @@ def id_scale(image, path):
     return 255 / (2 ** int(bits[1]) - 1) if bits else 1
 
 
+def changes_ids(path):
+    """The name of a file's format if its compression is lossy, otherwise None."""
+    with opened(path) as image, open(path, "rb") as file:
+        head, kind = file.read(1 << 12), image.format
+        lossy = {"JPEG": True, "MPO": True, "AVIF": True, "WEBP": b"VP8 " in head[:64],
+                 "TIFF": image.info.get("compression") == "jpeg",
+                 # the wavelets of COD: 1 is the reversible transform
+                 "JPEG2000": head[(head.find(b"\xff\x52") + 13) % len(head)] != 1}
+        return kind if lossy.get(kind) else None
+
+
 def read_label(path, info):
     """A mask as uint8 (H, W) of class indices and 255, by its ids, greys or colours, see Info."""
     if info.threshold is not None:
@@ -528,20 +571,20 @@ def read_label(path, info):
     if not info.palette:
         ids, table = read_ids(path), np.full(256, VOID, np.uint8)
         table[list(info.ids)] = range(len(info.ids))
-        with open(path, "rb") as file:          # JPEG and lossy WebP, with any suffix
-            start = file.read(64)
-        lossy = start[:2] == b"\xff\xd8" or start[8:12] == b"WEBP" and b"VP8 " in start
+        lossy = changes_ids(path)
         found = {*np.bincount(ids.ravel()).nonzero()[0].tolist()}
         bad = found - {*info.ids, *info.void, VOID}
         if bad or lossy and found != {0}:
             bad = bad or found
-            advice = (f"JPEG changes ids, save masks as PNG; {BINARY}" if lossy else
+            advice = (f"{lossy} changes ids, save masks as PNG; {BINARY}" if lossy else
                       "correct the mask" + f"; {BINARY}" * (len(bad) > 9))
             raise UserError(f"{path}: id{'s' * (len(bad) > 1)} {ranges(bad)}, but {info.name} has "
                             f"classes {ranges(info.ids)} and void {ranges((*info.void, VOID))}: "
                             f"{advice}")
         return table[ids]
     with opened(path) as image:
+        if depth(image, path) == 16:
+            raise UserError(f"{path}: a mask of 16 bits, but its palette has 8: save it with 8")
         image = ImageOps.exif_transpose(image) if turned(image) else image
         codes = np.array(image.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)
     known = {r << 16 | g << 8 | b: label for (r, g, b), label in sorted(info.palette)}
@@ -808,9 +851,9 @@ def info(name, root="data", palette=None):
         return replace(given, name=title)
     names = text_lines(file) if file.is_file() else [
         f"class {c}" for c in range(largest_id(folder) + 1)]
-    ids = tuple(c for c, name in enumerate(names) if name != "void")
+    ids = tuple(c for c, name in enumerate(names) if name.lower() != "void")
     if len(set(names)) < len(names) or file.is_file() and not 2 <= len(ids) <= 255:
-        raise UserError(f"{file}: {len(names)} names: expected 2 to 255 of them, all different")
+        raise UserError(f"{file}: {len(ids)} names but void: expected 2 to 255, all different")
     return Info(title, tuple(names[c] for c in ids), distinct_colors(len(ids)), ids,
                 void=tuple({*range(len(names))} - {*ids}))
 
@@ -860,8 +903,8 @@ def load_palette(palette):
         if max(color) > 255 or color in meaning or name in classes:
             raise UserError(f"{palette}: `{line}`: expected `R G B name` of 0..255, each "
                             "colour and each name once")
-        meaning[color] = VOID if name == "void" else len(classes)
-        if name != "void":
+        meaning[color] = VOID if name.lower() == "void" else len(classes)
+        if name.lower() != "void":
             classes[name] = color
     if not 2 <= len(classes) <= 255:
         raise UserError(f"{palette}: {len(classes)} classes: expected 2 to 255 lines `R G B name`")
@@ -1321,7 +1364,9 @@ def check(name, root, palette):
         problems.append(line)
     else:
         problems += [f"{name}: the masks of {split} hold only void (255)"
-                     + " and class 0" * bool(n[0]) + ", those of train more: label them alike"
+                     + " and class 0" * bool(n[0]) + (
+                         ": label some" if split == "train" else
+                         ", those of train more: label them alike")
                      for split, n in pixels.items() if n[VOID] and not n[1:VOID].any()]
 
     # the share of each class in each split, and the score to exceed
@@ -1364,7 +1409,8 @@ def main():
     alike = {}                      # equal problems of several files are printed once
     for file, _, what in (line.partition(": ") for line in problems):
         # equal but for names, sizes and long lists of ids, of which the first is printed
-        key = re.sub(r"\S*[/\\]\S+|\d+x\d+|([\d.]+, ){4,}[\d.]+", "",
+        key = re.sub(r"\S*[/\\]\S+|\d+x\d+|([\d.]+, ){4,}[\d.]+|(value is|from|to) [\d.-]+|"
+                     r"\d+ pages|\d+ of its colours.*\)", "",
                      what.replace(Path(file).stem, ""))
         alike.setdefault(key, []).append((file, what))
     for found in alike.values():

@@ -273,6 +273,64 @@ class Case(Base):
 
 
 class Reading(Case):
+    def test_what_pillow_would_read_otherwise_is_refused_or_read_right(self):
+        label = np.arange(96, dtype=np.uint8).reshape(8, 12) // 40
+        three = np.dstack([label] * 3)
+        deep = lambda array: [row.astype(">u2").tobytes() for row in array]
+        grey = Image.fromarray(label)
+        palette = data.Info("p", ("a", "b"), ((0, 0, 0), (128,) * 3), (0, 1),
+                            palette=(((0, 0, 0), 0), ((128,) * 3, 1)))
+        black = data.load_palette("binary")
+        own = data.Info("own", ("a", "b", "c"), ((0, 0, 0),) * 3, (0, 1, 2))
+        for name, write, info, words in (
+                ("a.png", png(12, 8, 16, 2, deep(three)), own, "16-bit colours"),
+                ("b.png", png(12, 8, 16, 2, deep(three)), black, "16-bit colours"),
+                ("c.png", png(12, 8, 16, 2, deep(three)), palette, "16 bits"),
+                ("d.png", png(12, 8, 16, 0, deep(label * np.uint16(32896))), palette, "16 bits"),
+                ("e.ppm", b"P6 12 8 65535\n" + b"".join(deep(three)), own, "16-bit colours"),
+                ("f.gif", {"image": Image.fromarray(label * 2)}, own, "numbered anew"),
+                ("g.gif", {"image": Image.fromarray(label | 255)}, own, "numbered anew"),
+                ("h.jp2", {"image": grey, "irreversible": True}, own, "JPEG2000 changes ids"),
+                ("i.tif", {"image": grey, "compression": "jpeg"}, own, "TIFF changes ids"),
+                ("j.avif", {"image": Image.fromarray(three), "quality": 30}, own, "AVIF changes"),
+                ("k.tif", tiff(12, 8, label.tobytes(), sign=2), own, "signed 8 bits"),
+                ("l.gif", {"image": grey}, own, ""), ("m.jp2", {"image": grey}, own, ""),
+                ("n.gif", {"image": Image.fromarray(label * 200)}, black, "")):
+            path = self.tmp / name
+            if isinstance(write, bytes):
+                path.write_bytes(write)
+            elif path.suffix in Image.registered_extensions():          # older Pillows lack AVIF
+                write.pop("image").save(path, **write)
+            else:
+                continue
+            if words:
+                with self.subTest(name), self.fails(path, words):
+                    data.read_label(path, info)
+            else:
+                arrays_equal(data.read_label(path, info), label > 0 if info is black else label)
+
+    def test_images_of_16_bits_and_exif_after_the_pixels(self):
+        dark, path = self.rng.integers(0, 220, (8, 12, 3)), self.tmp / "a.ppm"
+        for scale in 1, 290:
+            path.write_bytes(b"P6 12 8 65535\n" + (dark * scale).astype(">u2").tobytes())
+            with self.fails("16 bits", "black") if scale == 1 else contextlib.nullcontext():
+                arrays_equal(data.read_image(path),
+                             np.rint(dark * scale * 255 / 65535).astype(np.uint8))
+        exif, early, late = Image.Exif(), self.tmp / "early.png", self.tmp / "late.png"
+        exif[0x0112] = 6
+        save(early, self.noise(8, 12, 3), exif=exif)
+        content = early.read_bytes()
+        at = content.index(b"eXIf") - 4
+        end = at + 12 + int.from_bytes(content[at:at + 4], "big")
+        late.write_bytes(content[:at] + content[end:-12] + content[at:end] + content[-12:])
+        for path in early, late:
+            arrays_equal(data.read_image(path), np.rot90(self.pixels_of(early), -1))
+            self.assertEqual(data.shape_of(path), (12, 8))
+
+    def pixels_of(self, path):
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+
     def test_every_kind_of_image_becomes_rgb(self):
         rgb, grey, deep = (self.noise(5, 7, 3), self.noise(5, 7),
                            self.rng.integers(0, 2**16, (5, 7), np.uint16))
@@ -5502,7 +5560,7 @@ class AsFoundFiles(Case):
 
     def setUp(self):
         super().setUp()
-        common.say.cache_clear()
+        common.say_once.cache_clear()
 
     def found(self, root):
         """(the Items of train, those of val, what was printed for train) of a folder."""
@@ -6091,6 +6149,8 @@ class Broken(Case):
             # the data under it has changed
             classes.write_text("a\nb\nc\nd\n")
             self.refused(name, resume, self.root, "other classes", out)
+            classes.write_text("a\nb\nvoid\nc\n")
+            self.refused(name, resume, self.root, "other ids or colours", out)
             classes.write_text("a\nb\nc\n")
             rename("p000.png", "q.png")
             self.refused(name, resume, self.root, "other training images", out)
