@@ -9,7 +9,7 @@ class, the score of the best constant answer, every guess, and all problems with
 what to do (exit status 1 if there are any), and writes a contact sheet, out/check-NAME.png.
 
 The first section is how a folder becomes batches; each further one can be read alone. An image
-without a mask is unlabelled: only semi-supervised training (labeled_split) learns from it. What is
+without a mask is unlabelled: only semi-supervised training (s4mim.py) learns from it. What is
 wrong with a file, a folder, a list or a flag raises a UserError: one line with what to do.
 """
 import contextlib
@@ -142,7 +142,7 @@ class Dataset(torch.utils.data.Dataset):
     train: the scale is drawn from the range `scale`, the crop is at a random place, and half the
     images are mirrored if `flip`. Otherwise the crop is central, without scaling or mirroring.
     whole (not for training): images at their own size, (3, H, W) and (H, W).
-    items: these Items instead of the split's, see labeled_split. An unlabelled one has label 0 in
+    items: these Items instead of the split's (of s4mim.py). An unlabelled one has label 0 in
     the image and 255 in the padding.
 
     A split of at most in_memory GB is decoded here, so that faults in its files are found before
@@ -943,71 +943,6 @@ def label_fault(name, info, pixels=None):
     if len(info.classes) > 64 and info.classes[1] == "class 1":
         return (f"{name}: the masks hold ids up to {len(info.classes) - 1}: if these are classes, "
                 f"name them in classes.txt; {BINARY}")
-
-
-# ---------------------------------------------------------------- which images count as labelled
-
-def labeled_split(name, root, labeled, seed=0, protocol="lists"):
-    """The Items of the training set as two lists in its order: (labelled, unlabelled).
-
-    labeled: "N", a number of images, or "1/16", a share of those with a mask (rounded up): the
-    first by a hash of seed and name, so that a draw is the same everywhere and 1/16 is part of 1/8.
-    Or a file with a line `image mask`, or only a stem, for each: only the names count.
-    unlabelled: all others without their masks, which nothing can read then; if there are none, the
-    labelled ones without theirs.
-    """
-    items = list_items(name, root, "train", protocol)
-    for line in listing_faults(name, "train", items):
-        raise UserError(line)
-    found = re.fullmatch(r"\s*(-?\d+)(?:/(\d+))?\s*", labeled)
-    if not found and Path(labeled).is_file():
-        stems = listed_stems(labeled, items, name)
-    else:
-        ranked = sorted((i.stem for i in items if i.mask),
-                        key=lambda stem: seed_of(seed, fingerprint(stem)))
-        n = int(found[1]) if found else 0
-        if found and found[2]:
-            n = -(-len(ranked) * n // int(found[2])) if 0 < n <= int(found[2]) else 0
-        if not 1 <= n <= len(ranked):
-            raise UserError(f"--labeled {labeled}: {name} has {len(ranked)} images with a mask in "
-                            f"train: give a number from 1 to {len(ranked)}, a share above 0 and at "
-                            "most 1, like 1/16, or a file that lists images (no such file here)")
-        stems = set(ranked[:n])
-    labelled = [i for i in items if i.stem in stems]
-    rest = [i for i in items if i.stem not in stems]
-    if not rest:
-        say(f"{name}: nothing is unlabelled: the {len(labelled)} labelled images serve as such too")
-    return labelled, [i._replace(mask=None) for i in rest or labelled]
-
-
-def listed_stems(file, items, name):
-    """{stem: number of its line} of the Items that a file lists."""
-    known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
-    found = {}
-    text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
-    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        if not line:
-            continue
-        words = re.split(r"\s", line)       # a name may hold spaces: try the line, then half of it
-        image = " ".join(words[:len(words) // 2])
-        spellings = [text for path in map(Path, (line, image)) for text in (str(path), *(
-            "/".join([*path.parts[k:-1], path.stem]) for k in range(len(path.parts))))]
-        item = next((known[text] for text in spellings if text in known), None)
-        if item is None:
-            what = (f"`{line[:90]}` is not an image in train of {name}"
-                    f"{nearest_name(Path(image or line).stem, known)}: "
-                    "correct the line or remove it")
-        elif item.mask is None:
-            what = f"{item.stem} has no mask in {name}: add the mask, or remove the line"
-        elif item.stem in found:
-            what = f"{item.stem} is already in line {found[item.stem]}: remove one of the two"
-        else:
-            found[item.stem] = number
-            continue
-        raise UserError(f"{file}, line {number}: {what}")
-    if not found:
-        raise UserError(f"{file}: no line in it: list an image a line, as `image mask` or a stem")
-    return found
 
 
 def labeled_hash(items):

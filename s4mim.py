@@ -15,7 +15,7 @@ II. Patches of x_l, x_s and x_w are removed (* m). Three losses ask for what was
 
 Li, Hao, Shang and Jiao, "Masked image modeling boosting semi-supervised semantic segmentation",
 arXiv:2411.08756, 2024; equations, tables and figures are numbered as there.
-Lines 191 to 581 are the method; the rest is networks, data, training loop and other commands.
+Lines 192 to 582 are the method; the rest is networks, data, training loop and other commands.
 
     python s4mim.py                                         # drawn images, CPU, two minutes
     python s4mim.py --data voc --labeled labeled.txt        # the paper's recipe, UniMatch's list
@@ -105,6 +105,7 @@ Departures from the paper:
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -764,10 +765,74 @@ def load_encoder(E, cfg):
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
 
+def labeled_split(name, root, labeled, seed=0, protocol="lists"):
+    """The Items of the training set as two lists in its order: (labelled, unlabelled).
+
+    labeled: "N", a number of images, or "1/16", a share of those with a mask (rounded up): the
+    first by a hash of seed and name, so that a draw is the same everywhere and 1/16 is part of 1/8.
+    Or a file with a line `image mask`, or only a stem, for each: only the names count.
+    unlabelled: all others without their masks, which nothing can read then; if there are none, the
+    labelled ones without theirs.
+    """
+    items = data.list_items(name, root, "train", protocol)
+    for line in data.listing_faults(name, "train", items):
+        raise UserError(line)
+    found = re.fullmatch(r"\s*(-?\d+)(?:/(\d+))?\s*", labeled)
+    if not found and Path(labeled).is_file():
+        stems = listed_stems(labeled, items, name)
+    else:
+        ranked = sorted((i.stem for i in items if i.mask),
+                        key=lambda stem: common.seed_of(seed, data.fingerprint(stem)))
+        n = int(found[1]) if found else 0
+        if found and found[2]:
+            n = -(-len(ranked) * n // int(found[2])) if 0 < n <= int(found[2]) else 0
+        if not 1 <= n <= len(ranked):
+            raise UserError(f"--labeled {labeled}: {name} has {len(ranked)} images with a mask in "
+                            f"train: give a number from 1 to {len(ranked)}, a share above 0 and at "
+                            "most 1, like 1/16, or a file that lists images (no such file here)")
+        stems = set(ranked[:n])
+    labelled = [i for i in items if i.stem in stems]
+    rest = [i for i in items if i.stem not in stems]
+    if not rest:
+        common.say(f"{name}: nothing is unlabelled: the {len(labelled)} labelled images serve as "
+                   "such too")
+    return labelled, [i._replace(mask=None) for i in rest or labelled]
+
+
+def listed_stems(file, items, name):
+    """{stem: number of its line} of the Items that a file lists."""
+    known = {i.image.stem: i for i in items} | {i.stem: i for i in items}
+    found = {}
+    text = Path(file).read_text("utf-8-sig", "surrogateescape")     # names are in any encoding
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if not line:
+            continue
+        words = re.split(r"\s", line)       # a name may hold spaces: try the line, then half of it
+        image = " ".join(words[:len(words) // 2])
+        spellings = [text for path in map(Path, (line, image)) for text in (str(path), *(
+            "/".join([*path.parts[k:-1], path.stem]) for k in range(len(path.parts))))]
+        item = next((known[text] for text in spellings if text in known), None)
+        if item is None:
+            what = (f"`{line[:90]}` is not an image in train of {name}"
+                    f"{common.nearest_name(Path(image or line).stem, known)}: "
+                    "correct the line or remove it")
+        elif item.mask is None:
+            what = f"{item.stem} has no mask in {name}: add the mask, or remove the line"
+        elif item.stem in found:
+            what = f"{item.stem} is already in line {found[item.stem]}: remove one of the two"
+        else:
+            found[item.stem] = number
+            continue
+        raise UserError(f"{file}, line {number}: {what}")
+    if not found:
+        raise UserError(f"{file}: no line in it: list an image a line, as `image mask` or a stem")
+    return found
+
+
 def datasets(cfg):
     """(labelled, unlabelled): training crops of both kinds, and the hash of the labelled list."""
     protocol = cfg.setup if cfg.data == "voc" else "lists"
-    items = data.labeled_split(cfg.data, cfg.root, cfg.labeled, cfg.split_seed, protocol)
+    items = labeled_split(cfg.data, cfg.root, cfg.labeled, cfg.split_seed, protocol)
     sets = [data.Dataset(cfg.data, cfg.root, "train", items=part, size=cfg.size, crop=cfg.size,
                          scale=(cfg.zoom / cfg.scale, cfg.zoom * cfg.scale), flip=True, train=True,
                          seed=common.seed_of(cfg.seed, kind), palette=cfg.palette or None,

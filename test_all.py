@@ -897,7 +897,7 @@ class Voc(Case):
         self.assertEqual(self.items("train", "ori"),
                          train + [("2008_x", None), ("2007_c", None), ("2008_y", None)])
         self.assertEqual(self.items("val", "ori"), [("2007_c", "SegmentationClass")])
-        labelled, unlabelled = data.labeled_split("voc", self.tmp, "1/2", protocol="ori")
+        labelled, unlabelled = s4mim.labeled_split("voc", self.tmp, "1/2", protocol="ori")
         self.assertEqual((len(labelled), len(unlabelled)), (1, 4))
         self.assertEqual([i.stem for i in unlabelled[1:]], ["2008_x", "2007_c", "2008_y"])
         self.assertEqual(len(data.list_items("voc", self.tmp, "train")), 2)
@@ -1471,7 +1471,7 @@ class SemiData(Case):
             items = [Item(f"p{i:05d}", Path(f"x/a/p{i:05d}.jpg"), Path(f"x/b/p{i:05d}.png"))
                      for i in range(items)]
         with mock.patch.object(data, "list_items", return_value=items):
-            return data.labeled_split("shapes", "", labeled, **kwargs)
+            return s4mim.labeled_split("shapes", "", labeled, **kwargs)
 
     def lines(self, *lines):
         path = self.tmp / "list.txt"
@@ -1534,7 +1534,7 @@ class SemiData(Case):
                  pair.format(city, "labelTrainIds"))):
             for line in lines:
                 with self.subTest(line):
-                    labelled, unlabelled = data.labeled_split(name, self.tmp,
+                    labelled, unlabelled = s4mim.labeled_split(name, self.tmp,
                                                               self.lines("", line, " "))
                     self.assertEqual([i.stem for i in labelled], [stem])
                     self.assertTrue(labelled[0].mask.is_file())
@@ -1550,13 +1550,13 @@ class SemiData(Case):
             self.assertEqual(s4mim.labeled_lines(items), text)
             (self.tmp / "all.txt").write_text("\ufeff" + text, "utf-8")
             self.assertEqual(
-                data.labeled_split(name, self.tmp, str(self.tmp / "all.txt"))[0], items)
+                s4mim.labeled_split(name, self.tmp, str(self.tmp / "all.txt"))[0], items)
         for base, image, mask in (("glas", "{}.bmp", "{}_anno.bmp"),        # in one folder
                                   ("glas/train", "img/{}.bmp", "labelcol/{}_anno.bmp")):
             self.pairs(base, ("train_1", "train_1  b", "train_2"), image, mask)
-            labelled, _ = data.labeled_split("glas", self.tmp, "2")
+            labelled, _ = s4mim.labeled_split("glas", self.tmp, "2")
             again = self.lines(*s4mim.labeled_lines(labelled).splitlines())
-            self.assertEqual(data.labeled_split("glas", self.tmp, again)[0], labelled)
+            self.assertEqual(s4mim.labeled_split("glas", self.tmp, again)[0], labelled)
 
     def test_mistakes_in_what_is_labelled(self):
         path = self.tmp / "list.txt"
@@ -4797,11 +4797,11 @@ class S4mimTraining(MethodCase):
 
     def test_voc_without_sbds_list_says_what_is_missing(self):
         voc_tree(self.tmp, self.rng)
-        text, real = io.StringIO(), data.labeled_split
+        text, real = io.StringIO(), s4mim.labeled_split
         cfg = tiny(data="voc", root=str(self.tmp), labeled="1", batch_size=16)
         with contextlib.redirect_stdout(text):
             for n in 1463, 10_581:          # the labelled image, and n times the other
-                with mock.patch("data.labeled_split", lambda *args: [
+                with mock.patch("s4mim.labeled_split", lambda *args: [
                         part * times for part, times in zip(real(*args), (1, n))]), \
                         mock.patch("data.Dataset", lambda *args, items, **extra: items):
                     s4mim.datasets(cfg)
@@ -5000,7 +5000,7 @@ class S4mimRuns(Runs, MethodCase):
         self.assertEqual(list(full), [
             "miou", "class_iou", "constant", "epoch", "steps", "seconds", "params", "method",
             "labeled", "labeled_hash"])
-        labels = [i.stem for i in data.labeled_split("shapes", "", str(out / "labeled.txt"))[0]]
+        labels = [i.stem for i in s4mim.labeled_split("shapes", "", str(out / "labeled.txt"))[0]]
         for found, method in (full, "s4mim"), (base, "suponly"):
             self.assertEqual([found[k] for k in ("method", "labeled", "labeled_hash")],
                              [method, len(labels), hashed(labels)])
@@ -5158,7 +5158,7 @@ class S4mimRuns(Runs, MethodCase):
         pairs = [[self.tmp / part for part in line.split()]
                  for line in (out / "labeled.txt").read_text().splitlines()]
         self.assertTrue(all(path.exists() for pair in pairs for path in pair))
-        read, _ = data.labeled_split("cityscapes", self.tmp, str(out / "labeled.txt"))[:2]
+        read, _ = s4mim.labeled_split("cityscapes", self.tmp, str(out / "labeled.txt"))[:2]
         self.assertEqual({i.image for i in read}, {image for image, _ in pairs})
         shapes, forward = [], s4mim.S4MIM.forward
         with mock.patch.object(s4mim.S4MIM, "forward", lambda model, x: (
@@ -5579,9 +5579,10 @@ class AsFoundFiles(Case):
     def test_predictions_come_in_the_same_folders(self):
         root, run = self.tmp / "deep", self.tmp / "run"
         pairs = self.pairs(root, [f"{at}{i}" for at in ("", "day2/", "day2/b/") for i in range(5)])
-        labelled, _ = data.labeled_split(str(root), "", "3")
+        labelled, _ = s4mim.labeled_split(str(root), "", "3")
         (self.tmp / "list.txt").write_text(s4mim.labeled_lines(labelled))
-        self.assertEqual(data.labeled_split(str(root), "", str(self.tmp / "list.txt"))[0], labelled)
+        again, _ = s4mim.labeled_split(str(root), "", str(self.tmp / "list.txt"))
+        self.assertEqual(again, labelled)
         self.runs_well("masksup.py", *BRIEF["masksup.py"], "--data", root, "--max-steps", 1,
                        "--out", run)
         (root / "images/notes.txt").write_text("x")
@@ -5755,6 +5756,8 @@ class Kinds(Case):
              set("ab"), "dev is used as val"),
             ("names of VOC", split("{}/train", "{}/val", ("JPEGImages", "SegmentationClass")), [],
              set("ab")),
+            ("with a test folder beside", both(write(0, "images/{}.png"), write(
+                1, "masks/{}.png"), write(0, "test/images/{}.png")), [], fifth, "not used: test"),
             ("with a test folder",
              both(split("train/{}", "val/{}"), write(0, "test/images/{}.png")), [], set("ab"),
              "not used: test"),
