@@ -59,8 +59,8 @@ RELEASE = MAIN.parent / "shared/release"        # what MaskSup's released networ
 
 KILLS = 2       # of each script; python test_all.py --kills 50 Broken
 IDLE = common.idle_processors       # which the tests replace
-SECONDS = {"BadData": 55, "MaskSupRuns": 60, "LmaeRuns": 40, "Broken": 40, "S4mimRuns": 40,
-           "Kinds": 23, "SemiData": 20, "AsFoundFiles": 14, "Fuzz": 13, "CommandLine": 11}
+SECONDS = {"S4mimRuns": 68, "Broken": 65, "MaskSupRuns": 56, "Kinds": 26, "LmaeRuns": 21,
+           "Metrics": 20, "BadData": 13, "CommandLine": 8, "MaskSupMasking": 7, "Waiting": 7}
 FUZZ = 40       # datasets changed at random; python test_all.py --fuzz 300 Fuzz
 
 arrays_equal = np.testing.assert_array_equal
