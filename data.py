@@ -446,7 +446,8 @@ def depth(image, path):
     codec, *_, args = image.tile[0] if image.tile else ("", "")
     if image.format == "TIFF":
         bits, signed = (max(image.tag_v2.get(tag, (1,))) for tag in (258, 339))
-        if bits == 8 and signed == 2 or bits == 16 and image.tag_v2.get(284) == 2:
+        planes = len(image.getbands()) > 1 and image.tag_v2.get(284) == 2
+        if bits == 8 and signed == 2 or bits == 16 and planes and image.tag_v2.get(259, 1) == 1:
             raise UserError(f"{path}: signed 8 bits, or 16 in planes: save it with 8, unsigned")
         return 16 if bits == 16 else 8
     if image.format == "JPEG2000":          # bits - 1 are after the size, in the marker SIZ
